@@ -1,0 +1,147 @@
+"""The MLX backend's front: what this machine can do, and how a folder becomes a model."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shared.errors import CapabilityError
+from shared.threads import wait_politely
+from shared.types import Capability, Packed, Scheme, Tensor
+
+if TYPE_CHECKING:
+    from mlxlora.model import MLXModel
+    from mlxlora.trainer import MLXTrainer
+
+NEEDS = ("mlx", "mlx_lm")
+INSTALL = 'pip install "mlxlora" (Mac with Apple silicon), "mlxlora[mlx-cpu]" (Linux)'
+OWN_BLAS = "MLXLORA_OWN_BLAS"  # set to 1: leave MLX its own BLAS on Linux
+
+
+def create() -> MLXBackend:
+    """Return the backend; imports MLX only when something is loaded."""
+    return MLXBackend()
+
+
+class MLXBackend:
+    """MLX with mlx-lm's models, on Metal, CUDA or CPU."""
+
+    name = "mlx"
+
+    def probe(self) -> Capability:
+        """Return what this machine can do with it, or why nothing."""
+        missing = [package for package in NEEDS if importlib.util.find_spec(package) is None]
+        if missing:
+            return capability(device="none", reason=f"{missing[0]} is not installed", fix=INSTALL)
+        return probe_device()
+
+    def load_model(
+        self, folder: Path, *, dtype: str, quantization: Scheme | None, recompute: bool, device: str | None
+    ) -> MLXModel:
+        """Return the base of a folder; quantization applies where the folder is not quantized already."""
+        choose_device(device)
+        from mlxlora.model import load_model
+
+        return load_model(folder, dtype=dtype, quantization=quantization, recompute=recompute)
+
+    def trainer(self, model: MLXModel, *, objective: str) -> MLXTrainer:
+        """Return a trainer for what `model.attach` made trainable."""
+        from mlxlora.trainer import MLXTrainer
+
+        return MLXTrainer(model, objective=objective)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Return a quantized weight as our kernels decode it."""
+        lend_blas()
+        from mlxlora.quantized import decode_packed
+
+        return decode_packed(packed)
+
+    def dropout_mask(
+        self, *, seed: int, step: int, name: str, slots: Sequence[int], shape: tuple[int, int], p: float
+    ) -> np.ndarray:
+        """Return (B, T, D) bool as the adapter layers use it."""
+        lend_blas()
+        from mlxlora.adapters import Dropout
+
+        dropout = Dropout(p=p)
+        dropout.begin(seed=seed, step=step, slots=np.asarray(slots), length=shape[0])
+        return np.array(dropout.mask(name, width=shape[1]))
+
+
+@lru_cache(maxsize=1)
+def probe_device() -> Capability:
+    """Return the capability with the device MLX finds."""
+    lent = lend_blas()
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        return capability(device="none", reason=f"mlx cannot be imported: {error}", fix=INSTALL)
+    if mx.default_device().type == mx.DeviceType.gpu:
+        kind = "Metal" if mx.metal.is_available() else "CUDA"
+        return capability(device="gpu", reason=f"{kind}, {mx.device_info().get('device_name', 'GPU')}", fix=None)
+    blas = "matmul by torch's BLAS" if lent else "matmul by MLX's own BLAS"
+    return capability(device="cpu", reason=f"CPU ({blas})", fix=None)
+
+
+@lru_cache(maxsize=1)
+def lend_blas() -> bool:
+    """Let MLX use the BLAS in torch's library on Linux x86-64, and return whether it does.
+
+    MLX's Linux wheel brings reference BLAS and looks its symbols up globally; fp32 matmul is 10 to 25 times
+    faster with torch's. Must run before MLX is imported. Only the library is loaded, not the torch package.
+    """
+    wanted = sys.platform == "linux" and platform.machine() == "x86_64" and os.environ.get(OWN_BLAS) != "1"
+    torch = importlib.util.find_spec("torch") if wanted and "mlx.core" not in sys.modules else None
+    if torch is None or torch.origin is None:
+        return False
+    wait_politely()
+    try:
+        ctypes.CDLL(str(Path(torch.origin).parent / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
+
+
+def capability(*, device: str, reason: str, fix: str | None) -> Capability:
+    """Return a capability record with the versions that are installed."""
+    versions = {}
+    for package in ("mlx", "mlx-lm", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return Capability(
+        name="mlx",
+        available=device != "none",
+        reason=reason,
+        fix=fix,
+        device=device,
+        dtypes=("float32", "bfloat16"),
+        schemes=("affine",),
+        objectives=("sft",),
+        versions=versions,
+    )
+
+
+def choose_device(device: str | None) -> str:
+    """Set and return "gpu" or "cpu"; raises CapabilityError where a GPU is asked for and none is there."""
+    found = probe_device().device
+    import mlx.core as mx
+
+    if device == "gpu" and found != "gpu":
+        raise CapabilityError("device: gpu, but MLX finds neither Metal nor CUDA", fix="set device: auto")
+    if device == "cpu":
+        mx.set_default_device(mx.Device(mx.DeviceType.cpu))
+        return "cpu"
+    return found

@@ -1,0 +1,43 @@
+"""Generation with a KV cache: one prompt after the other, tokens picked by `shared.sampling`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from shared.sampling import pick
+from shared.types import Sampling, Token
+
+if TYPE_CHECKING:
+    from mlxlora.model import MLXModel
+
+
+def generate(model: MLXModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
+    """Yield tokens prompt by prompt; the end token is yielded too, marked `stopped`."""
+    for number, prompt in enumerate(prompts):
+        yield from continue_prompt(model, number, prompt, sampling)
+
+
+def continue_prompt(model: MLXModel, number: int, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+    """Yield the tokens that follow one prompt."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model.zoo)
+    feed = list(prompt)
+    for n in range(sampling.max_tokens):
+        logits_V = next_logits(model, feed, cache)
+        token, log_prob = pick(logits_V, sampling, prompt=number, n=n)
+        stopped = token in sampling.stop_tokens
+        yield Token(prompt=number, token=token, log_prob=log_prob, stopped=stopped)
+        if stopped:
+            return
+        feed = [token]
+
+
+def next_logits(model: MLXModel, feed: Sequence[int], cache: Any) -> np.ndarray:
+    """Return (V,) float32 logits behind the last of the tokens fed; the cache grows by them."""
+    h_1TD = model.decoder(mx.array([list(feed)]), cache=cache)
+    return np.array(model.head.logits(h_1TD[:, -1])[0])

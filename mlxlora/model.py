@@ -1,0 +1,279 @@
+"""A base model of mlx-lm's zoo with our quantized and adapter layers in it.
+
+Parameter names are Hugging Face's throughout; `.base` parts of our own layers never show.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxlora import generate as generation
+from mlxlora import objectives
+from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
+from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear, quantize_linear
+from mlxlora.state import from_mlx, mlx_dtype, to_mlx
+from shared.adapters.spec import layer_of
+from shared.errors import ModelError
+from shared.families import CHECKED, head_facts, is_tied
+from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder, others
+from shared.quant.affine import AffineQuantizer
+from shared.strict import check_adapter
+from shared.tensors import is_finite, read_tensor
+from shared.types import AdapterSpec, Batch, ModelInfo, Packed, Part, Sampling, Scheme, Tensor, Token
+
+PROBE_TOLERANCE = 1e-3  # relative to the largest logit; a wrong head is off by its order of magnitude
+
+
+class MLXModel:
+    """A loaded base; `attach` makes something of it trainable."""
+
+    def __init__(self, zoo: Any, head: objectives.Head, info: ModelInfo) -> None:
+        self.zoo, self.head, self.info = zoo, head, info
+        self.decoder = zoo.model
+        self.dropout = Dropout(p=0.0)
+        self.trains_head = False
+
+    def attach(self, spec: AdapterSpec) -> None:
+        """Make the spec's LoRA layers trainable, or for kind "none" every parameter."""
+        self.zoo.freeze()
+        if spec.kind == "lora":
+            self.dropout = Dropout(p=spec.dropout)
+            attach_lora(self.zoo, spec, self.dropout, self.info.linears)
+            for module in adapter_modules(self.zoo).values():
+                module.unfreeze(keys=["lora_A", "lora_B"], recurse=False)
+        else:
+            self.zoo.unfreeze()
+            self.trains_head = True
+
+    @property
+    def parameters(self) -> dict[str, mx.array]:
+        """Return the trained tensors by canonical name."""
+        return {self.canonical(name): value for name, value in tree_flatten(self.zoo.trainable_parameters())}
+
+    def put_parameters(self, values: Mapping[str, mx.array]) -> None:
+        """Replace the trained tensors."""
+        self.zoo.update(tree_unflatten(list(values.items())))
+
+    @staticmethod
+    def canonical(name: str) -> str:
+        """Return the Hugging Face name of an MLX parameter."""
+        return name.replace(".base.", ".")
+
+    def hidden(self, batch: Batch) -> mx.array:
+        """Return (N, D) last hidden states at the positions that predict supervised tokens."""
+        h_BTD = self.decoder(mx.array(batch.tokens_BT))
+        return h_BTD.flatten(0, 1)[mx.array(batch.positions_N)]
+
+    def log_probs(self, batch: Batch) -> np.ndarray:
+        """Return (N,) float32 log-probabilities of the targets in nats."""
+        return np.array(objectives.log_probs(self.hidden(batch), self.head, mx.array(batch.targets_N)))
+
+    def tensors(self, part: Part) -> Iterator[tuple[str, Tensor]]:
+        """Yield the base's or the trained tensors under canonical names."""
+        if part == "adapter":
+            yield from ((name, from_mlx(value)) for name, value in self.parameters.items())
+            return
+        for name, value in tree_flatten(self.zoo.parameters()):
+            if not name.endswith((".lora_A", ".lora_B")):
+                yield self.canonical(name), from_mlx(value)
+
+    def load_tensors(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the trained tensors (part "adapter"); strict on names, shapes and finite values."""
+        if part != "adapter":
+            raise ModelError("a base is loaded from its folder, not replaced", fix="load the other model")
+        own = self.parameters
+        check_adapter(tensors, expected={name: tuple(value.shape) for name, value in own.items()})
+        self.put_parameters({name: to_mlx(tensors[name]).astype(value.dtype) for name, value in own.items()})
+        mx.eval(self.zoo.trainable_parameters())
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
+        """Yield tokens prompt by prompt as they are made."""
+        return generation.generate(self, prompts, sampling)
+
+
+def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute: bool) -> MLXModel:
+    """Return the base of a folder, in `dtype`; raises ModelError where anything does not fit."""
+    folder = open_folder(path)
+    zoo = build_empty(folder)
+    tied = is_tied(folder.config, has_head="lm_head.weight" in folder.entries)
+    notes = fill(zoo, folder, dtype=mlx_dtype(dtype), quantization=quantization, tied=tied)
+    zoo.eval()
+    zoo.freeze()
+    if recompute:
+        for layer in zoo.model.layers:
+            layer.__class__ = recomputing(type(layer))
+    head = objectives.Head(zoo.model.embed_tokens if tied else zoo.lm_head, head_facts(folder.config))
+    model = MLXModel(zoo, head, describe(zoo, folder, notes))
+    if folder.family not in CHECKED:
+        check_head(model, folder)
+    return model
+
+
+def build_empty(folder: ModelFolder) -> Any:
+    """Return the zoo's model without values (MLX is lazy); raises ModelError for an unknown family."""
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    family = MODEL_REMAPPING.get(folder.family, folder.family)
+    try:
+        module = importlib.import_module(f"mlx_lm.models.{family}")
+        args_class, model_class = module.ModelArgs, module.Model
+    except (ImportError, AttributeError):
+        raise ModelError(
+            f'unknown architecture "{folder.family}" in {folder.path.name}', fix=nearest_family(folder.family, known_families())
+        ) from None
+    config = dict(folder.config)
+    config["tie_word_embeddings"] = is_tied(config, has_head="lm_head.weight" in folder.entries)
+    try:
+        zoo = model_class(args_class.from_dict(config))
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, ZeroDivisionError) as error:
+        raise ModelError(f"{folder.path / 'config.json'}: {error}", fix="config.json does not describe a model") from None
+    if not hasattr(zoo, "model") or not hasattr(zoo.model, "embed_tokens"):
+        raise ModelError(
+            f'the family "{folder.family}" is laid out in a way this version does not know',
+            fix="use a model of a family such as llama, mistral or qwen2",
+        )
+    return zoo
+
+
+def known_families() -> list[str]:
+    """Return the model types that mlx-lm has."""
+    import mlx_lm.models
+
+    return sorted(file.stem for file in Path(mlx_lm.models.__path__[0]).glob("*.py") if file.stem != "__init__")
+
+
+def fill(zoo: Any, folder: ModelFolder, *, dtype: mx.Dtype, quantization: Scheme | None, tied: bool) -> tuple[str, ...]:
+    """Load every tensor of the folder, then quantize if asked; return notes on what was left out."""
+    put_quantized(zoo, folder, dtype)
+    values = {name: value for file in folder.files for name, value in mx.load(str(file)).items()}
+    values = {name: value for name, value in values.items() if not COMPUTED.search(name)}
+    if tied:
+        values.pop("lm_head.weight", None)
+    if hasattr(zoo, "sanitize"):
+        values = zoo.sanitize(values)
+    own = dict(tree_flatten(zoo.parameters()))
+    expected = {name: tuple(value.shape) for name, value in own.items()}
+    found = {name: tuple(value.shape) for name, value in values.items()}
+    check_tensors(folder.path, expected=expected, found=found)
+    floats = {name: check_value(folder, name, value, dtype) for name, value in values.items() if not is_packed(name, folder)}
+    zoo.load_weights(list(floats.items()), strict=False)
+    mx.eval(zoo.parameters())  # mx.load reads lazily; from here on the files may change
+    if quantization is None or folder.schemes:
+        return () if quantization is None else ("the folder is quantized already; its own scheme is kept",)
+    return quantize_layers(zoo, quantization)
+
+
+def is_packed(name: str, folder: ModelFolder) -> bool:
+    """Return whether a tensor belongs to a module that the folder stores quantized."""
+    module, _, leaf = name.rpartition(".")
+    return module in folder.schemes and leaf in ("weight", "scales", "biases")
+
+
+def check_value(folder: ModelFolder, name: str, value: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return one float tensor in `dtype`; raises ModelError where it is not finite."""
+    if not mx.isfinite(value).all().item():
+        raise ModelError(f'{folder.path}: tensor "{name}" holds NaN or infinity', fix="download the model again")
+    return value.astype(dtype)
+
+
+def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: mx.Dtype) -> None:
+    """Replace the modules that the folder stores quantized, packed bytes taken as they are."""
+    for name, scheme in folder.schemes.items():
+        try:
+            owner, leaf = find_owner(zoo, name)
+            module = getattr(owner, leaf)
+        except (AttributeError, IndexError):
+            raise ModelError(f'{folder.path}: quantized module "{name}" has no place in the model') from None
+        arrays = {key: read_tensor(folder.entries[f"{name}.{key}"]) for key in ("weight", "scales", "biases")}
+        packed = Packed(scheme, arrays, (arrays["scales"].shape[0], arrays["scales"].shape[1] * scheme.group_size))
+        if not all(is_finite(tensor) for tensor in arrays.values()):
+            raise ModelError(f'{folder.path}: the scales of "{name}" hold NaN or infinity', fix="convert it again")
+        if tuple(module.weight.shape) != packed.shape:
+            raise ModelError(f'{folder.path}: "{name}" has shape {packed.shape}', expected=f"{tuple(module.weight.shape)}")
+        if isinstance(module, nn.Embedding):
+            setattr(owner, leaf, QuantizedEmbedding(packed, dtype))
+        else:
+            setattr(owner, leaf, QuantizedLinear(packed, module.get("bias")))
+
+
+def quantize_layers(zoo: nn.Module, scheme: Scheme) -> tuple[str, ...]:
+    """Quantize the linear layers of the decoder blocks; return a note on those that do not divide into groups."""
+    quantizer = AffineQuantizer(scheme)
+    left: list[str] = []
+    for name, module in list(zoo.named_modules()):
+        if not isinstance(module, nn.Linear) or layer_of(name) is None:
+            continue
+        if not quantizer.fits(tuple(module.weight.shape)):
+            left.append(name)
+            continue
+        owner, leaf = find_owner(zoo, name)
+        setattr(owner, leaf, quantize_linear(name, module, scheme))
+    return not_quantized(left, scheme)
+
+
+def not_quantized(left: Sequence[str], scheme: Scheme) -> tuple[str, ...]:
+    """Return a note that names the layers whose width does not divide into groups."""
+    if not left:
+        return ()
+    return (f"not quantized, width not divisible by {scheme.group_size}: {min(left)}{others(list(left))}",)
+
+
+def recomputing(layer_class: type) -> type:
+    """Return the class of a layer that keeps its input only and runs again in the backward pass.
+
+    A class of its own for one instance: the layer keeps its parameters' names, and the zoo's class is untouched.
+    """
+
+    class Recomputing(layer_class):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return nn.utils.checkpoint(self, super().__call__)(*args, **kwargs)
+
+    Recomputing.__name__ = Recomputing.__qualname__ = f"Recomputing{layer_class.__name__}"
+    return Recomputing
+
+
+def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo:
+    """Return the facts of a loaded base."""
+    linears = {
+        name: tuple(module._shape) if isinstance(module, QuantizedLinear) else tuple(module.weight.shape)
+        for name, module in zoo.named_modules()
+        if isinstance(module, nn.Linear | QuantizedLinear) and layer_of(name) is not None
+    }
+    return ModelInfo(
+        family=folder.family,
+        num_layers=len(zoo.model.layers),
+        vocab_size=int(folder.config["vocab_size"]),
+        max_positions=folder.config.get("max_position_embeddings"),
+        linears=linears,
+        num_parameters=sum(out * width for out, width in linears.values()),
+        quantized={name: str(scheme) for name, scheme in schemes_of(zoo)},
+        notes=notes,
+    )
+
+
+def schemes_of(zoo: nn.Module) -> Iterator[tuple[str, Scheme]]:
+    """Yield every quantized module with its scheme."""
+    for name, module in zoo.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            yield name, module._scheme
+
+
+def check_head(model: MLXModel, folder: ModelFolder) -> None:
+    """Refuse a family whose logits are not head(last hidden state) as `shared.families` has it."""
+    tokens_BT = mx.arange(4)[None] % model.info.vocab_size
+    theirs = model.zoo(tokens_BT)
+    ours = model.head.logits(model.decoder(tokens_BT)[0])
+    gap = (mx.abs(theirs[0].astype(mx.float32) - ours).max() / mx.abs(theirs).max()).item()
+    if not gap <= PROBE_TOLERANCE * (10 if theirs.dtype != mx.float32 else 1):
+        raise ModelError(
+            f'the family "{folder.family}" computes its logits in a way this version does not know (gap {gap:.1e})',
+            fix="report it; llama, mistral and qwen2 are known to be right",
+        )

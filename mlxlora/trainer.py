@@ -1,0 +1,90 @@
+"""One optimizer update on MLX: sum over micro-batches, divide once, clip, update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlxlora.memory import is_out_of_memory, read_memory
+from mlxlora.model import MLXModel
+from mlxlora.objectives import OBJECTIVES
+from mlxlora.optim import AdamW
+from mlxlora.state import from_mlx, to_mlx
+from shared.errors import CheckpointError, OutOfMemory
+from shared.types import Batch, Memory, StepStats, Tensor, Update
+
+
+@dataclass(frozen=True)
+class PendingStats:
+    """The numbers of an update, still in the making."""
+
+    loss: mx.array
+    grad_norm: mx.array
+    applied: mx.array
+
+    def result(self) -> StepStats:
+        """Return the numbers; waits for the device."""
+        return StepStats(self.loss.item(), self.grad_norm.item(), skipped=not self.applied.item())
+
+
+class MLXTrainer:
+    """One model, one objective, one optimizer."""
+
+    def __init__(self, model: MLXModel, *, objective: str) -> None:
+        self.model, self.objective = model, OBJECTIVES[objective]
+        self.optimizer = AdamW(model.parameters)
+        self.loss_and_grad = nn.value_and_grad(model.zoo, self.loss)
+
+    def step(self, micro: Sequence[Batch], update: Update) -> PendingStats:
+        """Do exactly one update; on OutOfMemory nothing has changed."""
+        weight = float(sum(batch.weights_N.sum(dtype="float64") for batch in micro))
+        total, grads = mx.zeros(()), None
+        try:
+            for batch in micro:
+                loss, grad = self.accumulate(batch, update)
+                total = total + loss
+                grads = grad if grads is None else tree_map(mx.add, grads, grad)
+                mx.eval(total, grads)  # frees one micro-batch's graph before the next is built
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise OutOfMemory(f"MLX has no memory left: {str(error).splitlines()[0]}") from None
+            raise
+        named = {self.model.canonical(name): grad for name, grad in tree_flatten(grads)}
+        norm, applied = self.optimizer.step(named, update, weight=weight)
+        self.model.put_parameters(self.optimizer.push())
+        mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.m, self.optimizer.v, norm)
+        return PendingStats(total / weight, norm, applied)
+
+    def accumulate(self, batch: Batch, update: Update) -> tuple[mx.array, dict]:
+        """Return one micro-batch's summed loss and its summed gradient."""
+        dropout = self.model.dropout
+        dropout.begin(seed=update.seed, step=update.step, slots=batch.slots_B, length=batch.tokens_BT.shape[1])
+        loss, grads = self.loss_and_grad(batch)
+        dropout.end()
+        return loss, grads
+
+    def loss(self, batch: Batch) -> mx.array:
+        """Return the summed loss of a micro-batch, differentiable in the trained tensors."""
+        model = self.model
+        targets_N, weights_N = mx.array(batch.targets_N), mx.array(batch.weights_N)
+        return self.objective(model.hidden(batch), model.head, targets_N, weights_N, train_head=model.trains_head)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the optimizer's tensors."""
+        return ((name, from_mlx(value)) for name, value in self.optimizer.tensors())
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the optimizer's tensors; strict."""
+        own = dict(self.optimizer.tensors())
+        if own.keys() != tensors.keys() or any(tuple(own[name].shape) != tensors[name].shape for name in own):
+            raise CheckpointError("the optimizer state is of another model or adapter", fix="resume with the same config")
+        for name in own:
+            self.optimizer.put(name, to_mlx(tensors[name]))
+
+    def memory(self) -> Memory:
+        """Return bytes active, at the highest, and at most."""
+        return read_memory()

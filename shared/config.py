@@ -1,0 +1,263 @@
+"""The one schema of a run. Every default of the project lives here and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from shared.errors import CapabilityError, ConfigError, did_you_mean
+from shared.types import Scheme
+
+AFFINE = re.compile(r"affine-(2|3|4|5|6|8)bit-g(32|64|128)")
+NAMED_SCHEMES = re.compile(
+    r"nf4(-dq)?|fp4(-dq)?|int8|mxfp4|nvfp4|mxfp8|ternary-g(32|64|128)|quanto-q(int[248]|float8)"
+    r"|affine-(2|3|4|5|6|8)bit-g(32|64|128)\+hqq"
+)
+Count = Annotated[int, Field(ge=1, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, and a loaded config does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switches_for_numbers(cls, values: Any) -> Any:
+        """Refuse true and false where a number belongs; take a section left empty as its defaults."""
+        if not isinstance(values, dict):
+            return values
+        for key, value in values.items():
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field and field.annotation in (int, float):
+                raise ValueError(f"{key} is {str(value).lower()}; it should be a number")
+        return {key: value for key, value in values.items() if not (value is None and is_section(cls, key))}
+
+
+class DataConfig(Section):
+    path: Annotated[str, Field(min_length=1, description="folder, JSONL file, or hub data set of JSONL files")]
+    max_length: Annotated[int, Field(ge=2, strict=True, description="tokens; longer rows are cut at the end")] = 2048
+    train_on: Annotated[
+        Literal["completion", "assistant", "all"],
+        Field(description="completion and assistant: what the model has to say; all: every token"),
+    ] = "completion"
+    packing: Literal["auto", "none"] = "auto"
+
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        return "none" if value is False else value
+
+
+class AdapterConfig(Section):
+    type: Annotated[Literal["lora", "none"], Field(description="none trains every parameter")] = "lora"
+    rank: Annotated[int, Field(ge=1, le=65536, strict=True)] = 8
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False, description="the product is scaled by alpha / rank")] = 16
+    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    targets: Annotated[
+        str | list[str], Field(description='"all-linear", or names of modules: q_proj, self_attn.q_proj, a full path')
+    ] = "all-linear"
+    layers: Annotated[
+        Literal["all"] | Count | list[Annotated[int, Field(ge=0, strict=True)]],
+        Field(description="all, the last N layers, or a list of layer numbers from 0"),
+    ] = "all"
+
+    @field_validator("targets", "layers")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value == [] or value == "":
+            raise ValueError("is empty")
+        return value
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[Positive, Field(description="peak learning rate")] = 1e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="decoupled, on tensors of two or more dimensions")
+    ] = 0.0
+    max_grad_norm: Positive | None = 1.0
+
+
+class ScheduleConfig(Section):
+    name: Literal["constant", "cosine"] = "cosine"
+    warmup: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="below 1 a share of all updates, from 1 a number of updates")
+    ] = 0.03
+    final: Annotated[Share, Field(description="share of the peak at the end")] = 0.0
+
+
+class TrainConfig(Section):
+    batch_size: Annotated[Count, Field(description="sequences per update")] = 16
+    updates: Count | None = None
+    epochs: Count | None = None
+    micro_tokens: Annotated[
+        Literal["auto"] | Count, Field(description="positions per micro-batch; changes memory and speed, never the result")
+    ] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    recompute: Literal["auto"] | bool = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, values: Any) -> Any:
+        """Fill in 500 updates where neither length is set; refuse both."""
+        if not isinstance(values, dict):
+            return values
+        updates, epochs = values.get("updates"), values.get("epochs")
+        if updates is not None and epochs is not None:
+            raise ValueError("set exactly one of updates and epochs; the other is null")
+        if updates is None and epochs is None:
+            return {**values, "updates": 500}
+        return values
+
+
+class EvaluationConfig(Section):
+    every: Count | None = 100
+    batches: Annotated[Literal["all"] | Count, Field(description="micro-batches of valid.jsonl, or all")] = "all"
+    patience: Annotated[Count | None, Field(description="stop after so many evaluations without a better loss")] = None
+
+
+class CheckpointConfig(Section):
+    every: Count | None = 100
+    keep: Count = 2
+
+
+class LogConfig(Section):
+    every: Count = 10
+    to: list[Literal["jsonl"]] = ["jsonl"]
+
+
+class RunConfig(Section):
+    model: Annotated[str, Field(min_length=1, description="folder or hub id, Hugging Face or MLX-quantized")]
+    quantization: Annotated[str, Field(description="none, or affine-4bit-g64 and the like: quantizes at load")] = "none"
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig(updates=500)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    backend: Literal["auto", "mlx", "torch"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "gpu"], Field(description="gpu: Metal or CUDA")] = "auto"
+    output: Annotated[str | None, Field(description="run folder; null: runs/NAME after the model and the data")] = None
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _none_word(cls, value: Any) -> Any:
+        return "none" if value is None else value
+
+    @property
+    def output_dir(self) -> Path:
+        """Return the run folder: `output`, or runs/MODEL-DATA."""
+        if self.output:
+            return Path(self.output).expanduser()
+        return Path("runs") / f"{Path(self.model).name}-{Path(self.data.path).stem}"
+
+
+def is_section(owner: type[BaseModel], key: str) -> bool:
+    """Return whether a key of a section holds a section of its own."""
+    field = owner.model_fields.get(key)
+    return bool(field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+
+
+def parse_scheme(text: str) -> Scheme | None:
+    """Return the scheme a quantization name stands for, None for "none".
+
+    Raises ConfigError for a name outside the grammar, CapabilityError for one this version cannot train.
+
+    >>> parse_scheme("affine-4bit-g64")
+    Scheme(name='affine', bits=4, group_size=64)
+    """
+    if text == "none":
+        return None
+    if match := AFFINE.fullmatch(text):
+        return Scheme("affine", int(match[1]), int(match[2]))
+    if NAMED_SCHEMES.fullmatch(text):
+        raise CapabilityError(
+            f'quantization "{text}" is not in this version: it quantizes to affine formats only',
+            fix="use affine-4bit-g64 (or 2, 3, 5, 6, 8 bit; g32, g128)",
+        )
+    known = [f"affine-{bits}bit-g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+    raise ConfigError(f'quantization: unknown scheme "{text}"', fix=did_you_mean(text, ["none", *known]))
+
+
+def validate(values: Any, *, place: str = "config", lines: dict[tuple[Any, ...], int] | None = None) -> RunConfig:
+    """Return the config of a nested dict; raises ConfigError with the place of the first problem.
+
+    lines: line numbers by key path, from `shared.config_file.load`.
+    """
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = pick_problem(error)
+        raise describe(first, place=place, lines=lines or {}) from None
+    parse_scheme(config.quantization)
+    if config.adapter.type == "none" and config.quantization != "none":
+        raise ConfigError(
+            f"{place}: adapter.type none (full fine-tuning) cannot train a base quantized to {config.quantization}",
+            fix="set quantization: none, or adapter.type: lora",
+        )
+    return config
+
+
+def pick_problem(error: ValidationError) -> dict[str, Any]:
+    """Return the problem to show: unknown keys first, since a typo also leaves its key missing."""
+    problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
+    return min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+
+
+def describe(problem: dict[str, Any], *, place: str, lines: dict[tuple[Any, ...], int]) -> ConfigError:
+    """Return a ConfigError with file:line, the key, what was found and what was expected."""
+    path = tuple(part for part in problem["loc"] if not is_union_label(part))
+    key = ".".join(str(part) for part in path) or "the top level"
+    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    where = f"{place}:{line}" if line else place
+    if problem["type"] == "extra_forbidden":
+        known = known_keys(path[:-1])
+        return ConfigError(f'{where}: unknown key "{key}"', fix=did_you_mean(str(path[-1]), known))
+    if problem["type"] == "missing":
+        return ConfigError(f'{where}: key "{key}" is missing', fix=f"add {key} to the config, or --set {key}=...")
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    found = problem.get("input")
+    shown = "" if isinstance(found, dict) else f", found {shorten(found)}"
+    return ConfigError(f"{where}: {key}{shown}", expected=message[0].lower() + message[1:])
+
+
+def is_union_label(part: Any) -> bool:
+    """Return whether pydantic put this into the path to name a branch of a union, not a key."""
+    if not isinstance(part, str):
+        return False
+    return part in {"int", "float", "str", "bool"} or "[" in part or "-" in part
+
+
+def shorten(value: Any) -> str:
+    """Return a value's repr, cut to 60 characters."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def known_keys(path: tuple[Any, ...]) -> list[str]:
+    """Return the keys that the section at this path has."""
+    section: Any = RunConfig
+    for part in path:
+        field = section.model_fields.get(part)
+        section = getattr(field, "annotation", None)
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return []
+    return list(section.model_fields)
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of a config file."""
+    result = RunConfig.model_json_schema()
+    result["title"] = "mlxlora config"
+    return result

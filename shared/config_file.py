@@ -1,0 +1,153 @@
+"""YAML to and from the config: safe, without aliases, with line numbers for every message."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shared.config import RunConfig, known_keys, validate
+from shared.errors import ConfigError, did_you_mean
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 20
+Lines = dict[tuple[Any, ...], int]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 floats (1e-4 is a number) and without aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+_Loader.yaml_implicit_resolvers = {
+    key: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
+    for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)|[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: Path, *, overrides: Iterable[str] = (), values: dict[str, Any] | None = None) -> RunConfig:
+    """Return the config of a YAML file with `key.sub=value` overrides and nested `values` on top.
+
+    Raises ConfigError with file:line, the key and the nearest known name.
+    """
+    found, lines = read_yaml(path)
+    merged = merge(found, values or {})
+    for text in overrides:
+        merged = merge(merged, parse_override(text))
+    return validate(merged, place=path.name, lines=lines)
+
+
+def build_config(values: dict[str, Any], *, overrides: Iterable[str] = ()) -> RunConfig:
+    """Return the config of nested values and `key.sub=value` overrides, without a file."""
+    merged = values
+    for text in overrides:
+        merged = merge(merged, parse_override(text))
+    return validate(merged, place="config")
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
+    """Return a YAML mapping and the line of every key path."""
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError(f"config file {path} {kind}", fix="give the path of a YAML file, or --model and --data")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{path.name} is larger than {MAX_BYTES} bytes", fix="is this the config file?")
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8-sig"), name=path.name)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from None
+    except RecursionError:
+        raise ConfigError(f"{path.name}: nested deeper than {MAX_DEPTH} levels", fix="is this the config file?") from None
+
+
+def parse_yaml(text: str, *, name: str) -> tuple[dict[str, Any], Lines]:
+    """Return the mapping a YAML text holds and the line of every key path."""
+    lines: Lines = {}
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        walk(node, path=(), lines=lines, name=name)
+        values = loader.construct_document(node) if node is not None else {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}", fix="correct the line") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {error}", fix="is this a text file?") from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{name}: a value cannot be read: {error}", fix="correct the value") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}:1: the top level is a {type(values).__name__}", expected="key: value lines")
+    return values, lines
+
+
+def walk(node: Any, *, path: tuple[Any, ...], lines: Lines, name: str) -> None:
+    """Note the line of every key; refuse keys that stand twice and deep nesting."""
+    if len(path) > MAX_DEPTH:
+        raise ConfigError(f"{name}: nested deeper than {MAX_DEPTH} levels", fix="is this the config file?")
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*path, key.value)
+            line = key.start_mark.line + 1
+            if inner in lines:
+                raise ConfigError(f'{name}:{line}: key "{key.value}" stands twice', fix="remove one of them")
+            lines[inner] = line
+            walk(value, path=inner, lines=lines, name=name)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            walk(value, path=(*path, index), lines=lines, name=name)
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """Return the nested dict of one `key.sub=value`; the value is YAML.
+
+    >>> parse_override("train.batch_size=4")
+    {'train': {'batch_size': 4}}
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f'--set "{text}" has no key=value form', fix="write --set train.batch_size=4")
+    parts = key.strip().split(".")
+    for n, part in enumerate(parts):
+        known = known_keys(tuple(parts[:n]))
+        if part not in known:
+            raise ConfigError(f'--set: unknown key "{key.strip()}"', fix=did_you_mean(part, known or ["(no keys here)"]))
+    parsed, _ = parse_yaml(f"value: {value}", name=f"--set {key}")
+    result: Any = parsed["value"]
+    for part in reversed(parts):
+        result = {part: result}
+    return result
+
+
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `top` laid over it, section by section; a null section counts as empty.
+
+    Setting one of train.updates and train.epochs clears the other.
+    """
+    result = dict(base)
+    for key, value in top.items():
+        below = result.get(key)
+        result[key] = merge(below or {}, value) if isinstance(value, dict) and isinstance(below or {}, dict) else value
+    for one, other in (("updates", "epochs"), ("epochs", "updates")):
+        if top.get(one) is not None and top.get(other) is None and other in result:
+            result[other] = None
+    return result
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the resolved config as YAML, keys in the schema's order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,99 @@
+"""Every error a user can meet: what is wrong and where, what was expected, what to do next.
+
+Each type also is a standard error, and carries the exit code of the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MlxloraError(Exception):
+    """Return an error of at most three lines: `what`, what was `expected`, how to `fix` it."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, expected: str | None = None, fix: str | None = None) -> None:
+        self.what, self.expected, self.fix = what, expected, fix
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        """Return the message, one line per part, newlines inside a part folded to spaces."""
+        parts = [("", self.what), ("expected: ", self.expected), ("fix: ", self.fix)]
+        return "\n".join(f"{label}{' '.join(text.split())}" for label, text in parts if text)
+
+
+class ConfigError(MlxloraError, ValueError):
+    """A setting or a command-line argument that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(MlxloraError, ValueError):
+    """A data file or a row that cannot be used; the message names `file:line`."""
+
+    exit_code = 2
+
+
+class ModelError(MlxloraError, ValueError):
+    """A base model that is missing, damaged, or of another shape than its config says."""
+
+    exit_code = 3
+
+
+class AdapterError(MlxloraError, ValueError):
+    """An adapter that is missing, damaged, or does not fit the base."""
+
+    exit_code = 3
+
+
+class CheckpointError(MlxloraError, ValueError):
+    """A checkpoint or run folder that is missing, damaged, or of another run."""
+
+    exit_code = 3
+
+
+class CapabilityError(MlxloraError, ImportError):
+    """Something this machine, backend or version does not have; the fix says what to install."""
+
+    exit_code = 4
+
+
+class DivergedError(MlxloraError, ArithmeticError):
+    """Training produced non-finite numbers several updates in a row."""
+
+    exit_code = 5
+
+
+class OutOfMemory(MlxloraError, MemoryError):
+    """The device has no memory left for the smallest possible micro-batch."""
+
+    exit_code = 6
+
+
+class StorageError(MlxloraError, OSError):
+    """The disk is full or a folder is not writable."""
+
+    exit_code = 7
+
+
+class Interrupted(MlxloraError):
+    """A signal stopped the run after its state was saved; `exit_code` is 130 or 143."""
+
+    def __init__(self, what: str, *, exit_code: int, fix: str | None = None) -> None:
+        super().__init__(what, fix=fix)
+        self.exit_code = exit_code
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `did you mean "x"?` for the nearest known name, else the known names.
+
+    >>> did_you_mean("learning_rat", ["lr", "learning_rate"])
+    'did you mean "learning_rate"?'
+    >>> did_you_mean("zzz", ["b", "a"])
+    'known: a, b'
+    """
+    names = sorted(set(known))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f'did you mean "{near[0]}"?' if near else f"known: {', '.join(names)}"

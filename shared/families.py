@@ -1,0 +1,36 @@
+"""What the zoos do after the last hidden state, per family: one table, so that our loss does the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Families whose logits are those of `head_facts`, checked by the parity tests. Any other family is
+# compared with the zoo's own logits when it is loaded, and refused where they differ.
+CHECKED = frozenset({"llama", "mistral", "qwen2"})
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """logits = softcap * tanh(z / softcap) with z = (h W.T + b) * scale; no soft-cap where None."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def head_facts(config: Mapping[str, Any]) -> HeadFacts:
+    """Return the facts a config states: Gemma's soft-cap, Cohere's and Granite's logit scales."""
+    scale = 1.0
+    if config.get("logit_scale") is not None:
+        scale = float(config["logit_scale"])
+    elif config.get("logits_scaling"):
+        scale = 1.0 / float(config["logits_scaling"])
+    cap = config.get("final_logit_softcapping")
+    return HeadFacts(scale=scale, softcap=float(cap) if cap else None)
+
+
+def is_tied(config: Mapping[str, Any], *, has_head: bool) -> bool:
+    """Return whether head and embedding are one tensor: as the config says, else whether the folder has a head."""
+    found = config.get("tie_word_embeddings")
+    return (not has_head) if found is None else bool(found)

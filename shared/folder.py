@@ -1,0 +1,248 @@
+"""A model folder, checked before anything big is read: config, tensors, quantization, end tokens.
+
+Only safetensors weights are read and no code of a folder is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import CapabilityError, ModelError, did_you_mean
+from shared.tensors import Entry, read_header
+from shared.types import Scheme
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npz")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Buffers that old checkpoints carry and every current implementation computes.
+COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|rope\.freqs)$")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A Hugging Face or mlx-lm folder: where each tensor lies and how the quantized ones are stored."""
+
+    path: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    schemes: Mapping[str, Scheme]  # module name -> scheme, for modules stored quantized
+
+    @property
+    def family(self) -> str:
+        """Return the model type of the config, e.g. "llama"."""
+        return str(self.config["model_type"])
+
+    @property
+    def files(self) -> list[Path]:
+        """Return the weight files, sorted."""
+        return sorted({entry.file for entry in self.entries.values()})
+
+
+def open_folder(path: Path) -> ModelFolder:
+    """Return a checked model folder; reads headers only. Raises ModelError or CapabilityError."""
+    if not path.is_dir():
+        raise ModelError(
+            f"no model folder at {path}", expected="a folder with config.json and model.safetensors, or a hub id"
+        )
+    config = read_json(path / "config.json")
+    check_config(path, config)
+    entries = read_entries(path)
+    check_layers(path, config, entries)
+    quantization = quantization_of(config)
+    return ModelFolder(path, config, entries, find_schemes(path, quantization, entries))
+
+
+def find_folder(model: str) -> Path:
+    """Return the local folder of a path or a hub id; downloads safetensors, JSON and tokenizer files only."""
+    path = Path(model).expanduser()
+    if path.exists() or not HUB_ID.fullmatch(model) or model.startswith("."):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"])
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f'no folder "{model}" here, and the hub did not give it: {reason}',
+            fix="check the name and the network; for a private model set HF_TOKEN",
+        ) from None
+    return Path(found)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object a JSON file holds; raises ModelError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing", fix="is this a model folder? download it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", fix="download the file again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}", expected="an object")
+    return value
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse configs without a usable model type, and models that bring their own code."""
+    family = config.get("model_type")
+    if not isinstance(family, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", family) or ".." in family:
+        raise ModelError(f"{path / 'config.json'}: model_type is {family!r}", expected='a name such as "llama"')
+    if config.get("model_file") or config.get("auto_map"):
+        key = "model_file" if config.get("model_file") else "auto_map"
+        raise CapabilityError(
+            f"{path / 'config.json'}: {key} asks to run code from the folder, which is never done",
+            fix="use a model whose architecture mlx-lm and transformers know themselves",
+        )
+    layers = config.get("num_hidden_layers")
+    if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 10_000):
+        raise ModelError(f"{path / 'config.json'}: num_hidden_layers is {layers!r}", expected="1 to 10000")
+
+
+def check_layers(path: Path, config: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
+    """Refuse a layer count that is not that of the tensors, before anything is built by it."""
+    found = {int(match[1]) for name in entries if (match := re.search(r"\.layers\.(\d+)\.", name))}
+    stated = config.get("num_hidden_layers")
+    if found and stated is not None and len(found) != stated:
+        raise ModelError(
+            f"{path}: config.json says num_hidden_layers {stated}, the weights hold {len(found)} layers",
+            fix="config.json and weights must belong together; download the model again",
+        )
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """Return every tensor of the folder's shards; raises ModelError where one is missing or stands twice."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(is_plain_name(name) for name in weight_map.values()):
+            raise ModelError(f"{index}: weight_map must name .safetensors files of this folder", fix="download it again")
+        files = [path / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise no_weights(path)
+    entries: dict[str, Entry] = {}
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{file} is missing", fix="download the shard again")
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise ModelError(f'tensor "{name}" stands in {entries[name].file.name} and in {file.name}')
+            entries[name] = entry
+    return entries
+
+
+def is_plain_name(name: Any) -> bool:
+    """Return whether a shard's name stays in the folder."""
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+
+
+def no_weights(path: Path) -> ModelError:
+    """Return the error for a folder without safetensors, naming pickles where there are any."""
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickles:
+        return ModelError(
+            f"{path} holds its weights as pickle ({pickles[0]}), which can run code and is never loaded",
+            fix="save the model as safetensors (transformers: model.save_pretrained(folder))",
+        )
+    return ModelError(f"{path} has no model*.safetensors", fix="is this a model folder? download it again")
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return mlx-lm's quantization entry; raises CapabilityError for the formats of others."""
+    foreign = config.get("quantization_config")
+    own = config.get("quantization") or (foreign if isinstance(foreign, dict) and "quant_method" not in foreign else None)
+    if isinstance(foreign, dict) and "quant_method" in foreign and not config.get("quantization"):
+        raise CapabilityError(
+            f"the folder is quantized with {foreign['quant_method']}, which this version does not read",
+            expected="float weights, or an mlx-lm folder with affine quantization",
+            fix="use the unquantized model with quantization: affine-4bit-g64",
+        )
+    if own is not None and own.get("mode", "affine") != "affine":
+        raise CapabilityError(
+            f"the folder is quantized with mode {own['mode']}, which this version does not read",
+            expected="affine", fix="convert the original model with `mlx_lm convert -q`",
+        )  # fmt: skip
+    return own
+
+
+def find_schemes(path: Path, quantization: dict[str, Any] | None, entries: Mapping[str, Entry]) -> dict[str, Scheme]:
+    """Return the scheme of every module that has scales, checked against its shapes."""
+    schemes: dict[str, Scheme] = {}
+    for name in entries:
+        if not name.endswith(".scales"):
+            continue
+        module = name.removesuffix(".scales")
+        found = (quantization or {}).get(module, quantization)
+        if not isinstance(found, dict) or f"{module}.weight" not in entries or f"{module}.biases" not in entries:
+            raise ModelError(f'{path}: "{name}" has no weight, biases or entry in config.json', fix="convert it again")
+        group, bits = found.get("group_size", 64), found.get("bits", 4)
+        weight, scales = entries[f"{module}.weight"], entries[name]
+        fits = bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)
+        if not fits or weight.dtype != "U32" or weight.shape[-1] * 32 != scales.shape[-1] * group * bits:
+            raise ModelError(
+                f'{path}: "{module}" does not hold {bits} bits in groups of {group}: weight {weight.shape}, '
+                f"scales {scales.shape}", fix="convert the model again",
+            )  # fmt: skip
+        schemes[module] = Scheme("affine", bits, group)
+    return schemes
+
+
+def check_tensors(
+    path: Path, *, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], tied: Iterable[str] = ()
+) -> None:
+    """Raise ModelError unless every expected tensor is there with its shape, and no other.
+
+    tied: names that may be present or absent, because another tensor holds the same values.
+    """
+    optional = set(tied)
+    missing = [name for name in expected if name not in found and name not in optional]
+    extra = [name for name in found if name not in expected and name not in optional and not COMPUTED.search(name)]
+    wrong = [name for name in expected if name in found and tuple(expected[name]) != tuple(found[name])]
+    if wrong:
+        name = wrong[0]
+        raise ModelError(
+            f'{path}: tensor "{name}" has shape {tuple(found[name])}{others(wrong)}',
+            expected=f"{tuple(expected[name])} by config.json", fix="config.json and weights must belong together",
+        )  # fmt: skip
+    if missing:
+        raise ModelError(f'{path}: tensor "{missing[0]}" is missing{others(missing)}', fix="download the model again")
+    if extra:
+        raise ModelError(
+            f'{path}: tensor "{extra[0]}" has no place in a {"/".join(sorted({n.split(".")[0] for n in expected}))} model'
+            f"{others(extra)}", fix="config.json and weights must belong together",
+        )  # fmt: skip
+
+
+def nearest_family(name: str, known: Iterable[str]) -> str:
+    """Return a hint for an unknown architecture, without listing hundreds of names."""
+    hint = did_you_mean(name, known)
+    return hint if "mean" in hint else "use a model of a family such as llama, mistral or qwen2"
+
+
+def others(names: list[str]) -> str:
+    """Return " (and 3 more)" or nothing."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def end_tokens(folder: Path, *, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """Return the ids that end a generation: of generation_config.json, config.json and the tokenizer."""
+    found: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            value = read_json(folder / name).get("eos_token_id")
+            values = value if isinstance(value, list) else [value]
+            found.update(item for item in values if isinstance(item, int) and not isinstance(item, bool))
+    return tuple(sorted(found))
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

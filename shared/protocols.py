@@ -1,0 +1,121 @@
+"""The line between shared code and a backend. No code here: four nouns and their verbs.
+
+Rules, each one a conformance test for every registered backend:
+- `Trainer.step` is one whole update: sum over micro-batches, divide once, clip, update or skip.
+- Names are Hugging Face parameter names; adapters are PEFT's A (r, in) and B (out, r).
+- No numeric default lives below `shared/config.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from shared.types import (
+    AdapterSpec,
+    Batch,
+    Capability,
+    Memory,
+    ModelInfo,
+    Packed,
+    Part,
+    Sampling,
+    Scheme,
+    StepStats,
+    Tensor,
+    Token,
+    Update,
+)
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Pending(Protocol[T_co]):
+    """A result that may still be in the making; `result` waits for it."""
+
+    def result(self) -> T_co: ...
+
+
+class Model(Protocol):
+    """A base model with its adapters on one device."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def attach(self, spec: AdapterSpec) -> None:
+        """Make `spec.modules` trainable (LoRA, zero-initialised), or all parameters for kind "none"."""
+        ...
+
+    def log_probs(self, batch: Batch) -> np.ndarray:
+        """Return (N,) float32 log-probabilities in nats of the targets; no gradients, no dropout."""
+        ...
+
+    def tensors(self, part: Part) -> Iterator[tuple[str, Tensor]]:
+        """Yield the base's or the trained tensors under canonical names, weights (out, in)."""
+        ...
+
+    def load_tensors(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
+        """Replace them; strict: every name and shape is accounted for, or AdapterError."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
+        """Yield tokens prompt by prompt as they are made."""
+        ...
+
+
+class Trainer(Protocol):
+    """One model, one objective, one optimizer."""
+
+    def step(self, micro: Sequence[Batch], update: Update) -> Pending[StepStats]:
+        """Do exactly one optimizer update from all micro-batches; OutOfMemory leaves no trace."""
+        ...
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the optimizer's tensors: `m.<name>`, `v.<name>`, and `master.<name>` where kept."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace them; strict."""
+        ...
+
+    def memory(self) -> Memory: ...
+
+
+class Quantizer(Protocol):
+    """One storage format; the NumPy codec is the specification."""
+
+    @property
+    def scheme(self) -> Scheme: ...
+
+    def quantize(self, weight: Tensor) -> Packed: ...
+
+    def dequantize(self, packed: Packed) -> Tensor: ...
+
+
+class Backend(Protocol):
+    """A framework: "mlx" or "torch"."""
+
+    @property
+    def name(self) -> str: ...
+
+    def probe(self) -> Capability: ...
+
+    def load_model(
+        self, folder: Path, *, dtype: str, quantization: Scheme | None, recompute: bool, device: str | None
+    ) -> Model:
+        """Return the base of a folder, quantized at load where asked; raises ModelError."""
+        ...
+
+    def trainer(self, model: Model, *, objective: str) -> Trainer: ...
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Return the weight a packed array stands for, as this backend's kernels see it."""
+        ...
+
+    def dropout_mask(self, *, seed: int, step: int, name: str, slots: Sequence[int], shape: tuple[int, int], p: float) -> np.ndarray:
+        """Return (B, T, D) bool as the adapter layers use it, B = len(slots), shape = (T, D)."""
+        ...
+

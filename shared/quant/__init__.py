@@ -1,0 +1,1 @@
+"""Storage formats for weights. The NumPy codecs are the specification; backends bring kernels."""

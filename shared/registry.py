@@ -1,0 +1,58 @@
+"""Names -> "module:attribute", resolved when used, so that nobody imports a framework by accident."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import CapabilityError, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from shared.protocols import Backend
+
+BACKENDS = {"mlx": "mlxlora.backend:create", "torch": "torch_backend.backend:create"}
+QUANTIZERS = {"affine": "shared.quant.affine:AffineQuantizer"}
+OBJECTIVES = {"sft": "shared.objectives.sft:sft"}
+INSTALL = {
+    "mlx": 'pip install "mlxlora[mlx-cpu]" (Linux) or "mlxlora" (Mac with Apple silicon)',
+    "torch": 'pip install "mlxlora[torch]", or "mlxlora[cuda]" on a GPU server',
+}
+
+
+def resolve(table: dict[str, str], name: str, what: str) -> Any:
+    """Return the object a table names; raises ConfigError with the nearest known name."""
+    if name not in table:
+        raise ConfigError(f'unknown {what} "{name}"', fix=did_you_mean(name, table))
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def find_backend(name: str) -> Backend:
+    """Return a backend that runs on this machine; "auto" takes MLX on a Mac, else torch with CUDA, else any.
+
+    Raises CapabilityError with the install line where none does.
+    """
+    if name != "auto":
+        backend = resolve(BACKENDS, name, "backend")()
+        found = backend.probe()
+        if not found.available:
+            raise CapabilityError(f'backend "{name}" is not available: {found.reason}', fix=found.fix or INSTALL[name])
+        return backend
+    probes = {key: resolve(BACKENDS, key, "backend")() for key in BACKENDS}
+    able = {key: backend for key, backend in probes.items() if backend.probe().available}
+    for key in preferred_order({key: backend.probe().device for key, backend in able.items()}):
+        return able[key]
+    reasons = "; ".join(f"{key}: {backend.probe().reason}" for key, backend in probes.items())
+    raise CapabilityError(f"no backend is available ({reasons})", fix="; or ".join(INSTALL.values()))
+
+
+def preferred_order(devices: dict[str, str]) -> list[str]:
+    """Return backend names, an accelerator before a CPU, torch before MLX on a CPU (it is faster there).
+
+    >>> preferred_order({"mlx": "gpu", "torch": "cpu"})
+    ['mlx', 'torch']
+    >>> preferred_order({"mlx": "cpu", "torch": "cpu"})
+    ['torch', 'mlx']
+    """
+    rank = {"mlx": 1, "torch": 0}
+    return sorted(devices, key=lambda key: (devices[key] == "cpu", rank.get(key, 2)))

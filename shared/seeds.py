@@ -1,0 +1,80 @@
+"""Randomness as a pure function of (seed, step, name): the same on every backend and after a resume.
+
+Three users: the order of rows, the initial adapter, and dropout masks. The dropout hash is plain 32-bit
+integer arithmetic, so that a GPU can make a mask where it needs it; `dropout_mask` is its specification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+# lowbias32 of Chris Wellons' hash-prospector: xor-shift 16, multiply, xor-shift 15, multiply, xor-shift 16.
+MIX_A, MIX_B = 0x7FEB352D, 0x846CA68B
+SLOT_STRIDE = 0x9E3779B1  # odd, so that slots spread over all 32 bits
+KEEP_BITS = 24
+
+
+def key64(*parts: object) -> int:
+    """Return 64 bits that depend on every part.
+
+    >>> key64(0, "rows", 1) == key64(0, "rows", 1) != key64(0, "rows", 2)
+    True
+    """
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def generator(*parts: object) -> np.random.Generator:
+    """Return a NumPy generator (Philox, counter-based) for these parts."""
+    return np.random.Generator(np.random.Philox(key=key64(*parts)))
+
+
+def row_order(*, seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """Return the order of rows in an epoch, (num_rows,) int64."""
+    return generator(seed, "rows", epoch).permutation(num_rows)
+
+
+def uniform(*, seed: int, name: str, shape: tuple[int, ...], bound: float) -> np.ndarray:
+    """Return float32 values from U(-bound, bound), a function of (seed, name, shape)."""
+    unit = generator(seed, "init", name).random(shape, dtype=np.float32)
+    return (unit * np.float32(2) - np.float32(1)) * np.float32(bound)
+
+
+def mix32(x: np.ndarray) -> np.ndarray:
+    """Return well-mixed uint32 words; a bijection."""
+    x = x.astype(np.uint32)
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(MIX_A)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(MIX_B)
+    return x ^ (x >> np.uint32(16))
+
+
+def token_keys(*, seed: int, step: int, slots: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+    """Return (B, T) uint32, one word per token of an update, whatever micro-batch it stands in."""
+    base = np.uint32(key64(seed, "dropout", step) & 0xFFFFFFFF)
+    slot_B = np.asarray(slots, dtype=np.uint32) * np.uint32(SLOT_STRIDE)
+    t_T = np.arange(length, dtype=np.uint32)
+    return mix32(mix32(slot_B ^ base)[:, None] + t_T[None, :])
+
+
+def column_keys(*, name: str, width: int) -> np.ndarray:
+    """Return (D,) uint32, one word per input feature of the layer called `name`."""
+    base = np.uint32(key64("column", name) & 0xFFFFFFFF)
+    return mix32(np.arange(width, dtype=np.uint32) + base)
+
+
+def keep_threshold(p: float) -> int:
+    """Return the bound on the hash's top 24 bits: at or above it, a feature is kept."""
+    return round(p * 2**KEEP_BITS)
+
+
+def dropout_mask(
+    *, seed: int, step: int, name: str, slots: Sequence[int], shape: tuple[int, int], p: float
+) -> np.ndarray:
+    """Return (B, T, D) bool, true where a feature is kept, for `slots` (B) and shape (T, D)."""
+    token_BT = token_keys(seed=seed, step=step, slots=slots, length=shape[0])
+    column_D = column_keys(name=name, width=shape[1])
+    hash_BTD = mix32(token_BT[:, :, None] ^ column_D[None, None, :])
+    return (hash_BTD >> np.uint32(32 - KEEP_BITS)) >= np.uint32(keep_threshold(p))

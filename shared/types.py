@@ -1,0 +1,173 @@
+"""The nouns that cross the line between shared code and a backend: frozen, NumPy inside.
+
+Shape suffixes: B rows, T tokens, N supervised positions, V vocabulary, D model width, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Part = Literal["base", "adapter"]
+BackendName = Literal["mlx", "torch"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named dtype and its words. bfloat16 is held as uint16 words: NumPy has no such type."""
+
+    dtype: str  # a safetensors name: F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL
+    data: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape; words and values count alike."""
+        return tuple(self.data.shape)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized row. `supervised` marks the tokens that the model is trained to say."""
+
+    tokens: np.ndarray  # (T,) int32
+    supervised: np.ndarray  # (T,) bool; never true at position 0, which nothing predicts
+    source: str  # "train.jsonl:3"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: rows padded on the right, and where its supervised tokens are."""
+
+    tokens_BT: np.ndarray  # int32; what stands behind a row's length is never read
+    lengths_B: np.ndarray  # int32
+    slots_B: np.ndarray  # int32: place of each row in its update, whatever the cut
+    positions_N: np.ndarray  # int32: flat b*T + t of the hidden state that predicts the target
+    targets_N: np.ndarray  # int32
+    weights_N: np.ndarray  # float32
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens that are not padding."""
+        return int(self.lengths_B.sum())
+
+
+@dataclass(frozen=True)
+class Update:
+    """Every number of one optimizer update; no backend has a default of its own."""
+
+    step: int  # from 1
+    seed: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float  # decoupled; on tensors of two or more dimensions only
+    max_grad_norm: float | None
+    bias_correction: bool
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one update did: loss in nats per unit of weight, gradient norm before clipping."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool  # true: a non-finite loss or gradient, nothing was changed
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in use, at the highest, and at most (None where the platform does not say)."""
+
+    active: int
+    peak: int
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A storage format for weights, e.g. affine with 4 bits in groups of 64."""
+
+    name: str  # "affine"
+    bits: int
+    group_size: int
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.bits}bit-g{self.group_size}"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized weight: its scheme and the arrays that hold it."""
+
+    scheme: Scheme
+    arrays: Mapping[str, Tensor]  # affine: weight (O, I*bits/32) U32, scales and biases (O, I/group)
+    shape: tuple[int, int]  # (O, I) of the weight it stands for
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What to train, resolved against a model: `modules` are canonical names in model order."""
+
+    kind: str  # "lora" | "none" (full fine-tuning)
+    rank: int
+    alpha: float
+    dropout: float
+    modules: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """Return the multiplier of the low-rank product, alpha / rank."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Facts of a loaded base under Hugging Face names."""
+
+    family: str
+    num_layers: int
+    vocab_size: int
+    max_positions: int | None
+    linears: Mapping[str, tuple[int, int]]  # module name inside the decoder layers -> (out, in)
+    num_parameters: int  # of those linears
+    quantized: Mapping[str, str]  # module name -> scheme
+    notes: tuple[str, ...]  # what a user should know, to be printed once
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to pick tokens: temperature 0 is greedy."""
+
+    max_tokens: int
+    temperature: float
+    seed: int
+    stop_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token of one prompt, with its log-probability in nats at temperature 1."""
+
+    prompt: int
+    token: int
+    log_prob: float
+    stopped: bool  # an end token: not part of the text
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a backend can do on this machine, or why it cannot."""
+
+    name: str
+    available: bool
+    reason: str  # why not, or which device and why
+    fix: str | None
+    device: str
+    dtypes: tuple[str, ...]
+    schemes: tuple[str, ...]
+    objectives: tuple[str, ...]
+    versions: Mapping[str, str]

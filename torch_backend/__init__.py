@@ -1,0 +1,1 @@
+"""The PyTorch backend, mirror of `mlxlora/`: same file names, same order of definitions."""

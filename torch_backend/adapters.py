@@ -1,0 +1,100 @@
+"""LoRA: y = base(x) + (alpha/r) * dropout(x) A.T B.T, replacing linear modules in place.
+
+Legend: B rows, T tokens, D input width, O output width, R rank. A is (R, D), B is (O, R), both float32 and
+cast to the activations' dtype where they are used. Source: Hu et al. 2021, section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from shared import seeds
+from shared.types import AdapterSpec
+
+
+class Dropout:
+    """The dropout of all adapter layers: masks are a hash of (seed, step, layer, row, token, feature).
+
+    `begin` is called before a micro-batch's forward pass; outside of training nothing is dropped.
+    """
+
+    def __init__(self, *, p: float) -> None:
+        self.p = p
+        self.token_BT: torch.Tensor | None = None
+        self.columns: dict[str, torch.Tensor] = {}
+
+    def begin(self, *, seed: int, step: int, slots: np.ndarray, length: int, device: torch.device | str) -> None:
+        """Prepare the masks of one micro-batch."""
+        keys = seeds.token_keys(seed=seed, step=step, slots=slots, length=length)
+        self.token_BT = torch.from_numpy(keys.view(np.int32)).to(device)
+
+    def end(self) -> None:
+        """Stop dropping."""
+        self.token_BT = None
+
+    def mask(self, name: str, *, width: int) -> torch.Tensor:
+        """Return (B, T, D) bool, true where a feature of the layer `name` is kept."""
+        assert self.token_BT is not None
+        if name not in self.columns:
+            words = seeds.column_keys(name=name, width=width).view(np.int32)
+            self.columns[name] = torch.from_numpy(words.copy()).to(self.token_BT.device)
+        hash_BTD = mix32(self.token_BT[:, :, None] ^ self.columns[name])
+        return shift_right(hash_BTD, 32 - seeds.KEEP_BITS) >= seeds.keep_threshold(self.p)
+
+    def __call__(self, x_BTD: torch.Tensor, name: str) -> torch.Tensor:
+        """Return x with features dropped and the rest scaled by 1 / (1 - p)."""
+        if self.p == 0.0 or self.token_BT is None:
+            return x_BTD
+        scaled = self.mask(name, width=x_BTD.shape[-1]).to(x_BTD.dtype) * (1 / (1 - self.p))
+        return x_BTD * scaled
+
+
+def shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the unsigned right shift of int32 words."""
+    return (x >> bits) & (2 ** (32 - bits) - 1)
+
+
+def mix32(x: torch.Tensor) -> torch.Tensor:
+    """Return `shared.seeds.mix32` of int32 words, which wrap as uint32 words do."""
+    x = (x ^ shift_right(x, 16)) * seeds.MIX_A
+    x = (x ^ shift_right(x, 15)) * (seeds.MIX_B - 2**32)
+    return x ^ shift_right(x, 16)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank product beside it."""
+
+    def __init__(self, base: nn.Module, *, name: str, spec: AdapterSpec, dropout: Dropout) -> None:
+        super().__init__()
+        self.base, self.name, self.scale, self.dropout = base, name, spec.scale, dropout
+        self.in_features, self.out_features = int(base.in_features), int(base.out_features)
+        device = next(iter([*base.parameters(), *base.buffers()])).device
+        self.lora_A = nn.Parameter(torch.zeros(spec.rank, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, spec.rank, device=device))
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Return base(x) + scale * dropout(x) A.T B.T."""
+        low_BTR = self.dropout(x_BTD, self.name) @ self.lora_A.to(x_BTD.dtype).T
+        return self.base(x_BTD) + self.scale * (low_BTR @ self.lora_B.to(x_BTD.dtype).T)
+
+
+def attach_lora(root: nn.Module, spec: AdapterSpec, dropout: Dropout) -> None:
+    """Replace the spec's modules, in place, by LoRA layers over them."""
+    for name in spec.modules:
+        parent, _, leaf = name.rpartition(".")
+        owner = root.get_submodule(parent)
+        setattr(owner, leaf, LoRALinear(getattr(owner, leaf), name=name, spec=spec, dropout=dropout))
+
+
+def adapter_parameters(root: nn.Module) -> Mapping[str, nn.Parameter]:
+    """Return the trainable tensors as `<module>.lora_A` and `<module>.lora_B`, in module order."""
+    found: dict[str, nn.Parameter] = {}
+    for name, module in root.named_modules():
+        if isinstance(module, LoRALinear):
+            found[f"{name}.lora_A"] = module.lora_A
+            found[f"{name}.lora_B"] = module.lora_B
+    return found

@@ -1,0 +1,115 @@
+"""The PyTorch backend's front: what this machine can do, and how a folder becomes a model."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shared.errors import CapabilityError
+from shared.threads import wait_politely
+from shared.types import Capability, Packed, Scheme, Tensor
+
+if TYPE_CHECKING:
+    from torch_backend.model import TorchModel
+    from torch_backend.trainer import TorchTrainer
+
+NEEDS = ("torch", "transformers", "accelerate")
+INSTALL = 'pip install "mlxlora[torch]" (CPU or Mac), "mlxlora[cuda]" (GPU server)'
+
+
+def create() -> TorchBackend:
+    """Return the backend; imports torch only when something is loaded."""
+    wait_politely()
+    return TorchBackend()
+
+
+class TorchBackend:
+    """PyTorch with transformers' models, on CUDA or CPU."""
+
+    name = "torch"
+
+    def probe(self) -> Capability:
+        """Return what this machine can do with it, or why nothing."""
+        missing = [package for package in NEEDS if importlib.util.find_spec(package) is None]
+        if missing:
+            return capability(device="none", reason=f"{missing[0]} is not installed", fix=INSTALL)
+        return probe_device()
+
+    def load_model(
+        self, folder: Path, *, dtype: str, quantization: Scheme | None, recompute: bool, device: str | None
+    ) -> TorchModel:
+        """Return the base of a folder; quantization applies where the folder is not quantized already."""
+        from torch_backend.model import load_model
+
+        place = choose_device(device)
+        return load_model(folder, dtype=dtype, quantization=quantization, recompute=recompute, device=place)
+
+    def trainer(self, model: TorchModel, *, objective: str) -> TorchTrainer:
+        """Return a trainer for what `model.attach` made trainable."""
+        from torch_backend.trainer import TorchTrainer
+
+        return TorchTrainer(model, objective=objective)
+
+    def decode(self, packed: Packed) -> Tensor:
+        """Return a quantized weight as our kernels decode it."""
+        from torch_backend.quantized import decode_packed
+
+        return decode_packed(packed)
+
+    def dropout_mask(
+        self, *, seed: int, step: int, name: str, slots: Sequence[int], shape: tuple[int, int], p: float
+    ) -> np.ndarray:
+        """Return (B, T, D) bool as the adapter layers use it."""
+        from torch_backend.adapters import Dropout
+
+        dropout = Dropout(p=p)
+        dropout.begin(seed=seed, step=step, slots=np.asarray(slots), length=shape[0], device="cpu")
+        return dropout.mask(name, width=shape[1]).numpy()
+
+
+@lru_cache(maxsize=1)
+def probe_device() -> Capability:
+    """Return the capability with the device torch finds."""
+    import torch
+
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        return capability(device="gpu", reason=f"{found.name}, {found.total_memory / 2**30:.0f} GiB", fix=None)
+    return capability(device="cpu", reason=f"CPU, {torch.get_num_threads()} threads (no CUDA device)", fix=None)
+
+
+def capability(*, device: str, reason: str, fix: str | None) -> Capability:
+    """Return a capability record with the versions that are installed."""
+    versions = {}
+    for package in (*NEEDS, "bitsandbytes", "optimum-quanto"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return Capability(
+        name="torch",
+        available=device != "none",
+        reason=reason,
+        fix=fix,
+        device=device,
+        dtypes=("float32", "bfloat16"),
+        schemes=("affine",),
+        objectives=("sft",),
+        versions=versions,
+    )
+
+
+def choose_device(device: str | None) -> str:
+    """Return "cuda" or "cpu"; raises CapabilityError where a GPU is asked for and none is there."""
+    import torch
+
+    able = torch.cuda.is_available()
+    if device == "gpu" and not able:
+        raise CapabilityError("device: gpu, but torch finds no CUDA device", fix="set device: auto, or install a CUDA build of torch")
+    return "cuda" if able and device != "cpu" else "cpu"

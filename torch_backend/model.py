@@ -1,0 +1,257 @@
+"""A base model of transformers' zoo with our quantized and adapter layers in it.
+
+Parameter names are Hugging Face's throughout; `.base` and `.inner` parts of our own layers never show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from shared.adapters.spec import layer_of
+from shared.errors import ModelError
+from shared.families import CHECKED, head_facts, is_tied
+from shared.folder import ModelFolder, check_tensors, nearest_family, open_folder, others
+from shared.quant.affine import AffineQuantizer
+from shared.strict import check_adapter
+from shared.tensors import is_finite, read_tensor
+from shared.types import AdapterSpec, Batch, ModelInfo, Packed, Part, Sampling, Scheme, Tensor, Token
+from torch_backend import generate as generation
+from torch_backend import objectives
+from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
+from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear, quantize_linear
+from torch_backend.state import from_torch, to_torch, torch_dtype
+
+PROBE_TOLERANCE = 1e-3  # relative to the largest logit; a wrong head is off by its order of magnitude
+
+
+class TorchModel:
+    """A loaded base; `attach` makes something of it trainable."""
+
+    def __init__(self, zoo: Any, head: objectives.Head, info: ModelInfo, *, device: torch.device) -> None:
+        self.zoo, self.head, self.info, self.device = zoo, head, info, device
+        self.decoder = zoo.get_decoder()
+        self.dropout = Dropout(p=0.0)
+        self.parameters: dict[str, nn.Parameter] = {}
+
+    def attach(self, spec: AdapterSpec) -> None:
+        """Make the spec's LoRA layers trainable, or for kind "none" every parameter."""
+        if spec.kind == "lora":
+            self.dropout = Dropout(p=spec.dropout)
+            attach_lora(self.zoo, spec, self.dropout)
+            self.parameters = dict(adapter_parameters(self.zoo))
+        else:
+            self.parameters = dict(self.zoo.named_parameters())
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Return (N, D) last hidden states at the positions that predict supervised tokens."""
+        tokens_BT = torch.from_numpy(batch.tokens_BT).to(self.device, torch.long)
+        h_BTD = self.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        return h_BTD.flatten(0, 1)[torch.from_numpy(batch.positions_N).to(self.device, torch.long)]
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch) -> np.ndarray:
+        """Return (N,) float32 log-probabilities of the targets in nats."""
+        targets_N = torch.from_numpy(batch.targets_N).to(self.device, torch.long)
+        return objectives.log_probs(self.hidden(batch), self.head, targets_N).cpu().numpy()
+
+    def tensors(self, part: Part) -> Iterator[tuple[str, Tensor]]:
+        """Yield the base's or the trained tensors under canonical names."""
+        if part == "adapter":
+            yield from ((name, from_torch(value)) for name, value in self.parameters.items())
+            return
+        for name, value in self.zoo.state_dict().items():
+            if not name.endswith((".lora_A", ".lora_B")):
+                yield name.replace(".base.", "."), from_torch(value)
+
+    def load_tensors(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the trained tensors (part "adapter"); strict on names, shapes and finite values."""
+        if part != "adapter":
+            raise ModelError("a base is loaded from its folder, not replaced", fix="load the other model")
+        check_adapter(tensors, expected={name: tuple(value.shape) for name, value in self.parameters.items()})
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(to_torch(tensors[name]))
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
+        """Yield tokens prompt by prompt as they are made."""
+        return generation.generate(self, prompts, sampling)
+
+
+def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute: bool, device: str) -> TorchModel:
+    """Return the base of a folder, in `dtype`, on `device`; raises ModelError where anything does not fit."""
+    folder = open_folder(path)
+    zoo = build_empty(folder, torch_dtype(dtype))
+    tied = is_tied(folder.config, has_head="lm_head.weight" in folder.entries)
+    notes = fill(zoo, folder, dtype=torch_dtype(dtype), quantization=quantization, tied=tied)
+    zoo.eval().requires_grad_(False).to(device)
+    if tied:
+        tie_head(zoo)
+    if recompute:
+        for layer in zoo.get_decoder().layers:
+            layer.forward = partial(recomputed, layer.forward)
+    head = objectives.Head(zoo.get_output_embeddings(), head_facts(folder.config))
+    model = TorchModel(zoo, head, describe(zoo, folder, notes), device=torch.device(device))
+    if folder.family not in CHECKED:
+        check_head(model, folder)
+    return model
+
+
+def build_empty(folder: ModelFolder, dtype: torch.dtype) -> Any:
+    """Return the zoo's model without values (buffers are real); raises ModelError for an unknown family."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    if folder.family not in KNOWN:
+        raise ModelError(f'unknown architecture "{folder.family}" in {folder.path.name}', fix=nearest_family(folder.family, KNOWN))
+    stripped = {key: value for key, value in folder.config.items() if key not in ("quantization", "quantization_config")}
+    try:
+        config = CONFIG_MAPPING[folder.family].from_dict(stripped)
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ModelError(f"{folder.path / 'config.json'}: {error}", fix="config.json does not describe a model") from None
+
+
+def fill(
+    zoo: Any, folder: ModelFolder, *, dtype: torch.dtype, quantization: Scheme | None, tied: bool
+) -> tuple[str, ...]:
+    """Load every tensor of the folder, then quantize if asked; return notes on what was left out."""
+    put_quantized(zoo, folder, dtype)
+    expected = {name: tuple(value.shape) for name, value in zoo.state_dict().items()}
+    found = {name: entry.shape for name, entry in folder.entries.items()}
+    check_tensors(folder.path, expected=expected, found=found, tied=("lm_head.weight",) if tied else ())
+    values = {name: load_value(folder, name, dtype) for name in expected if name in found and not is_packed(name, folder)}
+    if tied:
+        values.pop("lm_head.weight", None)
+        zoo.set_output_embeddings(nn.Identity())  # made anew by `tie_head` when the embedding is on its device
+    zoo.load_state_dict(values, strict=False, assign=True)
+    if quantization is None or folder.schemes:
+        return () if quantization is None else ("the folder is quantized already; its own scheme is kept",)
+    return quantize_layers(zoo, quantization)
+
+
+def is_packed(name: str, folder: ModelFolder) -> bool:
+    """Return whether a tensor belongs to a module that the folder stores quantized."""
+    module, _, leaf = name.rpartition(".")
+    return module in folder.schemes and leaf in ("weight", "scales", "biases")
+
+
+def load_value(folder: ModelFolder, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return one float tensor in `dtype`; raises ModelError where it is not finite."""
+    tensor = read_tensor(folder.entries[name])
+    if not is_finite(tensor):
+        raise ModelError(f'{folder.path}: tensor "{name}" holds NaN or infinity', fix="download the model again")
+    return to_torch(tensor).to(dtype)
+
+
+def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> None:
+    """Replace the modules that the folder stores quantized, packed bytes taken as they are."""
+    for name, scheme in folder.schemes.items():
+        parent, _, leaf = name.rpartition(".")
+        try:
+            owner = zoo.get_submodule(parent)
+            module = getattr(owner, leaf)
+        except AttributeError:
+            raise ModelError(f'{folder.path}: quantized module "{name}" has no place in the model') from None
+        arrays = {key: read_tensor(folder.entries[f"{name}.{key}"]) for key in ("weight", "scales", "biases")}
+        packed = Packed(scheme, arrays, (arrays["scales"].shape[0], arrays["scales"].shape[1] * scheme.group_size))
+        if not all(is_finite(tensor) for tensor in arrays.values()):
+            raise ModelError(f'{folder.path}: the scales of "{name}" hold NaN or infinity', fix="convert it again")
+        if tuple(module.weight.shape) != packed.shape:
+            raise ModelError(f'{folder.path}: "{name}" has shape {packed.shape}', expected=f"{tuple(module.weight.shape)}")
+        if isinstance(module, nn.Embedding):
+            setattr(owner, leaf, QuantizedEmbedding(packed, dtype))
+        else:
+            setattr(owner, leaf, QuantizedLinear(packed, module.bias))
+
+
+def quantize_layers(zoo: nn.Module, scheme: Scheme) -> tuple[str, ...]:
+    """Quantize the linear layers of the decoder blocks; return a note on those that do not divide into groups."""
+    quantizer = AffineQuantizer(scheme)
+    left: list[str] = []
+    for name, module in list(zoo.named_modules()):
+        if not isinstance(module, nn.Linear) or layer_of(name) is None:
+            continue
+        if not quantizer.fits((module.out_features, module.in_features)):
+            left.append(name)
+            continue
+        parent, _, leaf = name.rpartition(".")
+        setattr(zoo.get_submodule(parent), leaf, quantize_linear(name, module, scheme))
+    return not_quantized(left, scheme)
+
+
+def not_quantized(left: Sequence[str], scheme: Scheme) -> tuple[str, ...]:
+    """Return a note that names the layers whose width does not divide into groups."""
+    if not left:
+        return ()
+    return (f"not quantized, width not divisible by {scheme.group_size}: {min(left)}{others(list(left))}",)
+
+
+def tie_head(zoo: Any) -> None:
+    """Make the output layer use the embedding's values."""
+    embedding = zoo.get_input_embeddings()
+    if isinstance(embedding, QuantizedEmbedding):
+        zoo.set_output_embeddings(QuantizedLinear.over(embedding))
+        return
+    head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+    head.weight = embedding.weight
+    zoo.set_output_embeddings(head)
+
+
+def recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a layer, keeping its input only; it runs again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo:
+    """Return the facts of a loaded base."""
+    linears = {
+        name: (int(module.out_features), int(module.in_features))
+        for name, module in zoo.named_modules()
+        if isinstance(module, nn.Linear | QuantizedLinear) and layer_of(name) is not None
+    }
+    return ModelInfo(
+        family=folder.family,
+        num_layers=len(zoo.get_decoder().layers),
+        vocab_size=int(zoo.config.vocab_size),
+        max_positions=folder.config.get("max_position_embeddings"),
+        linears=linears,
+        num_parameters=sum(out * width for out, width in linears.values()),
+        quantized={name: str(scheme) for name, scheme in schemes_of(zoo)},
+        notes=notes,
+    )
+
+
+def schemes_of(zoo: nn.Module) -> Iterator[tuple[str, Scheme]]:
+    """Yield every quantized module with its scheme."""
+    for name, module in zoo.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            yield name, module.scheme
+
+
+@torch.no_grad()
+def check_head(model: TorchModel, folder: ModelFolder) -> None:
+    """Refuse a family whose logits are not head(last hidden state) as `shared.families` has it."""
+    tokens_BT = torch.arange(4, device=model.device)[None] % model.info.vocab_size
+    theirs = model.zoo(input_ids=tokens_BT, use_cache=False).logits.float()
+    ours = model.head.logits(model.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state[0])
+    gap = float((theirs[0] - ours).abs().max() / theirs.abs().max())
+    if not gap <= PROBE_TOLERANCE * (10 if theirs.dtype != torch.float32 else 1):
+        raise ModelError(
+            f'the family "{folder.family}" computes its logits in a way this version does not know (gap {gap:.1e})',
+            fix="report it; llama, mistral and qwen2 are known to be right",
+        )

@@ -1,0 +1,83 @@
+"""One optimizer update on PyTorch: sum over micro-batches, divide once, clip, update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shared.errors import CheckpointError, OutOfMemory
+from shared.types import Batch, Memory, StepStats, Tensor, Update
+from torch_backend.memory import is_out_of_memory, read_memory
+from torch_backend.model import TorchModel
+from torch_backend.objectives import OBJECTIVES
+from torch_backend.optim import AdamW
+from torch_backend.state import from_torch, to_torch
+
+
+@dataclass(frozen=True)
+class PendingStats:
+    """The numbers of an update, still on the device."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    applied: torch.Tensor
+
+    def result(self) -> StepStats:
+        """Return the numbers; waits for the device."""
+        return StepStats(float(self.loss), float(self.grad_norm), skipped=not bool(self.applied))
+
+
+class TorchTrainer:
+    """One model, one objective, one optimizer."""
+
+    def __init__(self, model: TorchModel, *, objective: str) -> None:
+        self.model, self.objective = model, OBJECTIVES[objective]
+        self.optimizer = AdamW(model.parameters)
+
+    def step(self, micro: Sequence[Batch], update: Update) -> PendingStats:
+        """Do exactly one update; on OutOfMemory nothing has changed."""
+        weight = float(sum(batch.weights_N.sum(dtype="float64") for batch in micro))
+        try:
+            losses = [self.accumulate(batch, update) for batch in micro]
+        except RuntimeError as error:
+            self.optimizer.grad.zero_()
+            if is_out_of_memory(error):
+                raise OutOfMemory(f"torch has no memory left: {str(error).splitlines()[0]}") from None
+            raise
+        norm, applied = self.optimizer.step(update, weight=weight)
+        return PendingStats(torch.stack(losses).sum() / weight, norm, applied)
+
+    def accumulate(self, batch: Batch, update: Update) -> torch.Tensor:
+        """Add one micro-batch's summed gradient to the flat one; return its summed loss."""
+        model = self.model
+        model.dropout.begin(
+            seed=update.seed, step=update.step, slots=batch.slots_B, length=batch.tokens_BT.shape[1], device=model.device
+        )
+        targets_N = torch.from_numpy(batch.targets_N).to(model.device, torch.long)
+        weights_N = torch.from_numpy(batch.weights_N).to(model.device)
+        loss = self.objective(model.hidden(batch), model.head, targets_N, weights_N)
+        parameters = list(self.optimizer.parameters.values())
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for view, grad in zip(self.optimizer.views(self.optimizer.grad), grads, strict=True):
+            if grad is not None:
+                view.add_(grad)
+        model.dropout.end()
+        return loss.detach()
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the optimizer's tensors."""
+        return ((name, from_torch(value)) for name, value in self.optimizer.tensors())
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the optimizer's tensors; strict."""
+        own = dict(self.optimizer.tensors())
+        if own.keys() != tensors.keys() or any(tuple(own[name].shape) != tensors[name].shape for name in own):
+            raise CheckpointError("the optimizer state is of another model or adapter", fix="resume with the same config")
+        for name, value in own.items():
+            value.copy_(to_torch(tensors[name]))
+
+    def memory(self) -> Memory:
+        """Return bytes active, at the highest, and at most."""
+        return read_memory(self.model.device)
