@@ -113,6 +113,70 @@ STORIES: dict[str, Stages] = {
             "That was the last command of the {daypart}.",
         ),
     ),
+    "echo": (
+        (
+            '"{Verb} the {device} in the {room}," said {name}.',
+            '{name} said: "{Verb} the {room} {device}."',
+            '{name} said: "Could you please {verb} the {device} in the {room}?"',
+            '"Please {verb} the {device} in the {room}," said {name}.',
+            '{name} said: "{other}, go to the {room} and {verb} the {device}."',
+            "{name} wants to {verb} the {device} in the {room}.",
+        ),
+        (
+            "So {other} {past} the {device} in the {room}.",
+            "{other} went to the {room} and {past} the {device}.",
+            "In the {room} {other} {past} the {device}.",
+        ),
+        (
+            "The {device} in the {room} is {state}.",
+            "The {room} {device} is {state}.",
+            "Now {other} is in the {room} and the {device} is {state}.",
+        ),
+        (
+            'The list says "{device}" and "{room}" and "{state}".',
+            "List: {device} ({room}), {state}.",
+            "\n{room}: {device}, {state}",
+            "\n{room}/{device}",
+        ),
+    ),
+    "dial": (
+        (
+            '"Set the {dial} in the {room} to {setting}," said {name}.',
+            '{name} said: "Please put the {room} {dial} to {setting}."',
+            '{name} said: "Could you please set the {dial} in the {room} to {setting}?"',
+            '{name} said: "{other}, go to the {room} and set the {dial} to {setting}."',
+        ),
+        (
+            "So {other} set the {dial} in the {room} to {setting}.",
+            "{other} went to the {room} and put the {dial} to {setting}.",
+        ),
+        (
+            "The {dial} in the {room} is at {setting}.",
+            "Now the {room} {dial} is at {setting}.",
+        ),
+        (
+            'The list says "{dial}" and "{room}" and "{setting}".',
+            "List: {dial} ({room}), {setting}.",
+            "\n{room}: {dial}, {setting}",
+        ),
+    ),
+    "timer": (
+        (
+            '"{Verb} the {device} in the {room} in {minutes} minutes," said {name}.',
+            '{name} said: "Please {verb} the {room} {device} for {minutes} minutes."',
+            '{name} said: "Could you {verb} the {device} in the {room} at {hour}?"',
+        ),
+        (
+            "So {other} {past} the {device} in the {room}, and {name} was {mood}.",
+            "{other} went to the {room} and {past} the {device}.",
+        ),
+        (
+            "The list says {device}, {room}, {hour}, {minutes}.",
+            "It was {hour}. {minutes} minutes later it was still {hour} on the clock in the {room}.",
+            "{minutes} minutes, said {other}, {minutes} minutes in the {room}.",
+            "At {hour} they were in the {room}, at {hour}.",
+        ),
+    ),
     "errand": (
         (
             "{name} said: go to the {room} and {verb} the {device}; then go to the {room2} and {verb2} the {device2}.",
@@ -422,7 +486,7 @@ def draw_slots(rng: random.Random) -> Slots:
 
 def story(rng: random.Random) -> str:
     """Return one mini-story, list or question with its answer."""
-    kind = rng.choice(list(STORIES))
+    kind = rng.choices(list(STORIES), [6 if kind in ("echo", "dial", "timer") else 1 for kind in STORIES])[0]
     text = " ".join(rng.choice(stage) for stage in STORIES[kind]).replace(" \n", "\n").replace("\n ", "\n")
     if kind == "question":
         facts, question, answer = rng.choice(DIALOGUES)
@@ -463,7 +527,7 @@ def chat(rng: random.Random) -> str:
     return layout.format(facts=facts, question=question, answer=answer).format(**draw_slots(rng))
 
 
-CORPUS_MIX = {story: 0.55, game: 0.35, chat: 0.1}
+CORPUS_MIX = {story: 0.85, game: 0.05, chat: 0.1}
 
 
 def corpus_rows() -> dict[str, list[Row]]:

@@ -121,7 +121,7 @@ class TrainConfig(Section):
 
 class EvaluationConfig(Section):
     every: Count | None = 100
-    batches: Annotated[Literal["all"] | Count, Field(description="micro-batches of valid.jsonl, or all")] = "all"
+    batches: Annotated[Literal["all"] | Count, Field(description="all of valid.jsonl, or its first N x batch_size rows")] = "all"
     patience: Annotated[Count | None, Field(description="stop after so many evaluations without a better loss")] = None
 
 

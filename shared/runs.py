@@ -1,0 +1,185 @@
+"""The run folder: made or refused before anything is loaded, locked by one writer, described by a manifest."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from shared import checkpoint
+from shared.config import RunConfig
+from shared.config_file import to_yaml
+from shared.errors import CheckpointError, ConfigError, StorageError
+from shared.folder import sha256
+from shared.types import Capability
+
+# Settings that may change between a run and its resume: they change neither the mathematics nor the data.
+FREE = (
+    "output", "backend", "device", "log", "checkpoint", "evaluation",
+    "train.micro_tokens", "train.recompute",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be the same for a resume to be the same run."""
+
+    settings: Mapping[str, Any]  # flat: "optimizer.lr" -> value
+    data: str  # hash of the training rows
+    base: str  # hash of the base's files
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as state.json keeps it."""
+        return {"settings": dict(self.settings), "data": self.data, "base": self.base}
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide the result, one level deep."""
+    flat: dict[str, Any] = {}
+    for key, value in config.model_dump(mode="json").items():
+        items = {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+        flat.update({name: v for name, v in items.items() if name not in FREE and name.split(".")[0] not in FREE})
+    return flat
+
+
+def open_run(folder: Path) -> None:
+    """Make the run folder and check that it can be written; raises ConfigError or StorageError."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output: {folder} is a file", expected="a folder, or a name for a new one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"output: cannot write in {folder}: {error.strerror}", fix="choose another --output") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder; raises ConfigError where another process trains in it."""
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ConfigError(f"{folder} is in use by {owner}", fix="wait for it, or choose another --output") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier run's results: checkpoints, metrics, adapter and reports."""
+    for name in ("checkpoints", "adapter", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "manifest.json", "report.html", "config.yaml"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def find_checkpoint(
+    folder: Path, resume: str, identity: Callable[[], Identity], note: Callable[[str], None]
+) -> checkpoint.Checkpoint | None:
+    """Return the checkpoint to go on from, None for a fresh start.
+
+    resume: "auto" (the newest valid one of the run folder), "never", or a checkpoint or run folder.
+    """
+    root = folder / "checkpoints"
+    if resume == "never":
+        clear(folder)
+        return None
+    checkpoint.sweep(root)
+    if resume == "auto":
+        found, problems = checkpoint.newest(root)
+        for problem in problems:
+            note(f"passed over: {problem}")
+    else:
+        found = from_path(Path(resume).expanduser())
+    if found is None and (folder / "metrics.jsonl").exists():
+        (folder / "metrics.jsonl").unlink()
+    if found is not None:
+        check_identity(found, identity())
+    return found
+
+
+def from_path(path: Path) -> checkpoint.Checkpoint:
+    """Return the checkpoint of a step-... folder, or the newest of a run folder."""
+    if not path.is_dir():
+        raise CheckpointError(f"--resume: no folder at {path}", expected="auto, never, a run folder or a checkpoint folder")
+    if (path / checkpoint.STATE_FILE).exists() or checkpoint.STEP_DIR.fullmatch(path.name):
+        return checkpoint.load(path)
+    found, _ = checkpoint.newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if found is None:
+        raise CheckpointError(f"--resume: no checkpoint in {path}", expected="a folder with checkpoints/step-...")
+    return found
+
+
+def check_identity(found: checkpoint.Checkpoint, own: Identity) -> None:
+    """Raise CheckpointError with the difference unless the checkpoint is of this very run."""
+    theirs = found.state.get("identity", {})
+    settings = theirs.get("settings", {})
+    changed = [
+        f"{key}: {settings.get(key)!r} -> {own.settings.get(key)!r}"
+        for key in sorted({*settings, *own.settings})
+        if settings.get(key) != own.settings.get(key)
+    ]
+    changed += ["the training rows"] if theirs.get("data") != own.data else []
+    changed += ["the base model's files"] if theirs.get("base") != own.base else []
+    if changed:
+        raise CheckpointError(
+            f"the run was started differently, so it cannot go on: {'; '.join(changed[:4])}",
+            fix="use the same settings, another --output, or --resume never to start anew (removes the old run)",
+        )
+
+
+def hash_files(files: Sequence[Path]) -> Future[dict[str, str]]:
+    """Return the SHA-256 of files by name, computed in the background."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash")
+    future = pool.submit(lambda: {file.name: sha256(file) for file in files})
+    pool.shutdown(wait=False)
+    return future
+
+
+def write_manifest(
+    folder: Path, config: RunConfig, capability: Capability, *, base: Mapping[str, str], data: Mapping[str, str],
+    facts: Mapping[str, Any], command: Sequence[str],
+) -> None:  # fmt: skip
+    """Write config.yaml and manifest.json."""
+    manifest = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(command),
+        "backend": capability.name,
+        "device": capability.reason,
+        "versions": {"python": platform.python_version(), **capability.versions},
+        "hardware": {"machine": platform.machine(), "system": platform.platform(terse=True), "cores": os.cpu_count()},
+        "seeds": {"train": config.train.seed},
+        "base_sha256": dict(base),
+        "data_sha256": dict(data),
+        **facts,
+    }
+    write_atomic(folder / "config.yaml", to_yaml(config))
+    write_atomic(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file such that it is whole or absent."""
+    staged = path.with_name(f".{path.name}.tmp")
+    staged.write_text(text, encoding="utf-8")
+    os.replace(staged, path)
+
+
+def command_line() -> list[str]:
+    """Return the command that runs this process, without the interpreter's path."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

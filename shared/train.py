@@ -1,0 +1,266 @@
+"""`train`: from a config to a run folder with an adapter in it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.adapters.folder import write_adapter
+from shared.adapters.spec import initial_adapter, resolve
+from shared.callbacks import Callback, Metrics, tell
+from shared.card import write_card
+from shared.checkpoint import Checkpoint
+from shared.config import RunConfig, parse_scheme
+from shared.data.batch import AUTO_MICRO_TOKENS, Plan
+from shared.data.rows import content_hash, find_data, read_rows, split_file
+from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
+from shared.errors import ModelError, StorageError
+from shared.export import write_model
+from shared.folder import ModelFolder, find_folder, open_folder
+from shared.loop import LoopState, Run, fit
+from shared.protocols import Backend, Model
+from shared.registry import find_backend
+from shared.runs import (
+    Identity,
+    command_line,
+    find_checkpoint,
+    flat_settings,
+    hash_files,
+    locked,
+    open_run,
+    write_manifest,
+)
+from shared.types import AdapterSpec, Example
+
+RECOMPUTE_FROM = 500_000_000  # matmul weights from which recompute: auto keeps layer inputs only
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs that can be checked before the model is loaded."""
+
+    config: RunConfig
+    base: ModelFolder
+    tokenizer: Tokenizer
+    train: list[Example]
+    valid: list[Example]
+    kind: str  # of the first row: text, prompt or messages
+    data_hash: str
+    data_files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run gives: the folder, the last losses, and how many updates there are."""
+
+    output: Path
+    adapter: Path
+    updates: int
+    loss: float | None
+    eval_loss: float | None
+    time_s: float
+    skipped_updates: int
+    already_complete: bool
+
+
+def train(
+    config: RunConfig, *, resume: str = "auto", callbacks: Sequence[Callback] = (), command: Sequence[str] = ()
+) -> TrainResult:
+    """Train as the config says, or go on where the run folder stands; raises MlxloraError subclasses."""
+    folder = config.output_dir
+    prepared = prepare(config)
+    backend = find_backend(config.backend)
+    open_run(folder)
+    with locked(folder):
+        note = lambda text: tell(callbacks, "on_note", text)  # noqa: E731
+        hashes = hash_files(prepared.base.files)
+        identity = lambda: make_identity(prepared, hashes)  # noqa: E731
+        found = find_checkpoint(folder, resume, identity, note)
+        run = build_run(prepared, backend, found, folder=folder, callbacks=callbacks, identity=identity)
+        capability = backend.probe()
+        facts = describe_run(run, prepared)
+        write_manifest(
+            folder, config, capability, base=hashes.result(), data=prepared.data_files, facts=facts,
+            command=command or command_line(),
+        )  # fmt: skip
+        complete = run.state.step >= run.updates
+        tell(callbacks, "on_start", {**facts, "backend": backend.name, "device": capability.reason, "from": run.state.step})
+        if not complete:
+            fit(run)
+        target = write_result(run, prepared)
+        result = summarize(run, target, complete=complete)
+        tell(callbacks, "on_end", {"output": str(folder), "adapter": str(target), "loss": result.loss, "eval_loss": result.eval_loss})
+        return result
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read and check everything small: the base's headers, the rows, the tokenizer."""
+    parse_scheme(config.quantization)
+    data = find_data(config.data.path)
+    file = split_file(data, "train")
+    assert file is not None
+    rows = read_rows(file)
+    valid_file = split_file(data, "valid")
+    valid_rows = read_rows(valid_file) if valid_file and config.evaluation.every is not None else []
+    if config.evaluation.batches != "all":
+        valid_rows = valid_rows[: config.evaluation.batches * config.train.batch_size]
+    base = open_folder(find_folder(config.model))
+    tokenizer = load_tokenizer(base.path)
+    options = {"train_on": config.data.train_on, "max_length": config.data.max_length}
+    train_rows, valid = tokenize_rows(rows, tokenizer, **options), tokenize_rows(valid_rows, tokenizer, **options)
+    check_vocabulary(base, [*train_rows, *valid])
+    files = [file] + ([valid_file] if valid_file else [])
+    return Prepared(
+        config=config,
+        base=base,
+        tokenizer=tokenizer,
+        train=train_rows,
+        valid=valid,
+        kind=rows[0].kind,
+        data_hash=content_hash(rows),
+        data_files=hash_files(files).result(),
+    )
+
+
+def check_vocabulary(base: ModelFolder, examples: Sequence[Example]) -> None:
+    """Raise ModelError where the tokenizer makes ids that the model has no embedding for."""
+    size = base.config.get("vocab_size")
+    largest = max(examples, key=lambda example: int(example.tokens.max()))
+    if isinstance(size, int) and int(largest.tokens.max()) >= size:
+        raise ModelError(
+            f"{base.path}: the tokenizer gives id {int(largest.tokens.max())} in {largest.source}, the model has {size} tokens",
+            fix="model and tokenizer must belong together; download the folder again",
+        )
+
+
+def make_identity(prepared: Prepared, hashes: Future[Mapping[str, str]]) -> Identity:
+    """Return what a resume compares; waits for the base's hashes."""
+    joined = "".join(f"{name}:{digest}" for name, digest in sorted(hashes.result().items()))
+    return Identity(flat_settings(prepared.config), prepared.data_hash, hashlib.sha256(joined.encode()).hexdigest())
+
+
+def build_run(
+    prepared: Prepared, backend: Backend, found: Checkpoint | None, *, folder: Path, callbacks: Sequence[Callback],
+    identity: Callable[[], Identity],
+) -> Run:  # fmt: skip
+    """Load the model, attach the adapter, and put both where the checkpoint says."""
+    config = prepared.config
+    model, spec = load_trainable(prepared, backend)
+    for text in model.info.notes:
+        tell(callbacks, "on_note", text)
+    if found is not None:
+        model.load_tensors("adapter", found.adapter)
+    elif spec.kind == "lora":
+        model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=config.train.seed))
+    trainer = backend.trainer(model, objective="sft")
+    if found is not None:
+        trainer.load_state(found.optimizer)
+    state = LoopState(**found.state["loop"]) if found else LoopState()
+    Metrics(folder / "metrics.jsonl").truncate(state.step)
+    plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
+    updates = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
+    micro = config.train.micro_tokens
+    return Run(
+        config=config, folder=folder, model=model, trainer=trainer, train=prepared.train, valid=prepared.valid,
+        plan=plan, updates=updates, micro_tokens=AUTO_MICRO_TOKENS if micro == "auto" else micro,
+        identity=identity().as_dict(), callbacks=callbacks, state=state, spec=spec,
+    )  # fmt: skip
+
+
+def load_trainable(prepared: Prepared, backend: Backend, *, dtype: str | None = None) -> tuple[Model, AdapterSpec]:
+    """Return the base with what the config makes trainable."""
+    config = prepared.config
+    check_trainable(prepared)
+    model = backend.load_model(
+        prepared.base.path,
+        dtype=dtype or config.train.dtype,
+        quantization=parse_scheme(config.quantization),
+        recompute=choose_recompute(config, prepared.base),
+        device=None if config.device == "auto" else config.device,
+    )
+    spec = resolve(config.adapter, model.info)
+    model.attach(spec)
+    return model, spec
+
+
+def check_trainable(prepared: Prepared) -> None:
+    """Raise ModelError for full fine-tuning of a folder that is stored quantized."""
+    if prepared.config.adapter.type == "none" and prepared.base.schemes:
+        raise ModelError(
+            f"{prepared.base.path} is quantized, so its weights cannot be trained (adapter.type: none)",
+            fix="set adapter.type: lora, or use the unquantized model",
+        )
+
+
+def choose_recompute(config: RunConfig, base: ModelFolder) -> bool:
+    """Return whether layers keep their input only; "auto" does from 500 million weights on."""
+    if isinstance(config.train.recompute, bool):
+        return config.train.recompute
+    return sum(math.prod(entry.shape) for entry in base.entries.values()) >= RECOMPUTE_FROM
+
+
+def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:
+    """Return facts for the manifest and the display."""
+    info, spec = run.model.info, run.spec
+    trained = sum(math.prod(tensor.shape) for _, tensor in run.model.tensors("adapter"))
+    return {
+        "model": run.config.model,
+        "family": info.family,
+        "quantization": sorted(set(info.quantized.values())) or ["none"],
+        "adapter": spec.kind,
+        "modules": len(spec.modules),
+        "trained_parameters": trained,
+        "rows": {"train": len(prepared.train), "valid": len(prepared.valid), "kind": prepared.kind},
+        "tokens": {
+            "train": int(sum(len(example.tokens) for example in prepared.train)),
+            "supervised": int(sum(example.supervised.sum() for example in prepared.train)),
+            "cut_at_max_length": sum(len(example.tokens) >= run.config.data.max_length for example in prepared.train),
+        },
+        "updates": run.updates,
+        "updates_per_epoch": run.plan.updates_per_epoch,
+    }
+
+
+def write_result(run: Run, prepared: Prepared) -> Path:
+    """Write the adapter folder (or the whole model after full fine-tuning), whole or not at all."""
+    kind = "adapter" if run.spec.kind == "lora" else "model"
+    final, staged = run.folder / kind, run.folder / f".{kind}.tmp"
+    shutil.rmtree(staged, ignore_errors=True)
+    notes = {"quantization": run.config.quantization, "rows": prepared.kind, "seed": run.config.train.seed}
+    try:
+        staged.mkdir()
+        tensors = dict(run.model.tensors("adapter"))
+        if kind == "adapter":
+            write_adapter(staged, run.spec, tensors, run.model.info, base=run.config.model, notes=notes)
+        else:
+            write_model(staged, tensors, source=prepared.base, dtype=run.config.train.dtype)
+        write_card(staged, run, kind=kind, train_rows=len(prepared.train))
+        shutil.rmtree(final, ignore_errors=True)
+        staged.rename(final)
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise StorageError(f"cannot write {final}: {error.strerror}", fix="free some space and run the command again") from None
+    return final
+
+
+def summarize(run: Run, target: Path, *, complete: bool) -> TrainResult:
+    """Return the result of a run from its metrics."""
+    rows = run.metrics.read()
+    losses = [row["loss"] for row in rows if "loss" in row]
+    evals = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    return TrainResult(
+        output=run.folder,
+        adapter=target,
+        updates=run.state.step,
+        loss=losses[-1] if losses else None,
+        eval_loss=evals[-1] if evals else None,
+        time_s=run.state.time_s,
+        skipped_updates=run.state.skipped,
+        already_complete=complete,
+    )
