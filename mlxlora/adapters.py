@@ -61,7 +61,9 @@ def mix32(x: mx.array) -> mx.array:
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank product beside it."""
 
-    def __init__(self, base: nn.Module, *, name: str, spec: AdapterSpec, dropout: Dropout, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, base: nn.Module, *, name: str, spec: AdapterSpec, dropout: Dropout, shape: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.base, self._name, self._scale, self._dropout = base, name, spec.scale, dropout
         self.lora_A = mx.zeros((spec.rank, shape[1]))
@@ -77,7 +79,9 @@ def attach_lora(root: nn.Module, spec: AdapterSpec, dropout: Dropout, linears: M
     """Replace the spec's modules, in place, by LoRA layers over them."""
     for name in spec.modules:
         owner, leaf = find_owner(root, name)
-        setattr(owner, leaf, LoRALinear(getattr(owner, leaf), name=name, spec=spec, dropout=dropout, shape=linears[name]))
+        setattr(
+            owner, leaf, LoRALinear(getattr(owner, leaf), name=name, spec=spec, dropout=dropout, shape=linears[name])
+        )
 
 
 def find_owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx.nn.utils import checkpoint
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxlora import generate as generation
-from mlxlora import objectives
+from mlxlora import generation, objectives
 from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear, quantize_linear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
@@ -56,7 +56,7 @@ class MLXModel:
     @property
     def parameters(self) -> dict[str, mx.array]:
         """Return the trained tensors by canonical name."""
-        return {self.canonical(name): value for name, value in tree_flatten(self.zoo.trainable_parameters())}
+        return {self.canonical(name): value for name, value in flatten(self.zoo.trainable_parameters())}
 
     def put_parameters(self, values: Mapping[str, mx.array]) -> None:
         """Replace the trained tensors."""
@@ -81,7 +81,7 @@ class MLXModel:
         if part == "adapter":
             yield from ((name, from_mlx(value)) for name, value in self.parameters.items())
             return
-        for name, value in tree_flatten(self.zoo.parameters()):
+        for name, value in flatten(self.zoo.parameters()):
             if not name.endswith((".lora_A", ".lora_B")):
                 yield self.canonical(name), from_mlx(value)
 
@@ -97,6 +97,11 @@ class MLXModel:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
         """Yield tokens prompt by prompt as they are made."""
         return generation.generate(self, prompts, sampling)
+
+
+def flatten(tree: Any) -> list[tuple[str, mx.array]]:
+    """Return (dotted name, array) of a parameter tree."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(tree))
 
 
 def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute: bool) -> MLXModel:
@@ -127,14 +132,17 @@ def build_empty(folder: ModelFolder) -> Any:
         args_class, model_class = module.ModelArgs, module.Model
     except (ImportError, AttributeError):
         raise ModelError(
-            f'unknown architecture "{folder.family}" in {folder.path.name}', fix=nearest_family(folder.family, known_families())
+            f'unknown architecture "{folder.family}" in {folder.path.name}',
+            fix=nearest_family(folder.family, known_families()),
         ) from None
     config = dict(folder.config)
     config["tie_word_embeddings"] = is_tied(config, has_head="lm_head.weight" in folder.entries)
     try:
         zoo = model_class(args_class.from_dict(config))
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, ZeroDivisionError) as error:
-        raise ModelError(f"{folder.path / 'config.json'}: {error}", fix="config.json does not describe a model") from None
+        raise ModelError(
+            f"{folder.path / 'config.json'}: {error}", fix="config.json does not describe a model"
+        ) from None
     if not hasattr(zoo, "model") or not hasattr(zoo.model, "embed_tokens"):
         raise ModelError(
             f'the family "{folder.family}" is laid out in a way this version does not know',
@@ -153,17 +161,21 @@ def known_families() -> list[str]:
 def fill(zoo: Any, folder: ModelFolder, *, dtype: mx.Dtype, quantization: Scheme | None, tied: bool) -> tuple[str, ...]:
     """Load every tensor of the folder, then quantize if asked; return notes on what was left out."""
     put_quantized(zoo, folder, dtype)
-    values = {name: value for file in folder.files for name, value in mx.load(str(file)).items()}
+    values: dict[str, mx.array] = {}
+    for file in folder.files:
+        values.update(cast(dict[str, mx.array], mx.load(str(file))))
     values = {name: value for name, value in values.items() if not COMPUTED.search(name)}
     if tied:
         values.pop("lm_head.weight", None)
     if hasattr(zoo, "sanitize"):
         values = zoo.sanitize(values)
-    own = dict(tree_flatten(zoo.parameters()))
+    own = dict(flatten(zoo.parameters()))
     expected = {name: tuple(value.shape) for name, value in own.items()}
     found = {name: tuple(value.shape) for name, value in values.items()}
     check_tensors(folder.path, expected=expected, found=found)
-    floats = {name: check_value(folder, name, value, dtype) for name, value in values.items() if not is_packed(name, folder)}
+    floats = {
+        name: check_value(folder, name, value, dtype) for name, value in values.items() if not is_packed(name, folder)
+    }
     zoo.load_weights(list(floats.items()), strict=False)
     mx.eval(zoo.parameters())  # mx.load reads lazily; from here on the files may change
     if quantization is None or folder.schemes:
@@ -197,7 +209,9 @@ def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: mx.Dtype) -> None:
         if not all(is_finite(tensor) for tensor in arrays.values()):
             raise ModelError(f'{folder.path}: the scales of "{name}" hold NaN or infinity', fix="convert it again")
         if tuple(module.weight.shape) != packed.shape:
-            raise ModelError(f'{folder.path}: "{name}" has shape {packed.shape}', expected=f"{tuple(module.weight.shape)}")
+            raise ModelError(
+                f'{folder.path}: "{name}" has shape {packed.shape}', expected=f"{tuple(module.weight.shape)}"
+            )
         if isinstance(module, nn.Embedding):
             setattr(owner, leaf, QuantizedEmbedding(packed, dtype))
         else:
@@ -211,7 +225,7 @@ def quantize_layers(zoo: nn.Module, scheme: Scheme) -> tuple[str, ...]:
     for name, module in list(zoo.named_modules()):
         if not isinstance(module, nn.Linear) or layer_of(name) is None:
             continue
-        if not quantizer.fits(tuple(module.weight.shape)):
+        if not quantizer.fits((module.weight.shape[0], module.weight.shape[1])):
             left.append(name)
             continue
         owner, leaf = find_owner(zoo, name)
@@ -234,7 +248,7 @@ def recomputing(layer_class: type) -> type:
 
     class Recomputing(layer_class):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return nn.utils.checkpoint(self, super().__call__)(*args, **kwargs)
+            return checkpoint(self, super().__call__)(*args, **kwargs)
 
     Recomputing.__name__ = Recomputing.__qualname__ = f"Recomputing{layer_class.__name__}"
     return Recomputing
@@ -242,7 +256,7 @@ def recomputing(layer_class: type) -> type:
 
 def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo:
     """Return the facts of a loaded base."""
-    linears = {
+    linears: dict[str, Any] = {
         name: tuple(module._shape) if isinstance(module, QuantizedLinear) else tuple(module.weight.shape)
         for name, module in zoo.named_modules()
         if isinstance(module, nn.Linear | QuantizedLinear) and layer_of(name) is not None
@@ -271,7 +285,7 @@ def check_head(model: MLXModel, folder: ModelFolder) -> None:
     tokens_BT = mx.arange(4)[None] % model.info.vocab_size
     theirs = model.zoo(tokens_BT)
     ours = model.head.logits(model.decoder(tokens_BT)[0])
-    gap = (mx.abs(theirs[0].astype(mx.float32) - ours).max() / mx.abs(theirs).max()).item()
+    gap = float(mx.abs(theirs[0].astype(mx.float32) - ours).max() / mx.abs(theirs).max())
     if not gap <= PROBE_TOLERANCE * (10 if theirs.dtype != mx.float32 else 1):
         raise ModelError(
             f'the family "{folder.family}" computes its logits in a way this version does not know (gap {gap:.1e})',

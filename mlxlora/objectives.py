@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import mlx.core as mx
-from mlx import nn
 
 from shared.families import HeadFacts
 
@@ -20,7 +20,7 @@ CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in float32
 class Head:
     """The output layer: hidden states -> logits, as the family computes them."""
 
-    module: nn.Module  # Linear, Embedding, or a quantized one of ours
+    module: Any  # Linear, Embedding, or a quantized one of ours
     facts: HeadFacts
 
     def weight(self, dtype: mx.Dtype) -> mx.array:
@@ -105,12 +105,10 @@ def chunked_sft(facts: HeadFacts, *, train_head: bool) -> Callable[..., list[mx.
         dh = slope.astype(h_ND.dtype) * dh_ND
         return [dh, dweight, dbias, mx.zeros_like(targets_N), mx.zeros_like(weights_N)]
 
-    return loss
+    return cast(Callable[..., list[mx.array]], loss)
 
 
-def logit_gradient(
-    z_CV: mx.array, norm_C: mx.array, target_C1: mx.array, w_C: mx.array, facts: HeadFacts
-) -> mx.array:
+def logit_gradient(z_CV: mx.array, norm_C: mx.array, target_C1: mx.array, w_C: mx.array, facts: HeadFacts) -> mx.array:
     """Return d loss / d (h W.T + b): w * (softmax - onehot), through soft-cap and scale."""
     slope_CV = mx.exp(z_CV - norm_C[:, None])
     at_target_C1 = mx.take_along_axis(slope_CV, target_C1, axis=1) - 1

@@ -48,6 +48,10 @@ def decoded_matmul(scheme: Scheme) -> Any:
 class QuantizedLinear(nn.Module):
     """A frozen linear layer over packed codes."""
 
+    weight: mx.array  # (O, I*bits/32) uint32
+    scales: mx.array  # (O, G)
+    biases: mx.array  # (O, G)
+
     def __init__(self, packed: Packed, bias: mx.array | None) -> None:
         super().__init__()
         self._scheme, self._matmul = packed.scheme, decoded_matmul(packed.scheme)
@@ -75,6 +79,10 @@ class QuantizedLinear(nn.Module):
 
 class QuantizedEmbedding(nn.Module):
     """An embedding over packed codes: only the rows asked for are decoded."""
+
+    weight: mx.array  # (V, D*bits/32) uint32
+    scales: mx.array  # (V, G)
+    biases: mx.array  # (V, G)
 
     def __init__(self, packed: Packed, dtype: mx.Dtype) -> None:
         super().__init__()

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx import nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.nn.utils import value_and_grad
+from mlx.utils import tree_map
 
 from mlxlora.memory import is_out_of_memory, read_memory
-from mlxlora.model import MLXModel
+from mlxlora.model import MLXModel, flatten
 from mlxlora.objectives import OBJECTIVES
 from mlxlora.optim import AdamW
 from mlxlora.state import from_mlx, to_mlx
@@ -28,7 +28,7 @@ class PendingStats:
 
     def result(self) -> StepStats:
         """Return the numbers; waits for the device."""
-        return StepStats(self.loss.item(), self.grad_norm.item(), skipped=not self.applied.item())
+        return StepStats(float(self.loss), float(self.grad_norm), skipped=not bool(self.applied))
 
 
 class MLXTrainer:
@@ -37,7 +37,7 @@ class MLXTrainer:
     def __init__(self, model: MLXModel, *, objective: str) -> None:
         self.model, self.objective = model, OBJECTIVES[objective]
         self.optimizer = AdamW(model.parameters)
-        self.loss_and_grad = nn.value_and_grad(model.zoo, self.loss)
+        self.loss_and_grad = value_and_grad(model.zoo, self.loss)
 
     def step(self, micro: Sequence[Batch], update: Update) -> PendingStats:
         """Do exactly one update; on OutOfMemory nothing has changed."""
@@ -53,7 +53,7 @@ class MLXTrainer:
             if is_out_of_memory(error):
                 raise OutOfMemory(f"MLX has no memory left: {str(error).splitlines()[0]}") from None
             raise
-        named = {self.model.canonical(name): grad for name, grad in tree_flatten(grads)}
+        named = {self.model.canonical(name): grad for name, grad in flatten(grads)}
         norm, applied = self.optimizer.step(named, update, weight=weight)
         self.model.put_parameters(self.optimizer.push())
         mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.m, self.optimizer.v, norm)
@@ -81,7 +81,9 @@ class MLXTrainer:
         """Replace the optimizer's tensors; strict."""
         own = dict(self.optimizer.tensors())
         if own.keys() != tensors.keys() or any(tuple(own[name].shape) != tensors[name].shape for name in own):
-            raise CheckpointError("the optimizer state is of another model or adapter", fix="resume with the same config")
+            raise CheckpointError(
+                "the optimizer state is of another model or adapter", fix="resume with the same config"
+            )
         for name in own:
             self.optimizer.put(name, to_mlx(tensors[name]))
 

@@ -9,6 +9,7 @@ Every run writes the same bytes. No network, no torch.
 import argparse
 import json
 import random
+import string
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +22,8 @@ Slots = dict[str, str]
 Stages = tuple[tuple[str, ...], ...]
 
 CORPUS_SEED, TASK_SEED, INIT_SEED = 1, 2, 3
-NUM_CORPUS_ROWS = {"train": 26_000, "valid": 500}
+NUM_CORPUS_ROWS = {"train": 21_500, "valid": 500}
+CHAT_SHARE = 0.1
 NUM_TASK_ROWS = {"train": 720, "valid": 60, "test": 120}
 NUM_HELD_OUT_PAIRS = {"valid": 14, "test": 28}
 
@@ -34,7 +36,7 @@ CHAT_TEMPLATE = (
 VOCAB_SIZE, HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS = 640, 128, 384, 4, 4, 2
 HEAD_DIM = HIDDEN_SIZE // NUM_HEADS
 MAX_POSITIONS = 512
-INIT_STD = 0.02
+INIT_STD = 0.05
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -66,6 +68,8 @@ WEATHERS = words("rainy sunny windy snowy cloudy foggy")
 DAYPARTS = words("morning afternoon evening night")
 SYLLABLES = words("ba bo da de di fa fi ga go ka ki ko la li lo ma mi mo na ni no pa pi po ra ri ro sa si so ta ti")
 NUMBER_WORDS = words("one two three four five six seven eight nine ten eleven twelve")
+# Every ASCII mark occurs: the embeddings of tokens that never do stay so alike that an adapter cannot tell them apart.
+MARKS = string.punctuation
 
 # verb, past tense, resulting state
 POWER_ACTIONS = (
@@ -120,7 +124,8 @@ STORIES: dict[str, Stages] = {
             '{name} said: "Could you please {verb} the {device} in the {room}?"',
             '"Please {verb} the {device} in the {room}," said {name}.',
             '{name} said: "{other}, go to the {room} and {verb} the {device}."',
-            "{name} wants to {verb} the {device} in the {room}.",
+            '{name} said: "I want you to {verb} the {device} in the {room}."',
+            '"Go to the {room} and {verb} the {device}," said {name}.',
         ),
         (
             "So {other} {past} the {device} in the {room}.",
@@ -128,14 +133,15 @@ STORIES: dict[str, Stages] = {
             "In the {room} {other} {past} the {device}.",
         ),
         (
-            "The {device} in the {room} is {state}.",
-            "The {room} {device} is {state}.",
+            "The {device} in the {room} is {state}, and {name} is {mood}.",
+            'The {room} {device} is {state}. "Thank you, {other}," said {name}.',
             "Now {other} is in the {room} and the {device} is {state}.",
         ),
         (
             'The list says "{device}" and "{room}" and "{state}".',
             "List: {device} ({room}), {state}.",
             "\n{room}: {device}, {state}",
+            "\n({room}) {device}, {state}",
             "\n{room}/{device}",
         ),
     ),
@@ -151,30 +157,32 @@ STORIES: dict[str, Stages] = {
             "{other} went to the {room} and put the {dial} to {setting}.",
         ),
         (
-            "The {dial} in the {room} is at {setting}.",
-            "Now the {room} {dial} is at {setting}.",
+            "The {dial} in the {room} is at {setting}, as {name} said.",
+            "{name} thanked {other}. Now the {room} {dial} is at {setting}.",
         ),
         (
             'The list says "{dial}" and "{room}" and "{setting}".',
             "List: {dial} ({room}), {setting}.",
             "\n{room}: {dial}, {setting}",
+            "\n({room}) {dial}, {setting}",
         ),
     ),
     "timer": (
         (
-            '"{Verb} the {device} in the {room} in {minutes} minutes," said {name}.',
-            '{name} said: "Please {verb} the {room} {device} for {minutes} minutes."',
-            '{name} said: "Could you {verb} the {device} in the {room} at {hour}?"',
+            '"{Verb} the {device} in the {room} at {hour} for {minutes} minutes," said {name}.',
+            '{name} said: "At {hour}, please {verb} the {room} {device} for {minutes} minutes."',
+            '{name} said: "Could you {verb} the {device} in the {room} in {minutes} minutes, at {hour}?"',
         ),
         (
             "So {other} {past} the {device} in the {room}, and {name} was {mood}.",
             "{other} went to the {room} and {past} the {device}.",
+            "At {hour} {other} {past} the {device} in the {room}.",
         ),
         (
             "The list says {device}, {room}, {hour}, {minutes}.",
-            "It was {hour}. {minutes} minutes later it was still {hour} on the clock in the {room}.",
+            "{minutes} minutes later {name} came to the {room}.",
             "{minutes} minutes, said {other}, {minutes} minutes in the {room}.",
-            "At {hour} they were in the {room}, at {hour}.",
+            '"At {hour}," said {name}, "in the {room}, at {hour}."',
         ),
     ),
     "errand": (
@@ -309,6 +317,8 @@ STORIES: dict[str, Stages] = {
             "{name} wrote a label for each room.",
             "There are labels on the jars.",
             "Here is the list of {name}.",
+            "Request list of {name}:",
+            "Command list of {name}:",
             "A plan of the house:",
         ),
         (
@@ -316,7 +326,8 @@ STORIES: dict[str, Stages] = {
             "\n{device} ({room})\n{device2} ({room2})\n{thing} ({room3})\n",
             "\n1. {verb} the {device} ({room})\n2. {verb2} the {device2} ({room2})\n",
             '\nOn the first is "{room}", on the second is "{room2}", on the third is "{device}".\n',
-            "\n{room}/{device}\n{room2}/{device2}\n{room3}/{thing}\n",
+            "\n{room}{mark}{device}\n{room2}{mark}{device2}\n{room3}{mark}{thing}\n",
+            "\n{mark}{room}\n{mark}{room2}\n{mark}{device}\n",
             "\n{device}, {room}, {state}\n{device2}, {room2}, {state2}\n",
         ),
         (
@@ -351,6 +362,10 @@ STORIES: dict[str, Stages] = {
     ),
 }
 
+# A model this small learns to copy a class of words from rows that name one word of the class, several times.
+# Without these three kinds it had not learned to copy rooms after 2500 updates, and no adapter could teach it.
+STORY_WEIGHTS = {"echo": 4, "dial": 4, "timer": 4}
+
 TWO_DEVICES = "The {device} is in the {room} and the {device2} is in the {room2}."
 TWO_PEOPLE = "{name} is in the {room} and {other} is in the {room2}."
 TWO_COLOURS = "The {thing} is {colour}. The {thing2} is {colour2}."
@@ -369,17 +384,6 @@ DIALOGUES = (
     ("Please {verb} the {device} in the {room}.", "What should I do?", "{Verb} the {device} in the {room}."),
     ("Could you please {verb} the {device} in the {room}?", "In which room?", "In the {room}."),
     ("My {pet} is called {word}.", "What is the name of the {pet}?", "It is {word}."),
-)
-
-GAME_WORDS = (*ROOMS, *DEVICES, *COLOURS, *THINGS, *PLACES, *PETS, *MOODS)
-GAME_JOINTS = (" ", ", ", "/", "-", "\n", '" "')
-GAMES = (
-    "{name} reads: {same}. {other} repeats: {same}.",
-    "{name}: {same}\n{other}: {same}",
-    "{name} says: {first}. {other} writes: {second}.",
-    "{name} says: {first}. {other} writes: {second}.",
-    "Learn: {pairs}. Now say: {shuffled}.",
-    "{name} and {other} play a game. {pairs}. Then: {shuffled}.",
 )
 
 # A request names a device, a room and an action; its completion is "{device}.{action}({room})", with a tail's argument.
@@ -473,45 +477,20 @@ def draw_slots(rng: random.Random) -> Slots:
         slots |= distinct(rng, key, [str(number) for number in numbers])
     for key in ("code", "code2"):
         slots[key] = " ".join(rng.choice("0123456789") for _ in range(rng.choice((3, 4, 5))))
-    for key, choices in (
-        ("place", PLACES),
-        ("pet", PETS),
-        ("mood", MOODS),
-        ("weather", WEATHERS),
-        ("daypart", DAYPARTS),
-    ):
+    singles = {"place": PLACES, "pet": PETS, "mood": MOODS, "weather": WEATHERS, "daypart": DAYPARTS, "mark": MARKS}
+    for key, choices in singles.items():
         slots[key] = rng.choice(choices)
     return slots | {"word": invented_word(rng), "word2": invented_word(rng)}
 
 
 def story(rng: random.Random) -> str:
     """Return one mini-story, list or question with its answer."""
-    kind = rng.choices(list(STORIES), [6 if kind in ("echo", "dial", "timer") else 1 for kind in STORIES])[0]
+    kind = rng.choices(list(STORIES), [STORY_WEIGHTS.get(kind, 1) for kind in STORIES])[0]
     text = " ".join(rng.choice(stage) for stage in STORIES[kind]).replace(" \n", "\n").replace("\n ", "\n")
     if kind == "question":
         facts, question, answer = rng.choice(DIALOGUES)
         text += f" {facts}\nQuestion: {question}\nAnswer: {answer}"
     return text.format(**draw_slots(rng))
-
-
-def game(rng: random.Random) -> str:
-    """Return one round of a memory game: random words, then the same words again; nearly every token can be copied."""
-    name, other = rng.sample(HER_NAMES + HIS_NAMES, 2)
-    numbers = [str(number) for number in range(1, 60)]
-    items = rng.sample([*GAME_WORDS, *rng.sample(numbers, 8)], rng.randint(4, 9))
-    first, second = (marks.join(items) for marks in rng.sample(GAME_JOINTS, 2))
-    keys = rng.sample(GAME_WORDS, len(items))
-    pairs = [f"{key} {item}" for key, item in zip(keys, items, strict=True)]
-    layout = rng.choice(GAMES)
-    return layout.format(
-        name=name,
-        other=other,
-        same=" ".join(items),
-        first=first,
-        second=second,
-        pairs=", ".join(pairs),
-        shuffled=", ".join(rng.sample(pairs, len(pairs))),
-    )
 
 
 def chat(rng: random.Random) -> str:
@@ -527,16 +506,12 @@ def chat(rng: random.Random) -> str:
     return layout.format(facts=facts, question=question, answer=answer).format(**draw_slots(rng))
 
 
-CORPUS_MIX = {story: 0.85, game: 0.05, chat: 0.1}
-
-
 def corpus_rows() -> dict[str, list[Row]]:
     """Return the pretraining rows {"text"} by split; no text occurs twice."""
     rng = random.Random(CORPUS_SEED)
     texts: dict[str, None] = {}
     while len(texts) < sum(NUM_CORPUS_ROWS.values()):
-        write = rng.choices(*zip(*CORPUS_MIX.items(), strict=True))[0]
-        texts[write(rng)] = None
+        texts[chat(rng) if rng.random() < CHAT_SHARE else story(rng)] = None
     rows = iter([{"text": text} for text in texts])
     return {split: [next(rows) for _ in range(count)] for split, count in NUM_CORPUS_ROWS.items()}
 
@@ -686,7 +661,7 @@ def task_row(rng: random.Random, pair: tuple[str, str]) -> Row:
 
 
 def split_pairs(rng: random.Random) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yield each split with its (device, room) pairs; no pair is in two splits, every word is in the train split."""
+    """Yield each split with its (device, room) pairs; no pair is in two splits."""
     pairs = [(device, room) for device in DEVICES for room in ROOMS]
     rng.shuffle(pairs)
     for split, count in NUM_HELD_OUT_PAIRS.items():

@@ -89,7 +89,8 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     name: Literal["constant", "cosine"] = "cosine"
     warmup: Annotated[
-        float, Field(ge=0, allow_inf_nan=False, description="below 1 a share of all updates, from 1 a number of updates")
+        float,
+        Field(ge=0, allow_inf_nan=False, description="below 1 a share of all updates, from 1 a number of updates"),
     ] = 0.03
     final: Annotated[Share, Field(description="share of the peak at the end")] = 0.0
 
@@ -99,7 +100,8 @@ class TrainConfig(Section):
     updates: Count | None = None
     epochs: Count | None = None
     micro_tokens: Annotated[
-        Literal["auto"] | Count, Field(description="positions per micro-batch; changes memory and speed, never the result")
+        Literal["auto"] | Count,
+        Field(description="positions per micro-batch; changes memory and speed, never the result"),
     ] = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: Literal["auto"] | bool = "auto"
@@ -121,7 +123,9 @@ class TrainConfig(Section):
 
 class EvaluationConfig(Section):
     every: Count | None = 100
-    batches: Annotated[Literal["all"] | Count, Field(description="all of valid.jsonl, or its first N x batch_size rows")] = "all"
+    batches: Annotated[
+        Literal["all"] | Count, Field(description="all of valid.jsonl, or its first N x batch_size rows")
+    ] = "all"
     patience: Annotated[Count | None, Field(description="stop after so many evaluations without a better loss")] = None
 
 

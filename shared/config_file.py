@@ -33,7 +33,10 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)|[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    re.compile(
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)"
+        r"|[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    ),
     list("-+0123456789."),
 )
 
@@ -70,7 +73,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path.name}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from None
     except RecursionError:
-        raise ConfigError(f"{path.name}: nested deeper than {MAX_DEPTH} levels", fix="is this the config file?") from None
+        raise ConfigError(
+            f"{path.name}: nested deeper than {MAX_DEPTH} levels", fix="is this the config file?"
+        ) from None
 
 
 def parse_yaml(text: str, *, name: str) -> tuple[dict[str, Any], Lines]:
@@ -125,7 +130,9 @@ def parse_override(text: str) -> dict[str, Any]:
     for n, part in enumerate(parts):
         known = known_keys(tuple(parts[:n]))
         if part not in known:
-            raise ConfigError(f'--set: unknown key "{key.strip()}"', fix=did_you_mean(part, known or ["(no keys here)"]))
+            raise ConfigError(
+                f'--set: unknown key "{key.strip()}"', fix=did_you_mean(part, known or ["(no keys here)"])
+            )
     parsed, _ = parse_yaml(f"value: {value}", name=f"--set {key}")
     result: Any = parsed["value"]
     for part in reversed(parts):

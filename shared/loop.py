@@ -140,7 +140,11 @@ def step_or_split(run: Run, micro: list[Batch], update: Update) -> Pending[StepS
         except OutOfMemory:
             micro = halve(micro)
             run.micro_tokens = max(run.micro_tokens // 2, 1)
-            tell(run.callbacks, "on_note", f"out of memory: micro-batches of at most {run.micro_tokens} tokens from here on")
+            tell(
+                run.callbacks,
+                "on_note",
+                f"out of memory: micro-batches of at most {run.micro_tokens} tokens from here on",
+            )
 
 
 def drain(run: Run) -> None:
@@ -151,7 +155,11 @@ def drain(run: Run) -> None:
         if run.last.skipped:
             run.state.skipped += 1
             rows = ", ".join(run.train[row].source for row in run.plan.rows(step)[:4])
-            tell(run.callbacks, "on_note", f"update {step} skipped: its loss or gradient is not finite (rows {rows}, ...)")
+            tell(
+                run.callbacks,
+                "on_note",
+                f"update {step} skipped: its loss or gradient is not finite (rows {rows}, ...)",
+            )
         if run.state.skipped_in_a_row >= MAX_SKIPPED:
             raise DivergedError(
                 f"training diverged: updates {step - MAX_SKIPPED + 1} to {step} had no finite loss or gradient",

@@ -115,7 +115,8 @@ class Backend(Protocol):
         """Return the weight a packed array stands for, as this backend's kernels see it."""
         ...
 
-    def dropout_mask(self, *, seed: int, step: int, name: str, slots: Sequence[int], shape: tuple[int, int], p: float) -> np.ndarray:
+    def dropout_mask(
+        self, *, seed: int, step: int, name: str, slots: Sequence[int], shape: tuple[int, int], p: float
+    ) -> np.ndarray:
         """Return (B, T, D) bool as the adapter layers use it, B = len(slots), shape = (T, D)."""
         ...
-

@@ -62,7 +62,9 @@ def open_run(folder: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise StorageError(f"output: cannot write in {folder}: {error.strerror}", fix="choose another --output") from None
+        raise StorageError(
+            f"output: cannot write in {folder}: {error.strerror}", fix="choose another --output"
+        ) from None
 
 
 @contextmanager
@@ -117,7 +119,9 @@ def find_checkpoint(
 def from_path(path: Path) -> checkpoint.Checkpoint:
     """Return the checkpoint of a step-... folder, or the newest of a run folder."""
     if not path.is_dir():
-        raise CheckpointError(f"--resume: no folder at {path}", expected="auto, never, a run folder or a checkpoint folder")
+        raise CheckpointError(
+            f"--resume: no folder at {path}", expected="auto, never, a run folder or a checkpoint folder"
+        )
     if (path / checkpoint.STATE_FILE).exists() or checkpoint.STEP_DIR.fullmatch(path.name):
         return checkpoint.load(path)
     found, _ = checkpoint.newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)

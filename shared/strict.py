@@ -16,7 +16,10 @@ def check_adapter(tensors: Mapping[str, Tensor], *, expected: Mapping[str, tuple
     extra = [name for name in tensors if name not in expected]
     if missing or extra:
         what, found = ("lacks", missing) if missing else ("has no place for", extra)
-        raise AdapterError(f'the adapter does not fit: the model {what} "{found[0]}"{others(found)}', fix="use the base it was trained on")
+        raise AdapterError(
+            f'the adapter does not fit: the model {what} "{found[0]}"{others(found)}',
+            fix="use the base it was trained on",
+        )
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise AdapterError(f'adapter tensor "{name}" has shape {tensors[name].shape}', expected=f"{shape}")

@@ -156,7 +156,9 @@ def from_float32(values: np.ndarray, dtype: str) -> Tensor:
     values = np.asarray(values, dtype=np.float32)
     if dtype == "BF16":
         words = np.ascontiguousarray(values).view(np.uint32)
-        rounded = ((words + np.uint32(0x7FFF) + ((words >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+        rounded = ((words + np.uint32(0x7FFF) + ((words >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
+            np.uint16
+        )
         nan = np.isnan(values)
         return Tensor("BF16", np.where(nan, np.uint16(0x7FC0), rounded).reshape(values.shape))
     return Tensor(dtype, values.astype(NUMPY[dtype]))

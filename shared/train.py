@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +90,20 @@ def train(
             command=command or command_line(),
         )  # fmt: skip
         complete = run.state.step >= run.updates
-        tell(callbacks, "on_start", {**facts, "backend": backend.name, "device": capability.reason, "from": run.state.step})
+        tell(
+            callbacks,
+            "on_start",
+            {**facts, "backend": backend.name, "device": capability.reason, "from": run.state.step},
+        )
         if not complete:
             fit(run)
         target = write_result(run, prepared)
         result = summarize(run, target, complete=complete)
-        tell(callbacks, "on_end", {"output": str(folder), "adapter": str(target), "loss": result.loss, "eval_loss": result.eval_loss})
+        tell(
+            callbacks,
+            "on_end",
+            {"output": str(folder), "adapter": str(target), "loss": result.loss, "eval_loss": result.eval_loss},
+        )
         return result
 
 
@@ -134,12 +142,12 @@ def check_vocabulary(base: ModelFolder, examples: Sequence[Example]) -> None:
     largest = max(examples, key=lambda example: int(example.tokens.max()))
     if isinstance(size, int) and int(largest.tokens.max()) >= size:
         raise ModelError(
-            f"{base.path}: the tokenizer gives id {int(largest.tokens.max())} in {largest.source}, the model has {size} tokens",
+            f"{base.path}: the tokenizer gives id {int(largest.tokens.max())} ({largest.source}), the model has {size}",
             fix="model and tokenizer must belong together; download the folder again",
         )
 
 
-def make_identity(prepared: Prepared, hashes: Future[Mapping[str, str]]) -> Identity:
+def make_identity(prepared: Prepared, hashes: Future[dict[str, str]]) -> Identity:
     """Return what a resume compares; waits for the base's hashes."""
     joined = "".join(f"{name}:{digest}" for name, digest in sorted(hashes.result().items()))
     return Identity(flat_settings(prepared.config), prepared.data_hash, hashlib.sha256(joined.encode()).hexdigest())
@@ -245,7 +253,9 @@ def write_result(run: Run, prepared: Prepared) -> Path:
         staged.rename(final)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
-        raise StorageError(f"cannot write {final}: {error.strerror}", fix="free some space and run the command again") from None
+        raise StorageError(
+            f"cannot write {final}: {error.strerror}", fix="free some space and run the command again"
+        ) from None
     return final
 
 

@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,17 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 # In rank order; the later ones span a blank and a word, as real vocabularies do.
-MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ġ", "t"), ("o", "r"), ("Ċ", "Ċ"), ("?", "Ġ")]
+MERGES = [
+    ("h", "e"),
+    ("l", "l"),
+    ("he", "ll"),
+    ("hell", "o"),
+    ("Ġ", "w"),
+    ("Ġ", "t"),
+    ("o", "r"),
+    ("Ċ", "Ċ"),
+    ("?", "Ġ"),
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,7 +65,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"  {count} x {reason}")
 
 
-def byte_tokenizer(*, special: tuple[str, ...], merges: list[tuple[str, str]], bos: str | None, eos_at_end: str | None) -> Any:
+def byte_tokenizer(
+    *, special: tuple[str, ...], merges: list[tuple[str, str]], bos: str | None, eos_at_end: str | None
+) -> Any:
     """Return a byte-level BPE of the `tokenizers` library: every text round-trips exactly."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -133,12 +145,14 @@ def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., To
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a factory of model folders (family, tied, dtype, seed, layers); read-only, each is written once."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def write(family: str, tied: bool, dtype: str, seed: int, layers: int) -> Path:
         folder = tmp_path_factory.mktemp(f"{family}-{'tied' if tied else 'untied'}-{dtype}")
         return save_model(folder, family=family, tied=tied, dtype=dtype, seed=seed, layers=layers)
 
-    def make(family: str = "llama", *, tied: bool = False, dtype: str = "float32", seed: int = 0, layers: int = 2) -> Path:
+    def make(
+        family: str = "llama", *, tied: bool = False, dtype: str = "float32", seed: int = 0, layers: int = 2
+    ) -> Path:
         return write(family, tied, dtype, seed, layers)
 
     return make
@@ -185,7 +199,10 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
     """Return a writer of JSONL files: objects are dumped, bytes and strings stand as they are."""
 
     def write(*rows: Any, name: str = "train.jsonl") -> Path:
-        lines = [row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows]
+        lines = [
+            row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+            for row in rows
+        ]
         file = tmp_path / name
         file.write_bytes(b"".join(line + b"\n" for line in lines))
         return file

@@ -68,10 +68,12 @@ def mix32(x: torch.Tensor) -> torch.Tensor:
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank product beside it."""
 
-    def __init__(self, base: nn.Module, *, name: str, spec: AdapterSpec, dropout: Dropout) -> None:
+    def __init__(
+        self, base: nn.Module, *, name: str, spec: AdapterSpec, dropout: Dropout, shape: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.base, self.name, self.scale, self.dropout = base, name, spec.scale, dropout
-        self.in_features, self.out_features = int(base.in_features), int(base.out_features)
+        self.in_features, self.out_features = shape[1], shape[0]
         device = next(iter([*base.parameters(), *base.buffers()])).device
         self.lora_A = nn.Parameter(torch.zeros(spec.rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, spec.rank, device=device))
@@ -82,12 +84,13 @@ class LoRALinear(nn.Module):
         return self.base(x_BTD) + self.scale * (low_BTR @ self.lora_B.to(x_BTD.dtype).T)
 
 
-def attach_lora(root: nn.Module, spec: AdapterSpec, dropout: Dropout) -> None:
+def attach_lora(root: nn.Module, spec: AdapterSpec, dropout: Dropout, linears: Mapping[str, tuple[int, int]]) -> None:
     """Replace the spec's modules, in place, by LoRA layers over them."""
     for name in spec.modules:
         parent, _, leaf = name.rpartition(".")
         owner = root.get_submodule(parent)
-        setattr(owner, leaf, LoRALinear(getattr(owner, leaf), name=name, spec=spec, dropout=dropout))
+        base, shape = getattr(owner, leaf), linears[name]
+        setattr(owner, leaf, LoRALinear(base, name=name, spec=spec, dropout=dropout, shape=shape))
 
 
 def adapter_parameters(root: nn.Module) -> Mapping[str, nn.Parameter]:

@@ -111,5 +111,7 @@ def choose_device(device: str | None) -> str:
 
     able = torch.cuda.is_available()
     if device == "gpu" and not able:
-        raise CapabilityError("device: gpu, but torch finds no CUDA device", fix="set device: auto, or install a CUDA build of torch")
+        raise CapabilityError(
+            "device: gpu, but torch finds no CUDA device", fix="set device: auto, or install a CUDA build of torch"
+        )
     return "cuda" if able and device != "cpu" else "cpu"

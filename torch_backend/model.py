@@ -23,8 +23,7 @@ from shared.quant.affine import AffineQuantizer
 from shared.strict import check_adapter
 from shared.tensors import is_finite, read_tensor
 from shared.types import AdapterSpec, Batch, ModelInfo, Packed, Part, Sampling, Scheme, Tensor, Token
-from torch_backend import generate as generation
-from torch_backend import objectives
+from torch_backend import generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
 from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear, quantize_linear
 from torch_backend.state import from_torch, to_torch, torch_dtype
@@ -45,7 +44,7 @@ class TorchModel:
         """Make the spec's LoRA layers trainable, or for kind "none" every parameter."""
         if spec.kind == "lora":
             self.dropout = Dropout(p=spec.dropout)
-            attach_lora(self.zoo, spec, self.dropout)
+            attach_lora(self.zoo, spec, self.dropout, self.info.linears)
             self.parameters = dict(adapter_parameters(self.zoo))
         else:
             self.parameters = dict(self.zoo.named_parameters())
@@ -114,14 +113,20 @@ def build_empty(folder: ModelFolder, dtype: torch.dtype) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
     if folder.family not in KNOWN:
-        raise ModelError(f'unknown architecture "{folder.family}" in {folder.path.name}', fix=nearest_family(folder.family, KNOWN))
-    stripped = {key: value for key, value in folder.config.items() if key not in ("quantization", "quantization_config")}
+        raise ModelError(
+            f'unknown architecture "{folder.family}" in {folder.path.name}', fix=nearest_family(folder.family, KNOWN)
+        )
+    stripped = {
+        key: value for key, value in folder.config.items() if key not in ("quantization", "quantization_config")
+    }
     try:
         config = CONFIG_MAPPING[folder.family].from_dict(stripped)
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise ModelError(f"{folder.path / 'config.json'}: {error}", fix="config.json does not describe a model") from None
+        raise ModelError(
+            f"{folder.path / 'config.json'}: {error}", fix="config.json does not describe a model"
+        ) from None
 
 
 def fill(
@@ -132,7 +137,9 @@ def fill(
     expected = {name: tuple(value.shape) for name, value in zoo.state_dict().items()}
     found = {name: entry.shape for name, entry in folder.entries.items()}
     check_tensors(folder.path, expected=expected, found=found, tied=("lm_head.weight",) if tied else ())
-    values = {name: load_value(folder, name, dtype) for name in expected if name in found and not is_packed(name, folder)}
+    values = {
+        name: load_value(folder, name, dtype) for name in expected if name in found and not is_packed(name, folder)
+    }
     if tied:
         values.pop("lm_head.weight", None)
         zoo.set_output_embeddings(nn.Identity())  # made anew by `tie_head` when the embedding is on its device
@@ -170,7 +177,9 @@ def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> No
         if not all(is_finite(tensor) for tensor in arrays.values()):
             raise ModelError(f'{folder.path}: the scales of "{name}" hold NaN or infinity', fix="convert it again")
         if tuple(module.weight.shape) != packed.shape:
-            raise ModelError(f'{folder.path}: "{name}" has shape {packed.shape}', expected=f"{tuple(module.weight.shape)}")
+            raise ModelError(
+                f'{folder.path}: "{name}" has shape {packed.shape}', expected=f"{tuple(module.weight.shape)}"
+            )
         if isinstance(module, nn.Embedding):
             setattr(owner, leaf, QuantizedEmbedding(packed, dtype))
         else:

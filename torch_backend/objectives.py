@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from shared.families import HeadFacts
 
@@ -20,7 +19,7 @@ CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in float32
 class Head:
     """The output layer: hidden states -> logits, as the family computes them."""
 
-    module: nn.Module  # Linear, Embedding, or a quantized one of ours
+    module: Any  # Linear, Embedding, or a quantized one of ours
     facts: HeadFacts
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -37,7 +36,9 @@ class Head:
         return chunk_logits(h_ND, self.weight(h_ND.dtype), self.bias, self.facts)
 
 
-def chunk_logits(h_ND: torch.Tensor, weight_VD: torch.Tensor, bias: torch.Tensor | None, facts: HeadFacts) -> torch.Tensor:
+def chunk_logits(
+    h_ND: torch.Tensor, weight_VD: torch.Tensor, bias: torch.Tensor | None, facts: HeadFacts
+) -> torch.Tensor:
     """Return (N, V) float32 logits with the family's scale and soft-cap."""
     z_NV = h_ND @ weight_VD.T
     z_NV = (z_NV if bias is None else z_NV + bias).float()
@@ -65,7 +66,7 @@ class _ChunkedSFT(torch.autograd.Function):
     """Sum of -w * log p(target); the gradients are computed in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         h_ND: torch.Tensor,
         weight_VD: torch.Tensor,
@@ -98,7 +99,7 @@ class _ChunkedSFT(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dh_ND, dw_VD, db_V = ctx.saved_tensors
         scaled = [None if d is None else d * grads[0] for d in (dh_ND, dw_VD, db_V)]
         if scaled[1] is not None:

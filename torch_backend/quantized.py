@@ -27,7 +27,9 @@ def unpack(raw: torch.Tensor, bits: int) -> torch.Tensor:
     num_bytes, num_codes = {3: (3, 8), 5: (5, 8), 6: (3, 4)}[bits]
     wide = torch.int64 if bits == 5 else torch.int32
     groups = raw.reshape(rows, -1, num_bytes).to(wide)
-    word = sum(groups[..., n] << (8 * n) for n in range(num_bytes))
+    word = groups[..., 0]
+    for n in range(1, num_bytes):
+        word = word | (groups[..., n] << (8 * n))
     shifts = torch.arange(num_codes, dtype=wide, device=raw.device) * bits
     return ((word[..., None] >> shifts) & (2**bits - 1)).reshape(rows, -1)
 
@@ -50,17 +52,21 @@ class _DecodedMatmul(torch.autograd.Function):
     """x @ W.T with W decoded once per direction and never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:  # noqa: D102
+    def forward(ctx: Any, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
         return x @ layer.decoded(x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grads[0] @ ctx.layer.decoded(ctx.dtype), None
 
 
 class QuantizedLinear(nn.Module):
     """A frozen linear layer over packed codes."""
+
+    weight: torch.Tensor  # (O, I*bits/32) uint32
+    scales: torch.Tensor  # (O, G)
+    biases: torch.Tensor  # (O, G)
 
     def __init__(self, packed: Packed, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -93,6 +99,10 @@ class QuantizedLinear(nn.Module):
 
 class QuantizedEmbedding(nn.Module):
     """An embedding over packed codes: only the rows asked for are decoded."""
+
+    weight: torch.Tensor  # (V, D*bits/32) uint32
+    scales: torch.Tensor  # (V, G)
+    biases: torch.Tensor  # (V, G)
 
     def __init__(self, packed: Packed, dtype: torch.dtype) -> None:
         super().__init__()

@@ -9,7 +9,8 @@ from shared.types import Tensor
 
 TO_TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U32": torch.uint32, "U8": torch.uint8, "BOOL": torch.bool,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U32": torch.uint32, "U8": torch.uint8,
+    "BOOL": torch.bool,
 }  # fmt: skip
 FROM_TORCH = {dtype: name for name, dtype in TO_TORCH.items()}
 

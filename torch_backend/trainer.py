@@ -53,7 +53,11 @@ class TorchTrainer:
         """Add one micro-batch's summed gradient to the flat one; return its summed loss."""
         model = self.model
         model.dropout.begin(
-            seed=update.seed, step=update.step, slots=batch.slots_B, length=batch.tokens_BT.shape[1], device=model.device
+            seed=update.seed,
+            step=update.step,
+            slots=batch.slots_B,
+            length=batch.tokens_BT.shape[1],
+            device=model.device,
         )
         targets_N = torch.from_numpy(batch.targets_N).to(model.device, torch.long)
         weights_N = torch.from_numpy(batch.weights_N).to(model.device)
@@ -74,7 +78,9 @@ class TorchTrainer:
         """Replace the optimizer's tensors; strict."""
         own = dict(self.optimizer.tensors())
         if own.keys() != tensors.keys() or any(tuple(own[name].shape) != tensors[name].shape for name in own):
-            raise CheckpointError("the optimizer state is of another model or adapter", fix="resume with the same config")
+            raise CheckpointError(
+                "the optimizer state is of another model or adapter", fix="resume with the same config"
+            )
         for name, value in own.items():
             value.copy_(to_torch(tensors[name]))
 

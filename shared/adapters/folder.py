@@ -122,12 +122,16 @@ def from_peft(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[
     for key, plain in PLAIN.items():
         value = config.get(key, plain)
         if value and value != plain:
-            raise CapabilityError(f"the adapter uses {key} ({value}), which this version does not load", expected=f"{plain}")
+            raise CapabilityError(
+                f"the adapter uses {key} ({value}), which this version does not load", expected=f"{plain}"
+            )
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         plain_name = name.removeprefix(PEFT_PREFIX).removesuffix(".weight")
         if not plain_name.endswith((".lora_A", ".lora_B")):
-            raise CapabilityError(f'the adapter holds "{name}", which this version does not load', expected="lora_A, lora_B")
+            raise CapabilityError(
+                f'the adapter holds "{name}", which this version does not load', expected="lora_A, lora_B"
+            )
         tensors[plain_name] = tensor
     rank, alpha = int(config.get("r", 8)), float(config.get("lora_alpha", 8))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -144,7 +148,9 @@ def from_mlx_lm(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tupl
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         if not name.endswith((".lora_a", ".lora_b")) or len(tensor.shape) != 2:
-            raise CapabilityError(f'the adapter holds "{name}", which this version does not load', expected="lora_a, lora_b")
+            raise CapabilityError(
+                f'the adapter holds "{name}", which this version does not load', expected="lora_a, lora_b"
+            )
         tensors[f"{name[:-1]}{name[-1].upper()}"] = turned(tensor)
     rank, scale = int(settings["rank"]), float(settings["scale"])
     return spec_of(tensors, rank=rank, scale=scale, dropout=float(settings.get("dropout") or 0.0)), tensors

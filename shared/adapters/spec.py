@@ -23,7 +23,9 @@ def resolve(config: AdapterConfig, info: ModelInfo) -> AdapterSpec:
     every = sorted(info.linears, key=natural)
     inside = [name for name in every if layer_of(name) in layers]
     modules = match_targets(config.targets, inside, every=every)
-    return AdapterSpec("lora", rank=config.rank, alpha=float(config.alpha), dropout=config.dropout, modules=tuple(modules))
+    return AdapterSpec(
+        "lora", rank=config.rank, alpha=float(config.alpha), dropout=config.dropout, modules=tuple(modules)
+    )
 
 
 def chosen_layers(config: AdapterConfig, info: ModelInfo) -> set[int]:

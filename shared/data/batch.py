@@ -95,7 +95,7 @@ def halve(micro: Sequence[Batch]) -> list[Batch]:
         longest = max(batch.tokens_BT.shape[1] for batch in micro)
         raise OutOfMemory(
             f"out of memory with a single row of {longest} tokens",
-            fix=f"--set data.max_length={max(longest // 2, 2)}, or train.recompute=true, or quantization=affine-4bit-g64",
+            fix=f"data.max_length: {max(longest // 2, 2)}, or train.recompute: true, or quantization: affine-4bit-g64",
         )
     return [part for batch in micro for part in split(batch)]
 

@@ -59,7 +59,9 @@ def split_file(path: Path, split: str) -> Path | None:
         return file
     if split == "train":
         near = sorted(item.name for item in path.iterdir())[:5]
-        raise DataError(f"{path} has no train.jsonl", expected="train.jsonl", fix=f"it holds: {', '.join(near) or 'nothing'}")
+        raise DataError(
+            f"{path} has no train.jsonl", expected="train.jsonl", fix=f"it holds: {', '.join(near) or 'nothing'}"
+        )
     return None
 
 
@@ -93,7 +95,8 @@ def parse_row(raw: bytes, *, source: str) -> Row:
     except json.JSONDecodeError as error:
         near = error.doc[max(error.pos - 15, 0) : error.pos + 15].strip()
         raise DataError(
-            f"{source}: not JSON: {error.msg} at column {error.pos + 1}, near {near!r}", expected="one JSON object per line"
+            f"{source}: not JSON: {error.msg} at column {error.pos + 1}, near {near!r}",
+            expected="one JSON object per line",
         ) from None
     except RecursionError:
         raise DataError(f"{source}: nested too deeply", expected="a flat object") from None
@@ -122,7 +125,9 @@ def unknown_row(value: dict[str, Any], *, source: str) -> DataError:
     """Return the error for a row without a known key: the keys seen, and the nearest known one."""
     seen = ", ".join(sorted(map(str, value))[:8]) or "none"
     foreign = next((f" (this looks like {name})" for key, name in FOREIGN.items() if key in value), "")
-    near = next((hint for key in value if "mean" in (hint := did_you_mean(str(key), ["text", "prompt", "messages"]))), None)
+    near = next(
+        (hint for key in value if "mean" in (hint := did_you_mean(str(key), ["text", "prompt", "messages"]))), None
+    )
     return DataError(
         f"{source}: unknown row, its keys are: {seen}{foreign}",
         expected='{"text"}, {"prompt", "completion"} or {"messages": [...]}', fix=near,
@@ -139,7 +144,9 @@ def check_text(value: Any, *, source: str, key: str, may_be_empty: bool) -> None
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f'{source}: "{key}" has half a surrogate pair at {error.start}', fix="repair the text") from None
+        raise DataError(
+            f'{source}: "{key}" has half a surrogate pair at {error.start}', fix="repair the text"
+        ) from None
 
 
 def check_messages(messages: Any, *, source: str) -> None:
@@ -150,7 +157,9 @@ def check_messages(messages: Any, *, source: str) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{source}: message {n} has no role", expected='{"role": "user", "content": "..."}')
         if message["role"] not in ROLES:
-            raise DataError(f'{source}: message {n} has role "{message["role"]}"', fix=did_you_mean(message["role"], ROLES))
+            raise DataError(
+                f'{source}: message {n} has role "{message["role"]}"', fix=did_you_mean(message["role"], ROLES)
+            )
         if message.get("tool_calls") and message.get("content") is None:
             continue
         check_text(message.get("content"), source=f"{source}: message {n}", key="content", may_be_empty=True)

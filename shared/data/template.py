@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shared.errors import DataError
@@ -39,9 +40,9 @@ class Rendered:
 class _Generation(Extension):
     """Accept {% generation %}...{% endgeneration %}, which some templates use to mark assistant text."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
-    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node | list[nodes.Node]:
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -110,8 +111,18 @@ def run_template(source: str, *, messages: list[dict[str, Any]], add_generation_
                 size += len(part)
                 if size > MAX_OUTPUT:
                     raise jinja2.TemplateError(f"wrote more than {MAX_OUTPUT} characters")
-    except (jinja2.TemplateError, TimeoutError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-        raise DataError(f"the chat template failed: {error}", fix="change the row, or the model's chat template") from None
+    except (
+        jinja2.TemplateError,
+        TimeoutError,
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+    ) as error:
+        raise DataError(
+            f"the chat template failed: {error}", fix="change the row, or the model's chat template"
+        ) from None
     except RecursionError:
         raise DataError("the chat template failed: endless recursion", fix="change the model's chat template") from None
     return "".join(parts)

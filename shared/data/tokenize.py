@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,8 +80,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not any((folder / name).is_file() for name in FILES):
         raise ModelError(f"{folder} has no tokenizer.json", fix="download the model's tokenizer files")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its warnings on long texts concern training by itself, not ours
 
     try:
         inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -12,7 +12,9 @@ from tests.unit.chat_templates import STYLES, THINK
 
 # Claims that shared/data does not keep yet; strict, so that a fix has to remove the mark.
 SEARCH = pytest.mark.xfail(strict=True, reason="template.turn_by_search: takes too much, or finds nothing")
-STRADDLE = pytest.mark.xfail(strict=True, reason="tokenize_messages: an answer's first token is left out where it has a blank")
+STRADDLE = pytest.mark.xfail(
+    strict=True, reason="tokenize_messages: an answer's first token is left out where it has a blank"
+)
 STORED = ("TinyStories-656K", "stories260K")
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [
@@ -48,7 +50,9 @@ def spoken(example, tokenizer):
 
 
 def full_text(example, tokenizer):
-    return tokenizer.inner.decode(example.tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return tokenizer.inner.decode(
+        example.tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,12 @@ def styled(make_tokenizer):
     """Return a tokenizer for every chat style."""
     return {
         name: make_tokenizer(
-            special=style.special, bos=style.bos, eos=style.eos, pad=None, adds_bos=style.bos is not None, template=style.template
+            special=style.special,
+            bos=style.bos,
+            eos=style.eos,
+            pad=None,
+            adds_bos=style.bos is not None,
+            template=style.template,
         )
         for name, style in STYLES.items()
     }
@@ -74,7 +83,9 @@ def expected(style, turns):
 MOVES_SYSTEM = [name for name, style in STYLES.items() if style.moves_system]
 
 
-@pytest.mark.parametrize("name,system", [(n, s) for n in STYLES for s in (False, True) if not (s and n in MOVES_SYSTEM)])
+@pytest.mark.parametrize(
+    "name,system", [(n, s) for n in STYLES for s in (False, True) if not (s and n in MOVES_SYSTEM)]
+)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_every_assistant_turn_and_its_end_token_is_supervised(styled, name, system, count):
     style = STYLES[name]
@@ -179,9 +190,10 @@ def test_a_template_that_writes_no_end_gets_the_end_token_behind_the_last_turn(m
 
 def test_tools_reach_the_template_and_calls_without_content_are_supervised(make_tokenizer):
     template = (
-        "{% if tools %}{{ 'tools: ' + tools|tojson + '\\n' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + "
-        "'\\n' }}{% if m.tool_calls %}{% for call in m.tool_calls %}{{ call.function|tojson }}{% endfor %}{% else %}"
-        "{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if tools %}{{ 'tools: ' + tools|tojson + '\\n' }}{% endif %}{% for m in messages %}"
+        "{{ '<|im_start|>' + m.role + '\\n' }}{% if m.tool_calls %}"
+        "{% for call in m.tool_calls %}{{ call.function|tojson }}{% endfor %}{% else %}{{ m.content }}"
+        "{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
@@ -293,7 +305,9 @@ def test_a_long_row_is_cut_at_the_end(tokenizer):
 
 @pytest.mark.parametrize("row", [prompt_row("p" * 30, "answer"), chat_row(("p" * 30, "answer"))])
 def test_a_prompt_as_long_as_max_length_names_the_line_and_the_setting(tokenizer, row):
-    with pytest.raises(DataError, match=r"(?s)train.jsonl:3: no supervised token within data.max_length 16.*fix: raise"):
+    with pytest.raises(
+        DataError, match=r"(?s)train.jsonl:3: no supervised token within data.max_length 16.*fix: raise"
+    ):
         encode(row, tokenizer, max_length=16)
 
 

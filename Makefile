@@ -1,0 +1,37 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Both set up .venv the first time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+LINUX := $(filter Linux,$(shell uname -s))
+EXTRAS := $(if $(LINUX),"mlx[cpu]",mlx) mlx-lm
+
+.PHONY: setup quickstart test slow lint clean
+
+setup: $(STAMP)
+
+# torch first and pinned: any other order takes several GB of CUDA packages on a machine without a GPU.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlxlora needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EXTRAS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[torch,test]'
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/mlxlora quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache build *.egg-info

@@ -1,0 +1,156 @@
+"""mlxlora: fine-tune language models with MLX and with PyTorch from one recipe.
+
+>>> import mlxlora
+>>> result = mlxlora.train(model="path/or/hub-id", data="folder", train={"updates": 100})  # doctest: +SKIP
+
+No framework is imported here; each function loads what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shared.callbacks import Callback
+    from shared.config import RunConfig
+    from shared.doctor import Check
+    from shared.evaluate import Evaluation
+    from shared.parity import ParityResult
+    from shared.quickstart import QuickstartResult
+    from shared.train import TrainResult
+
+__version__ = "0.1.0"
+__all__ = ["doctor", "evaluate", "generate", "load_config", "parity", "quickstart", "schema", "train"]
+
+DEMO = Path(__file__).parent / "demo"
+
+
+def _check_siblings() -> None:
+    """Raise ImportError where another package shadows `shared` or `torch_backend`: the names are common."""
+    root = Path(__file__).resolve().parent.parent
+    for name in ("shared", "torch_backend"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if found != root / name:
+            raise ImportError(
+                f'mlxlora needs its own package "{name}" in {root}, but Python finds {found}; '
+                "remove or rename the other one, or start Python elsewhere"
+            )
+
+
+_check_siblings()
+
+
+def load_config(config: str | Path | None = None, *, overrides: Sequence[str] = (), **values: Any) -> RunConfig:
+    """Return a checked config: of a YAML file, with keyword values and then `key.sub=value` overrides on top.
+
+    `data` may be a path alone. Raises ConfigError with the place and the nearest known name.
+    """
+    from shared.config_file import build_config
+    from shared.config_file import load_config as load
+
+    if isinstance(values.get("data"), str | Path):
+        values["data"] = {"path": str(values["data"])}
+    if config is None:
+        return build_config(values, overrides=overrides)
+    return load(Path(config), overrides=overrides, values=values)
+
+
+def train(
+    config: str | Path | RunConfig | None = None,
+    *,
+    resume: str = "auto",
+    callbacks: Sequence[Callback] = (),
+    **values: Any,
+) -> TrainResult:
+    """Train and return where the adapter is and how the losses went; the same call goes on where it stopped.
+
+    config: YAML file or checked config. values: sections or keys, e.g. model="...", train={"updates": 100}.
+    """
+    from shared.config import RunConfig
+    from shared.train import train as run
+
+    checked = config if isinstance(config, RunConfig) else load_config(config, **values)
+    return run(checked, resume=resume, callbacks=callbacks)
+
+
+def evaluate(model: str, *, data: str, adapter: str | None = None, backend: str = "auto", **options: Any) -> Evaluation:
+    """Return loss (nats per supervised token), perplexity and token counts of a model on rows.
+
+    options: split, max_length, train_on, dtype, quantization, device.
+    """
+    from shared.sessions import evaluate_data, open_session
+
+    opened = {key: options.pop(key) for key in ("dtype", "quantization", "device") if key in options}
+    session = open_session(str(model), adapter=text(adapter), backend=backend, **opened)
+    return evaluate_data(session, str(data), **options)[0]
+
+
+def generate(
+    model: str, prompt: str, *, adapter: str | None = None, max_tokens: int = 128, temperature: float = 0.0,
+    seed: int = 0, backend: str = "auto", chat: bool | None = None, **options: Any,
+) -> str:  # fmt: skip
+    """Return the text that follows a prompt; temperature 0 is greedy.
+
+    options: dtype, quantization, device.
+    """
+    return "".join(
+        stream(
+            model, prompt, adapter=adapter, max_tokens=max_tokens, temperature=temperature, seed=seed,
+            backend=backend, chat=chat, **options,
+        )
+    )  # fmt: skip
+
+
+def stream(
+    model: str, prompt: str, *, adapter: str | None = None, max_tokens: int = 128, temperature: float = 0.0,
+    seed: int = 0, backend: str = "auto", chat: bool | None = None, **options: Any,
+) -> Iterator[str]:  # fmt: skip
+    """Yield the text that follows a prompt, piece by piece."""
+    from shared import sessions
+
+    session = sessions.open_session(str(model), adapter=text(adapter), backend=backend, **options)
+    ids = sessions.prompt_ids(session, prompt, chat=chat)
+    sampling = sessions.sampling_for(session, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    for piece, _ in sessions.stream(session, ids, sampling):
+        yield piece
+
+
+def parity(
+    config: str | Path | RunConfig, *, updates: int = 50, note: Callable[[str], None] = lambda text: None
+) -> ParityResult:
+    """Return the gaps between MLX and PyTorch on the same batches; `.ok` says whether all are within bounds."""
+    from shared.config import RunConfig
+    from shared.parity import parity as run
+
+    checked = config if isinstance(config, RunConfig) else load_config(config)
+    return run(checked, updates=updates, note=note)
+
+
+def doctor() -> list[Check]:
+    """Return the lines of a report on this machine, with a real training step on every backend."""
+    from shared.doctor import examine
+
+    return examine(DEMO)
+
+
+def quickstart(output: str | Path = "runs/quickstart", *, backend: str = "auto", **options: Any) -> QuickstartResult:
+    """Fine-tune the embedded demo base and return exact match before and after, on both backends where installed."""
+    from shared.quickstart import quickstart as run
+
+    return run(DEMO, Path(output), backend=backend, **options)
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of a config file."""
+    from shared.config import schema as build
+
+    return build()
+
+
+def text(path: str | Path | None) -> str | None:
+    """Return a path as text, None as None."""
+    return None if path is None else str(path)

@@ -1,0 +1,1 @@
+"""The command line. Nothing here imports a framework; commands load what they need when they run."""

@@ -1,0 +1,273 @@
+"""The commands: arguments in, one call of the Python API, results out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="mlxlora",
+    help="Fine-tune language models with MLX and PyTorch: one recipe, one adapter that loads everywhere.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.seed=1.")
+]
+BackendName = Annotated[str, typer.Option("--backend", metavar="auto|mlx|torch", help="Where to compute.")]
+ModelPath = Annotated[str, typer.Argument(help="Folder or hub id.")]
+AdapterPath = Annotated[
+    str | None, typer.Option("--adapter", metavar="DIR", help="Adapter folder: ours, PEFT's or mlx-lm's.")
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", metavar="auto|float32|bfloat16", help="auto: bfloat16 on a GPU, else float32.")
+]
+Quantization = Annotated[
+    str,
+    typer.Option(
+        "--quantization", metavar="SCHEME", help="auto: as the adapter was trained; none; affine-4bit-g64 ..."
+    ),
+]
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file; not needed with --model and --data.")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="Folder or hub id of the base.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="D", help="Folder with train.jsonl, or a JSONL file.")
+    ] = None,
+    overrides: Set = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", metavar="auto|mlx|torch", help="Where to compute.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Run folder.")] = None,
+    resume: Annotated[str, typer.Option("--resume", metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a base model. The same command goes on where it stopped."""
+    import mlxlora
+    from shared.display import make_display
+
+    given = {"model": model, "data": {"path": data} if data else None, "backend": backend, "output": output}
+    values = {key: value for key, value in given.items() if value is not None}
+    checked = mlxlora.load_config(config, overrides=overrides or [], **values)
+    display = make_display()
+    try:
+        result = mlxlora.train(checked, resume=resume, callbacks=[display])
+    finally:
+        getattr(display, "close", lambda: None)()
+    if as_json:
+        emit(result)
+        return
+    state = "was complete already" if result.already_complete else "trained"
+    valid = f", validation loss {result.eval_loss:.4f}" if result.eval_loss is not None else ""
+    loss = f", loss {result.loss:.4f}" if result.loss is not None else ""
+    kind = result.adapter.name  # adapter, or model after full fine-tuning
+    target = f"{checked.model} --adapter {result.adapter}" if kind == "adapter" else str(result.adapter)
+    print(f"{state}: {result.updates} updates{loss}{valid}\n{kind}: {result.adapter}")
+    print(f'next: mlxlora generate {target} --prompt "..."')
+
+
+@app.command()
+def evaluate(
+    model: ModelPath,
+    data: Annotated[
+        str, typer.Option("--data", metavar="PATH", help="JSONL file, or folder (valid, else test, else train).")
+    ],
+    adapter: AdapterPath = None,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="train|valid|test", help="Which file of a folder.")
+    ] = None,
+    max_length: Annotated[int, typer.Option("--max-length", min=2, help="Longer rows are cut, tokens.")] = 2048,
+    train_on: Annotated[
+        str, typer.Option("--train-on", metavar="completion|assistant|all", help="Tokens that count.")
+    ] = "completion",
+    backend: BackendName = "auto",
+    dtype: Dtype = "auto",
+    quantization: Quantization = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Loss in nats per supervised token, and perplexity."""
+    from shared.sessions import evaluate_data, open_session
+
+    check_choice("--split", split, (None, "train", "valid", "test"))
+    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
+    check_choice("--train-on", train_on, ("completion", "assistant", "all"))
+    session = open_session(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization, note=say)
+    found, file = evaluate_data(session, data, split=split, max_length=max_length, train_on=train_on)
+    if as_json:
+        emit(found, file=file, backend=session.backend.name)
+        return
+    print(
+        f"{file}: loss {found.loss:.4f} nats/token, perplexity {found.perplexity:.2f} "
+        f"({found.supervised_tokens:,} supervised of {found.tokens:,} tokens, {found.rows} rows)"
+    )
+
+
+@app.command()
+def generate(
+    model: ModelPath,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to go on from.")],
+    adapter: AdapterPath = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="At most so many tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0: the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--raw", help="Wrap the prompt in the chat template, or not.")
+    ] = None,
+    backend: BackendName = "auto",
+    dtype: Dtype = "auto",
+    quantization: Quantization = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Text that follows a prompt."""
+    from shared import sessions
+
+    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
+    check_finite("--temperature", temperature)
+    session = sessions.open_session(
+        model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization, note=say
+    )
+    ids = sessions.prompt_ids(session, prompt, chat=chat, note=say)
+    sampling = sessions.sampling_for(session, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    if stream:
+        for piece, _ in sessions.stream(session, ids, sampling):
+            print(piece, end="", flush=True)
+        print()
+        return
+    found = sessions.complete(session, ids, sampling)
+    if as_json:
+        emit(found, backend=session.backend.name)
+    else:
+        print(found.text)
+
+
+@app.command()
+def parity(
+    config: Annotated[Path, typer.Argument(help="YAML file of a run.")],
+    updates: Annotated[int, typer.Option("--updates", min=1, help="How many updates to compare.")] = 50,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run MLX and PyTorch on the same batches and print the gaps; exit code 0 within tolerance."""
+    import mlxlora
+
+    result = mlxlora.parity(mlxlora.load_config(config, overrides=overrides or []), updates=updates, note=say)
+    if as_json:
+        emit(result, passed=result.ok)
+    else:
+        print(f"{result.model}: {' and '.join(result.backends)}")
+        for gap in result.gaps:
+            print(
+                f"  {'ok  ' if gap.ok else 'FAIL'} {gap.quantity:<14} {gap.gap:.2e}  "
+                f"bound {gap.bound:.0e}  ({gap.note})"
+            )
+        print("within tolerance" if result.ok else "out of tolerance: please report it with this output")
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """This machine, its versions, and a real training step on every backend."""
+    import mlxlora
+
+    checks = mlxlora.doctor()
+    if as_json:
+        emit_object({"checks": [vars(check) for check in checks]})
+        return
+    for check in checks:
+        print(f"{check.status:<4}  {check.name:<11}  {check.found}")
+        if check.fix:
+            print(f"{'':<19}fix: {check.fix}")
+    usable = any(check.status == "PASS" and check.name.endswith(" step") for check in checks)
+    raise typer.Exit(0 if usable else 4)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Run folder.")] = Path("runs/quickstart"),
+    backend: BackendName = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune the embedded demo base on the embedded task, and see what changed."""
+    import mlxlora
+    from shared.display import make_display
+    from shared.quickstart import report
+
+    display = make_display()
+    try:
+        result = mlxlora.quickstart(output, backend=backend, callbacks=[display], note=say)
+    finally:
+        getattr(display, "close", lambda: None)()
+    if as_json:
+        emit(result)
+    else:
+        print(report(result))
+
+
+@app.command()
+def schema(as_json: Json = False, debug: Debug = False) -> None:
+    """JSON schema of the config file."""
+    import mlxlora
+
+    print(json.dumps(mlxlora.schema(), indent=None if as_json else 2))
+
+
+@app.command()
+def version(as_json: Json = False) -> None:
+    """Version of mlxlora."""
+    import mlxlora
+
+    print(json.dumps({"version": mlxlora.__version__}) if as_json else mlxlora.__version__)
+
+
+def say(text: str) -> None:
+    """Print a note on stderr."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def emit(result: Any, **more: Any) -> None:
+    """Print a dataclass as one JSON object on one line."""
+    from dataclasses import asdict
+
+    emit_object({**asdict(result), **more})
+
+
+def emit_object(value: dict[str, Any]) -> None:
+    """Print an object with `ok` in front; what JSON does not know is printed as text."""
+    print(json.dumps({"ok": True, **value}, default=str))
+
+
+def check_choice(option: str, value: Any, known: tuple[Any, ...]) -> None:
+    """Raise ConfigError unless an option has one of its known values."""
+    if value not in known:
+        from shared.errors import ConfigError, did_you_mean
+
+        raise ConfigError(f'{option}: unknown value "{value}"', fix=did_you_mean(str(value), [k for k in known if k]))
+
+
+def check_finite(option: str, value: float) -> None:
+    """Raise ConfigError for NaN and infinity."""
+    from math import isfinite
+
+    if not isfinite(value):
+        from shared.errors import ConfigError
+
+        raise ConfigError(f"{option} is {value}", expected="a finite number")

@@ -1,0 +1,65 @@
+"""`mlxlora COMMAND`: the entry point, exit codes, and how errors look."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+
+from typer.exceptions import TyperException
+from typer.main import get_command
+
+from mlxlora.cli.app import app
+
+ISSUES = "https://github.com/mlxlora/mlxlora/issues"
+
+
+def main() -> None:
+    """Run the command line and exit with the contract's code."""
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, e.g. `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Return the exit code of a command line; errors are at most three lines on stderr."""
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    try:
+        code = get_command(app).main(arguments, prog_name="mlxlora", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except TyperException as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        return fail(
+            "\n".join(message.splitlines()[:2]) + "\nfix: mlxlora --help lists commands and options", 2, as_json
+        )
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        return fail("stopped", 130, as_json)
+    except Exception as error:
+        from shared.errors import MlxloraError
+
+        if isinstance(error, MlxloraError):
+            if debug:
+                traceback.print_exc()
+            return fail(str(error), error.exit_code, as_json)
+        if isinstance(error, MemoryError):
+            return fail("out of memory\nfix: a smaller model, data.max_length or batch", 6, as_json)
+        traceback.print_exc()
+        return fail(f"this is a bug of mlxlora; please report it with the lines above: {ISSUES}", 1, as_json)
+
+
+def fail(message: str, code: int, as_json: bool) -> int:
+    """Print an error on stderr, and as the JSON object where one was asked for; return the code."""
+    print(f"error: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"ok": False, "exit_code": code, "error": message}))
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What a user sees of a run: a live bar on a terminal, plain lines elsewhere; both on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, TextIO
+
+from shared.callbacks import Callback
+
+Row = Mapping[str, Any]
+
+
+def make_display(stream: TextIO = sys.stderr) -> Callback:
+    """Return the live display where the stream is a terminal, else plain lines."""
+    return LiveDisplay() if stream.isatty() else PlainDisplay(stream)
+
+
+def start_line(facts: Row) -> str:
+    """Return one line on what is about to run."""
+    rows, tokens = facts["rows"], facts["tokens"]
+    what = "full fine-tuning" if facts["adapter"] == "none" else f"LoRA on {facts['modules']} modules"
+    cut = f", {tokens['cut_at_max_length']} rows cut at max_length" if tokens["cut_at_max_length"] else ""
+    share = tokens["supervised"] / tokens["train"]
+    return (
+        f"{facts['family']} on {facts['backend']} ({facts['device']}): {what}, "
+        f"{facts['trained_parameters']:,} trained parameters; {rows['train']} rows, {tokens['train']:,} tokens, "
+        f"{share:.0%} supervised{cut}; {facts['updates']} updates"
+    )
+
+
+def megabytes(count: int) -> str:
+    """Return bytes for people.
+
+    >>> megabytes(3_221_225_472), megabytes(52_428_800)
+    ('3.0 GiB', '50 MiB')
+    """
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+class PlainDisplay:
+    """One line per event."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def say(self, text: str) -> None:
+        """Write a line; a reader that has gone away does not stop the run."""
+        with suppress(BrokenPipeError, ValueError):
+            print(text, file=self.stream, flush=True)
+
+    def on_start(self, facts: Row) -> None:
+        """Say what runs, and from where."""
+        self.say(start_line(facts))
+        if facts["from"]:
+            self.say(f"going on after update {facts['from']}")
+
+    def on_step(self, row: Row) -> None:
+        """Say where training stands."""
+        self.say(
+            f"update {row['step']}/{row['updates']}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+            f"{row['tokens_per_s']:,.0f} tokens/s  peak {megabytes(row['peak_memory_bytes'])}"
+        )
+
+    def on_evaluate(self, row: Row) -> None:
+        """Say the validation loss."""
+        self.say(f"update {row['step']}  validation loss {row['eval_loss']:.4f}")
+
+    def on_note(self, text: str) -> None:
+        """Say something a user should know."""
+        self.say(f"note: {text}")
+
+    def on_end(self, facts: Row) -> None:
+        """Say where the result is."""
+        self.say(f"done: {facts['adapter']}")
+
+
+class LiveDisplay:
+    """A bar with loss, tokens/s, time left and memory."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.console = Console(stderr=True, highlight=False)
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self.console, refresh_per_second=4,
+        )  # fmt: skip
+        self.task: Any = None
+        self.eval_loss: float | None = None
+
+    def on_start(self, facts: Row) -> None:
+        """Say what runs and show the bar."""
+        self.console.print(start_line(facts), style="dim")
+        if facts["from"]:
+            self.console.print(f"going on after update {facts['from']}")
+        self.task = self.bar.add_task("training", total=facts["updates"], completed=facts["from"], numbers="")
+        self.bar.start()
+
+    def on_step(self, row: Row) -> None:
+        """Move the bar."""
+        valid = f"  valid {self.eval_loss:.4f}" if self.eval_loss is not None else ""
+        memory = megabytes(row["peak_memory_bytes"])
+        numbers = f"loss [bold]{row['loss']:.4f}[/]{valid}  {row['tokens_per_s']:,.0f} tokens/s  {memory}"
+        self.bar.update(self.task, completed=row["step"], numbers=numbers)
+
+    def on_evaluate(self, row: Row) -> None:
+        """Print the validation loss above the bar."""
+        self.eval_loss = row["eval_loss"]
+        self.console.print(f"update {row['step']:>6}  validation loss [bold]{row['eval_loss']:.4f}[/]")
+
+    def on_note(self, text: str) -> None:
+        """Print a note above the bar."""
+        self.console.print(f"note: {text}", style="yellow", markup=False)
+
+    def on_end(self, facts: Row) -> None:
+        """Stop the bar and say where the result is."""
+        self.close()
+        self.console.print(f"done: [bold]{facts['adapter']}[/]")
+
+    def close(self) -> None:
+        """Leave the terminal in order, also after an error."""
+        self.bar.stop()

@@ -1,0 +1,154 @@
+"""A base with an adapter, opened for reading: what `evaluate`, `generate` and `chat` work with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.adapters.folder import Adapter, check_fit, read_adapter
+from shared.config import parse_scheme
+from shared.data.batch import AUTO_MICRO_TOKENS
+from shared.data.rows import find_data, read_rows, split_file
+from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
+from shared.errors import DataError
+from shared.evaluate import Evaluation, evaluate_examples
+from shared.folder import end_tokens, find_folder, open_folder
+from shared.protocols import Backend, Model
+from shared.registry import find_backend
+from shared.types import Sampling, Token
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model, its tokenizer, its adapter if any, and where it runs."""
+
+    model: Model
+    tokenizer: Tokenizer
+    adapter: Adapter | None
+    backend: Backend
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished generation: its text, its ids without the end token, and whether an end token came."""
+
+    text: str
+    tokens: tuple[int, ...]
+    stopped: bool
+    prompt_tokens: int
+
+
+def open_session(
+    model: str, *, adapter: str | None, backend: str, dtype: str = "auto", quantization: str = "auto",
+    device: str = "auto", note: Note = lambda text: None,
+) -> Session:  # fmt: skip
+    """Return a session; raises MlxloraError subclasses.
+
+    dtype auto: bfloat16 on a GPU, float32 on a CPU. quantization auto: as the adapter was trained.
+    """
+    found = read_adapter(Path(adapter).expanduser()) if adapter else None
+    folder = find_folder(model)
+    base = open_folder(folder)
+    tokenizer = load_tokenizer(folder)
+    engine = find_backend(backend)
+    if dtype == "auto":
+        dtype = "bfloat16" if engine.probe().device == "gpu" and device != "cpu" else "float32"
+    scheme = parse_scheme(choose_quantization(quantization, found, already=bool(base.schemes), note=note))
+    loaded = engine.load_model(
+        folder, dtype=dtype, quantization=scheme, recompute=False, device=None if device == "auto" else device
+    )
+    if found is not None:
+        check_fit(found, loaded.info)
+        loaded.attach(found.spec)
+        loaded.load_tensors("adapter", found.tensors)
+    return Session(loaded, tokenizer, found, engine, folder)
+
+
+def choose_quantization(asked: str, adapter: Adapter | None, *, already: bool, note: Note) -> str:
+    """Return the scheme to load the base with; follows the adapter's training unless told otherwise."""
+    if asked != "auto":
+        return asked
+    trained = str(adapter.notes.get("quantization", "none")) if adapter else "none"
+    if trained != "none" and not already:
+        note(f"base quantized to {trained}, as the adapter was trained; --quantization none keeps it whole")
+        return trained
+    return "none"
+
+
+def evaluate_data(
+    session: Session, data: str, *, split: str | None = None, max_length: int = 2048, train_on: str = "completion",
+    micro_tokens: int = AUTO_MICRO_TOKENS,
+) -> tuple[Evaluation, str]:  # fmt: skip
+    """Return the loss on a file, or on a folder's split (valid, else test, else train), and the file's name."""
+    path = find_data(data)
+    if split is None and path.is_dir():
+        split = next((name for name in ("valid", "test") if (path / f"{name}.jsonl").is_file()), "train")
+    file = path if path.is_file() else split_file(path, split or "train")
+    if file is None:
+        raise DataError(f"{path} has no {split}.jsonl", fix="choose another --split")
+    if path.is_file():
+        split_file(path, "train")  # refuses what is not JSONL
+    examples = tokenize_rows(read_rows(file), session.tokenizer, train_on=train_on, max_length=max_length)
+    return evaluate_examples(session.model, examples, micro_tokens=micro_tokens), file.name
+
+
+def prompt_ids(session: Session, prompt: str, *, chat: bool | None, note: Note = lambda text: None) -> list[int]:
+    """Return the ids of a prompt.
+
+    chat: wrap it as a user's message in the chat template; None: if the adapter was trained on messages.
+    """
+    if chat is None:
+        chat = bool(session.adapter and session.adapter.notes.get("rows") == "messages")
+        if chat:
+            note("prompt taken as a user's message, as the adapter was trained on messages; --raw takes it as it is")
+    if not chat:
+        ids = session.tokenizer.encode(prompt)
+    else:
+        text = session.tokenizer.chat_prompt([{"role": "user", "content": prompt}])
+        ids = session.tokenizer.encode(text, special=False)
+    if not ids:
+        raise DataError("the prompt is empty and the model has no start token", fix="give a prompt")
+    return ids
+
+
+def stream(session: Session, ids: list[int], sampling: Sampling) -> Iterator[tuple[str, Token]]:
+    """Yield (new text, token) as tokens come; text is held back while it ends in half a character."""
+    seen: list[int] = []
+    shown = ""
+    for token in session.model.generate([ids], sampling):
+        if not token.stopped:
+            seen.append(token.token)
+        text = session.tokenizer.decode(seen)
+        ready = text if token.stopped or not text.endswith("\ufffd") else shown
+        yield ready[len(shown) :], token
+        shown = ready
+
+
+def complete(session: Session, ids: list[int], sampling: Sampling) -> Completion:
+    """Return the whole continuation of a prompt."""
+    found = list(session.model.generate([ids], sampling))
+    tokens = tuple(token.token for token in found if not token.stopped)
+    return Completion(session.tokenizer.decode(tokens), tokens, any(token.stopped for token in found), len(ids))
+
+
+def sampling_for(session: Session, *, max_tokens: int, temperature: float, seed: int) -> Sampling:
+    """Return the sampling of a session, with the model's end tokens."""
+    stops = end_tokens(session.folder, tokenizer_eos=session.tokenizer.eos)
+    return Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_tokens=stops)
+
+
+def exact_match(
+    session: Session, rows: list[dict[str, Any]], *, max_tokens: int
+) -> tuple[float, list[tuple[str, str, str]]]:
+    """Return the share of {"prompt", "completion"} rows answered exactly, and (prompt, wanted, got) of each."""
+    sampling = sampling_for(session, max_tokens=max_tokens, temperature=0.0, seed=0)
+    got = []
+    for row in rows:
+        text = complete(session, session.tokenizer.encode(row["prompt"]), sampling).text
+        got.append((row["prompt"], row["completion"].strip(), text.strip()))
+    return sum(wanted == found for _, wanted, found in got) / len(got), got

@@ -1,0 +1,111 @@
+"""Which modules an adapter config means, and the values it starts from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from shared.adapters.spec import initial_adapter, is_match, layer_of, resolve
+from shared.config import AdapterConfig
+from shared.errors import ConfigError
+from shared.types import AdapterSpec, ModelInfo
+
+PARTS = {
+    "self_attn.q_proj": (64, 64),
+    "self_attn.v_proj": (32, 64),
+    "mlp.up_proj": (128, 64),
+    "mlp.down_proj": (64, 128),
+}
+
+
+@pytest.fixture(scope="module")
+def info():
+    """Return a model of twelve layers, so that layer 10 could be sorted before layer 2."""
+    linears = {f"model.layers.{n}.{part}": shape for n in reversed(range(12)) for part, shape in PARTS.items()}
+    return ModelInfo("llama", 12, 256, 512, linears, sum(o * i for o, i in linears.values()), {}, ())
+
+
+def modules(info, **options):
+    return resolve(AdapterConfig(**options), info).modules
+
+
+def test_all_linear_means_every_linear_layer_in_model_order(info):
+    found = modules(info)
+    assert len(found) == 48 and [layer_of(name) for name in found] == sorted(n for n in range(12) for _ in PARTS)
+
+
+@pytest.mark.parametrize("targets", ["q_proj", ["q_proj"], ["self_attn.q_proj"], ["q_proj", "self_attn.q_proj"]])
+def test_a_target_is_a_name_or_the_end_of_a_path(info, targets):
+    assert modules(info, targets=targets) == tuple(f"model.layers.{n}.self_attn.q_proj" for n in range(12))
+
+
+def test_a_target_may_be_a_whole_path(info):
+    assert modules(info, targets=["model.layers.3.mlp.up_proj"]) == ("model.layers.3.mlp.up_proj",)
+
+
+@pytest.mark.parametrize(
+    "target", ["proj", "_proj", "q_pro", "attn.q_proj", "layers.0", "Q_PROJ", "model.layers.99.mlp.up_proj", ""]
+)
+def test_a_target_that_matches_nothing_is_refused(info, target):
+    with pytest.raises(ConfigError, match="matches no linear module"):
+        resolve(AdapterConfig(targets=[target]), info)
+
+
+def test_a_typo_gets_the_nearest_name(info):
+    with pytest.raises(ConfigError, match=r'(?s)"q_prj".*expected: all-linear or down_proj.*did you mean "q_proj"\?'):
+        modules(info, targets=["v_proj", "q_prj"])
+
+
+def test_matching_goes_by_whole_parts():
+    assert is_match("q_proj", "a.q_proj") and not is_match("q_proj", "a.kq_proj") and is_match("a.b", "a.b")
+
+
+@pytest.mark.parametrize(
+    ("layers", "numbers"), [("all", range(12)), (2, [10, 11]), (12, range(12)), ([0, 2], [0, 2]), ([11, 0], [0, 11])]
+)
+def test_layers_are_all_the_last_n_or_a_list(info, layers, numbers):
+    assert {layer_of(name) for name in modules(info, layers=layers)} == set(numbers)
+
+
+@pytest.mark.parametrize("layers", [13, [12], [0, 99]])
+def test_layers_that_the_model_does_not_have_are_refused(info, layers):
+    with pytest.raises(ConfigError, match="the model has 12"):
+        modules(info, layers=layers)
+
+
+def test_a_target_outside_of_the_chosen_layers_is_refused(info):
+    with pytest.raises(ConfigError, match="no module in the chosen layers"):
+        modules(info, targets=["model.layers.3.mlp.up_proj"], layers=[0])
+
+
+def test_numbers_come_from_the_config(info):
+    spec = resolve(AdapterConfig(rank=4, alpha=10, dropout=0.1), info)
+    assert (spec.kind, spec.rank, spec.alpha, spec.dropout, spec.scale) == ("lora", 4, 10.0, 0.1, 2.5)
+
+
+def test_full_fine_tuning_has_no_modules(info):
+    assert resolve(AdapterConfig(type="none"), info) == AdapterSpec("none", rank=1, alpha=1.0, dropout=0.0, modules=())
+
+
+def test_an_adapter_starts_as_no_change_with_a_in_peft_s_interval(info):
+    spec = resolve(AdapterConfig(rank=16, targets=["down_proj"]), info)
+    start = initial_adapter(spec, info.linears, seed=0)
+    assert len(start) == 24
+    for name in spec.modules:
+        A, B = start[f"{name}.lora_A"], start[f"{name}.lora_B"]
+        assert (A.dtype, A.shape, B.dtype, B.shape) == ("F32", (16, 128), "F32", (64, 16)) and not B.data.any()
+        assert 0.95 * 128**-0.5 < np.abs(A.data).max() <= 128**-0.5
+
+
+def test_a_module_starts_the_same_whichever_others_are_trained(info):
+    one = initial_adapter(resolve(AdapterConfig(targets=["q_proj"]), info), info.linears, seed=3)
+    two = initial_adapter(resolve(AdapterConfig(), info), info.linears, seed=3)
+    assert all(np.array_equal(one[name].data, two[name].data) for name in one)
+
+
+def test_layers_start_differently_and_so_do_seeds(info):
+    spec = resolve(AdapterConfig(targets=["q_proj"]), info)
+    start, other = (initial_adapter(spec, info.linears, seed=seed) for seed in (0, 1))
+    first, second = (f"model.layers.{n}.self_attn.q_proj.lora_A" for n in (0, 1))
+    assert not np.array_equal(start[first].data, start[second].data)
+    assert not np.array_equal(start[first].data, other[first].data)

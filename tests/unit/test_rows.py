@@ -1,0 +1,154 @@
+"""A bad row is one sentence that starts with its file and line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from shared.data.rows import Row, content_hash, find_data, read_rows, split_file
+from shared.errors import DataError
+
+GOOD = {"text": "fine"}
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+BAD = {
+    "half an object": ('{"text": "a"', "not JSON: .* at column"),
+    "single quotes": ("{'text': 'a'}", "not JSON"),
+    "a list": ("[1, 2]", "a list"),
+    "a text": ('"a"', "a str"),
+    "null": ("null", "a NoneType"),
+    "two objects": ('{"text": "a"} {"text": "b"}', "not JSON: Extra data"),
+    "a comma behind it": ('{"text": "a"},', "not JSON"),
+    "no UTF-8": (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
+    "UTF-16": ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
+    "nested too deeply": ("[" * 100_000, "nested too deeply"),
+    "an empty object": ({}, "unknown row, its keys are: none"),
+    "unknown keys": ({"question": "q", "answer": "a"}, "unknown row, its keys are: answer, question"),
+    "a typo": ({"mesages": []}, r'(?s)unknown row.*did you mean "messages"\?'),
+    "ShareGPT": ({"conversations": []}, r"this looks like ShareGPT"),
+    "Alpaca": ({"instruction": "i", "output": "o"}, r"this looks like Alpaca"),
+    "a preference set": ({"chosen": "a", "rejected": "b"}, r"this looks like a preference set"),
+    "text null": ({"text": None}, '"text" is null or missing'),
+    "text a number": ({"text": 3}, '"text" is a int'),
+    "text empty": ({"text": ""}, '"text" is empty'),
+    "half a surrogate pair": ('{"text": "a\\ud83d"}', "half a surrogate pair at 1"),
+    "no completion": ({"prompt": "p"}, '"completion" is null or missing'),
+    "no prompt": ({"completion": "c"}, '"prompt" is null or missing'),
+    "completion empty": ({"prompt": "p", "completion": ""}, '"completion" is empty'),
+    "completion a list": ({"prompt": "p", "completion": ["c"]}, '"completion" is a list'),
+    "messages empty": ({"messages": []}, '"messages" is empty or not a list'),
+    "messages a text": ({"messages": "hi"}, '"messages" is empty or not a list'),
+    "messages null": ({"messages": None}, '"messages" is empty or not a list'),
+    "a message that is a text": ({"messages": ["hi"]}, "message 0 has no role"),
+    "a message without a role": ({"messages": [USER, {"content": "a"}]}, "message 1 has no role"),
+    "a role that is a number": ({"messages": [{"role": 1, "content": "a"}]}, "message 0 has no role"),
+    "an unknown role": (
+        {"messages": [USER, {"role": "assitant", "content": "a"}]}, r'(?s)message 1 has role.*did you mean "assistant"',
+    ),
+    "content null": (
+        {"messages": [USER, {"role": "assistant", "content": None}]}, 'message 1: "content" is null or missing',
+    ),
+    "content a list": ({"messages": [{"role": "user", "content": ["a"]}, ASSISTANT]}, 'message 0: "content" is a list'),
+    "half a pair in content": (
+        '{"messages": [{"role": "user", "content": "\\udc00"}, {"role": "assistant", "content": "a"}]}',
+        "message 0: .*surrogate",
+    ),
+    "nobody answers": ({"messages": [USER, USER]}, "no assistant message, so nothing to learn"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_row_is_named_by_file_and_line(write_jsonl, kind):
+    row, message = BAD[kind]
+    with pytest.raises(DataError, match=message) as caught:
+        read_rows(write_jsonl(GOOD, "", row, GOOD))
+    assert str(caught.value).startswith("train.jsonl:3: ") and str(caught.value).count("\n") <= 2
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"text": "a"}, "text"),
+        ({"prompt": "p", "completion": "c"}, "prompt"),
+        ({"prompt": "", "completion": "c"}, "prompt"),
+        ({"messages": [USER, ASSISTANT]}, "messages"),
+        ({"messages": [{"role": "system", "content": ""}, USER, ASSISTANT]}, "messages"),
+        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages"),
+        ({"messages": [USER, ASSISTANT], "tools": [{"name": "f"}]}, "messages"),
+    ],
+)
+def test_each_kind_of_row_is_told_by_its_keys(write_jsonl, row, kind):
+    found = read_rows(write_jsonl(row))
+    assert found == [Row(kind, row, "train.jsonl:1")]
+
+
+def test_extra_columns_are_left_out(write_jsonl):
+    row = {"prompt": "p", "completion": "c", "id": 7, "source": "x"}
+    assert read_rows(write_jsonl(row))[0].fields == {"prompt": "p", "completion": "c"}
+
+
+def test_blank_lines_count_but_are_passed_over(write_jsonl):
+    rows = read_rows(write_jsonl("", GOOD, "   ", GOOD, ""))
+    assert [row.source for row in rows] == ["train.jsonl:2", "train.jsonl:4"]
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_read(write_jsonl):
+    file = write_jsonl(b'\xef\xbb\xbf{"text": "a"}\r', b'{"text": "b"}\r')
+    assert [row.fields["text"] for row in read_rows(file)] == ["a", "b"]
+
+
+def test_line_separators_of_unicode_do_not_split_a_row(write_jsonl):
+    text = "a\u2028b\u0085c"
+    assert read_rows(write_jsonl(json.dumps({"text": text}, ensure_ascii=False)))[0].fields["text"] == text
+
+
+def test_a_file_without_rows_is_refused(write_jsonl):
+    with pytest.raises(DataError, match="train.jsonl has no rows"):
+        read_rows(write_jsonl("", "  "))
+
+
+def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path):
+    with pytest.raises(DataError, match="cannot read"):
+        read_rows(tmp_path / "absent.jsonl")
+
+
+# folders and names
+
+
+def test_a_folder_gives_the_splits_it_has(write_jsonl, tmp_path):
+    train, valid = write_jsonl(GOOD), write_jsonl(GOOD, name="valid.jsonl")
+    assert (split_file(tmp_path, "train"), split_file(tmp_path, "valid"), split_file(tmp_path, "test")) == (
+        train,
+        valid,
+        None,
+    )
+
+
+def test_a_single_file_is_its_own_train_split(write_jsonl):
+    file = write_jsonl(GOOD, name="mine.jsonl")
+    assert split_file(file, "train") == file and split_file(file, "valid") is None
+
+
+def test_a_folder_without_train_jsonl_says_what_it_holds(tmp_path):
+    (tmp_path / "training.jsonl").touch()
+    with pytest.raises(DataError, match=r"(?s)has no train.jsonl.*it holds: training.jsonl"):
+        split_file(tmp_path, "train")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "rows.csv").touch()
+    with pytest.raises(DataError, match="rows.csv is not a JSONL file"):
+        split_file(tmp_path / "rows.csv", "train")
+
+
+def test_a_path_that_is_absent_is_not_looked_up_on_the_hub():
+    with pytest.raises(DataError, match="no data at"):
+        find_data("./absent/rows")
+    with pytest.raises(DataError, match="the hub did not give it"):
+        find_data("no-such-org/no-such-set")
+
+
+def test_the_content_hash_sees_order_and_content_but_not_the_files_name():
+    one, two = Row("text", {"text": "a"}, "x:1"), Row("text", {"text": "b"}, "x:2")
+    assert content_hash([one, two]) == content_hash([Row("text", {"text": "a"}, "y:9"), two])
+    assert len({content_hash([one, two]), content_hash([two, one]), content_hash([one]), content_hash([])}) == 4
