@@ -22,7 +22,7 @@ from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear, quantize_line
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
 from shared.adapters.spec import layer_of
 from shared.errors import ModelError
-from shared.families import CHECKED, head_facts, is_tied
+from shared.families import CHECKED, head_facts, is_tied, with_old_rope_keys
 from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder, others
 from shared.quant.affine import AffineQuantizer
 from shared.strict import check_adapter
@@ -135,7 +135,7 @@ def build_empty(folder: ModelFolder) -> Any:
             f'unknown architecture "{folder.family}" in {folder.path.name}',
             fix=nearest_family(folder.family, known_families()),
         ) from None
-    config = dict(folder.config)
+    config = with_old_rope_keys(folder.config)
     config["tie_word_embeddings"] = is_tied(config, has_head="lm_head.weight" in folder.entries)
     try:
         zoo = model_class(args_class.from_dict(config))

@@ -65,7 +65,7 @@ class MLXTrainer:
         dropout.begin(seed=update.seed, step=update.step, slots=batch.slots_B, length=batch.tokens_BT.shape[1])
         loss, grads = self.loss_and_grad(batch)
         dropout.end()
-        return loss, grads
+        return loss, tree_map(lambda grad: grad.astype(mx.float32), grads)  # sums over micro-batches stay exact
 
     def loss(self, batch: Batch) -> mx.array:
         """Return the summed loss of a micro-batch, differentiable in the trained tensors."""

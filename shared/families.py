@@ -30,6 +30,23 @@ def head_facts(config: Mapping[str, Any]) -> HeadFacts:
     return HeadFacts(scale=scale, softcap=float(cap) if cap else None)
 
 
+def with_old_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config whose rope settings also stand under rope_theta and rope_scaling.
+
+    transformers 5 saves them as `rope_parameters`; mlx-lm 0.32 reads only the older keys for many families, and
+    silently takes its own default base instead.
+
+    >>> with_old_rope_keys({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})["rope_theta"]
+    500000.0
+    """
+    result, found = dict(config), config.get("rope_parameters")
+    if isinstance(found, Mapping) and "rope_theta" in found:
+        result.setdefault("rope_theta", found["rope_theta"])
+        if found.get("rope_type", "default") != "default":
+            result.setdefault("rope_scaling", {key: value for key, value in found.items() if key != "rope_theta"})
+    return result
+
+
 def is_tied(config: Mapping[str, Any], *, has_head: bool) -> bool:
     """Return whether head and embedding are one tensor: as the config says, else whether the folder has a head."""
     found = config.get("tie_word_embeddings")

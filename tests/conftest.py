@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from mlxlora.backend import lend_blas
 from shared.data.tokenize import Tokenizer, load_tokenizer
@@ -25,6 +26,8 @@ from shared.types import Example, Update
 wait_politely()
 lend_blas()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NEEDED = ("mlx", "mlx_lm", "torch", "transformers", "tokenizers", "peft")
@@ -174,7 +177,7 @@ def stored_model() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def make_update() -> Callable[..., Update]:
     """Return a factory of updates: AdamW's usual numbers, any of them replaced by name."""
-    usual = dict(step=1, seed=0, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    usual = {"step": 1, "seed": 0, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     return lambda **changes: Update(**{**usual, "max_grad_norm": 1.0, "bias_correction": True, **changes})
 
 

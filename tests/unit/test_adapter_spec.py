@@ -31,7 +31,8 @@ def modules(info, **options):
 
 def test_all_linear_means_every_linear_layer_in_model_order(info):
     found = modules(info)
-    assert len(found) == 48 and [layer_of(name) for name in found] == sorted(n for n in range(12) for _ in PARTS)
+    assert len(found) == 48
+    assert [layer_of(name) for name in found] == sorted(n for n in range(12) for _ in PARTS)
 
 
 @pytest.mark.parametrize("targets", ["q_proj", ["q_proj"], ["self_attn.q_proj"], ["q_proj", "self_attn.q_proj"]])
@@ -57,7 +58,9 @@ def test_a_typo_gets_the_nearest_name(info):
 
 
 def test_matching_goes_by_whole_parts():
-    assert is_match("q_proj", "a.q_proj") and not is_match("q_proj", "a.kq_proj") and is_match("a.b", "a.b")
+    assert is_match("q_proj", "a.q_proj")
+    assert not is_match("q_proj", "a.kq_proj")
+    assert is_match("a.b", "a.b")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,8 @@ def test_an_adapter_starts_as_no_change_with_a_in_peft_s_interval(info):
     assert len(start) == 24
     for name in spec.modules:
         A, B = start[f"{name}.lora_A"], start[f"{name}.lora_B"]
-        assert (A.dtype, A.shape, B.dtype, B.shape) == ("F32", (16, 128), "F32", (64, 16)) and not B.data.any()
+        assert (A.dtype, A.shape, B.dtype, B.shape) == ("F32", (16, 128), "F32", (64, 16))
+        assert not B.data.any()
         assert 0.95 * 128**-0.5 < np.abs(A.data).max() <= 128**-0.5
 
 

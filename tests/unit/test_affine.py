@@ -47,7 +47,8 @@ def test_codes_scales_and_biases_are_those_of_mlx(bits, group, dtype):
     theirs = mx.quantize(to_mlx(weight), group_size=group, bits=bits)
     for key, array in zip(("weight", "scales", "biases"), theirs, strict=True):
         found = from_mlx(array)
-        assert ours[key].dtype == found.dtype and np.array_equal(words(ours[key]), words(found)), key
+        assert ours[key].dtype == found.dtype
+        assert np.array_equal(words(ours[key]), words(found)), key
 
 
 @pytest.mark.parametrize(("bits", "group", "dtype"), ALL)
@@ -56,7 +57,8 @@ def test_the_decoded_weight_is_that_of_mlx(bits, group, dtype):
     packed = quantizer.quantize(weights(dtype))
     arrays = [to_mlx(packed.arrays[key]) for key in ("weight", "scales", "biases")]
     theirs, ours = from_mlx(mx.dequantize(*arrays, group_size=group, bits=bits)), quantizer.dequantize(packed)
-    assert ours.dtype == dtype == theirs.dtype and np.array_equal(words(ours), words(theirs))
+    assert ours.dtype == dtype == theirs.dtype
+    assert np.array_equal(words(ours), words(theirs))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -105,6 +107,7 @@ def test_packing_is_one_little_endian_bit_stream(bits):
 
 def test_a_width_that_does_not_divide_into_groups_is_refused():
     quantizer = AffineQuantizer(Scheme("affine", 4, 64))
-    assert quantizer.fits((3, 128)) and not quantizer.fits((3, 100))
+    assert quantizer.fits((3, 128))
+    assert not quantizer.fits((3, 100))
     with pytest.raises(ModelError, match="width 100 does not divide into groups of 64"):
         quantizer.quantize(Tensor("F32", np.zeros((3, 100), dtype=np.float32)))

@@ -46,7 +46,8 @@ def test_every_row_is_used_exactly_once_per_epoch(num_rows, batch_size):
 
 def test_the_last_partial_batch_is_used():
     plan = Plan(10, 4, seed=0)
-    assert plan.updates_per_epoch == 3 and [len(plan.rows(step)) for step in (1, 2, 3, 4)] == [4, 4, 2, 4]
+    assert plan.updates_per_epoch == 3
+    assert [len(plan.rows(step)) for step in (1, 2, 3, 4)] == [4, 4, 2, 4]
 
 
 def test_each_epoch_has_an_order_of_its_own():
@@ -69,7 +70,8 @@ def test_a_cut_respects_its_budget_unless_a_single_row_exceeds_it(examples, budg
 def test_every_cut_teaches_the_same(examples, budget):
     whole = [make_batch(examples, range(len(examples)))]
     batches = micro_batches(examples, micro_tokens=budget)
-    assert facts(batches) == facts(whole) and contents(batches) == contents(whole)
+    assert facts(batches) == facts(whole)
+    assert contents(batches) == contents(whole)
 
 
 def test_a_cut_keeps_similar_lengths_together():
@@ -102,9 +104,12 @@ def test_a_known_row_gives_the_batch_that_one_writes_down_by_hand():
     row = Example(np.array([7, 8, 9, 4], dtype=np.int32), np.array([False, False, True, True]), "x:1")
     other = Example(np.array([5, 6], dtype=np.int32), np.array([False, True]), "x:2")
     batch = make_batch([row, other], [3, 1])
-    assert batch.tokens_BT.tolist() == [[7, 8, 9, 4], [5, 6, 0, 0]] and batch.lengths_B.tolist() == [4, 2]
-    assert batch.positions_N.tolist() == [1, 2, 4] and batch.targets_N.tolist() == [9, 4, 6]
-    assert batch.weights_N.tolist() == [1, 1, 1] and batch.slots_B.tolist() == [3, 1]
+    assert batch.tokens_BT.tolist() == [[7, 8, 9, 4], [5, 6, 0, 0]]
+    assert batch.lengths_B.tolist() == [4, 2]
+    assert batch.positions_N.tolist() == [1, 2, 4]
+    assert batch.targets_N.tolist() == [9, 4, 6]
+    assert batch.weights_N.tolist() == [1, 1, 1]
+    assert batch.slots_B.tolist() == [3, 1]
 
 
 def test_arrays_have_the_documented_types(examples):
@@ -112,7 +117,8 @@ def test_arrays_have_the_documented_types(examples):
     kinds = {
         name: getattr(batch, name).dtype for name in ("tokens_BT", "lengths_B", "slots_B", "positions_N", "targets_N")
     }
-    assert set(kinds.values()) == {np.dtype(np.int32)} and batch.weights_N.dtype == np.float32
+    assert set(kinds.values()) == {np.dtype(np.int32)}
+    assert batch.weights_N.dtype == np.float32
 
 
 def test_update_batches_are_the_plans_rows(examples):
@@ -124,7 +130,8 @@ def test_update_batches_are_the_plans_rows(examples):
 def test_splitting_keeps_every_row_and_every_target(examples):
     for batch in micro_batches(examples, micro_tokens=64):
         parts = list(split(batch))
-        assert facts(parts) == facts([batch]) and contents(parts) == contents([batch])
+        assert facts(parts) == facts([batch])
+        assert contents(parts) == contents([batch])
         assert [len(part.lengths_B) for part in parts] in (
             [1],
             [-(-len(batch.lengths_B) // 2), len(batch.lengths_B) // 2],
@@ -141,5 +148,5 @@ def test_halving_ends_at_single_rows_and_loses_nothing(examples):
 
 
 def test_halving_single_rows_says_how_long_they_are_and_what_to_do(make_examples):
-    with pytest.raises(OutOfMemory, match=r"(?s)a single row of 30 tokens.*fix: --set data.max_length=15"):
+    with pytest.raises(OutOfMemory, match=r"(?s)a single row of 30 tokens.*fix: .*data.max_length: 15"):
         halve([make_batch([example], [0]) for example in make_examples([30, 4])])

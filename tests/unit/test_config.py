@@ -63,9 +63,8 @@ def test_a_resolved_config_reads_back_as_itself(load, tmp_path):
 
 def test_the_json_schema_describes_every_key():
     described = schema()
-    assert (
-        set(described["properties"]) == set(json.loads(GOLDEN.read_text())) and described["title"] == "mlxlora config"
-    )
+    assert set(described["properties"]) == set(json.loads(GOLDEN.read_text()))
+    assert described["title"] == "mlxlora config"
 
 
 def test_the_run_folder_is_named_after_model_and_data():
@@ -117,7 +116,8 @@ def test_an_unknown_key_with_a_dash_is_named_whole(load, text, key):
 def test_a_missing_key_is_named_with_the_way_to_set_it(load, text):
     missing = {"model: m": "data", "data: {}\nmodel: m": "data.path", "": "model"}[text]
     message = refusal(load, text, head="")
-    assert f'key "{missing}" is missing' in message and f"--set {missing}=" in message
+    assert f'key "{missing}" is missing' in message
+    assert f"--set {missing}=" in message
 
 
 # types and ranges
@@ -177,7 +177,9 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(load, text):
 )
 def test_a_value_out_of_type_or_range_names_line_and_key(load, text, key):
     message = refusal(load, text)
-    assert message.startswith("run.yaml:3: ") and key in message and "expected: " in message
+    assert message.startswith("run.yaml:3: ")
+    assert key in message
+    assert "expected: " in message
 
 
 @pytest.mark.parametrize("text", ["optimizer: {max_grad_norm: true}", "optimizer: {betas: [false, 0.9]}"])
@@ -323,7 +325,8 @@ def test_an_override_leaves_the_rest_of_its_section(load):
 def test_setting_one_length_of_the_run_clears_the_other(load, text, override):
     config = load(f"train: {{{text}}}", overrides=[f"train.{override}"])
     key, value = override.split("=")
-    assert config.train.model_dump()[key] == int(value) and None in (config.train.updates, config.train.epochs)
+    assert config.train.model_dump()[key] == int(value)
+    assert None in (config.train.updates, config.train.epochs)
 
 
 def test_the_last_override_wins(load):

@@ -62,7 +62,8 @@ def test_a_bad_row_is_named_by_file_and_line(write_jsonl, kind):
     row, message = BAD[kind]
     with pytest.raises(DataError, match=message) as caught:
         read_rows(write_jsonl(GOOD, "", row, GOOD))
-    assert str(caught.value).startswith("train.jsonl:3: ") and str(caught.value).count("\n") <= 2
+    assert str(caught.value).startswith("train.jsonl:3: ")
+    assert str(caught.value).count("\n") <= 2
 
 
 @pytest.mark.parametrize(
@@ -103,12 +104,12 @@ def test_line_separators_of_unicode_do_not_split_a_row(write_jsonl):
 
 
 def test_a_file_without_rows_is_refused(write_jsonl):
-    with pytest.raises(DataError, match="train.jsonl has no rows"):
+    with pytest.raises(DataError, match=r"train.jsonl has no rows"):
         read_rows(write_jsonl("", "  "))
 
 
 def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path):
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match=r"cannot read"):
         read_rows(tmp_path / "absent.jsonl")
 
 
@@ -126,7 +127,8 @@ def test_a_folder_gives_the_splits_it_has(write_jsonl, tmp_path):
 
 def test_a_single_file_is_its_own_train_split(write_jsonl):
     file = write_jsonl(GOOD, name="mine.jsonl")
-    assert split_file(file, "train") == file and split_file(file, "valid") is None
+    assert split_file(file, "train") == file
+    assert split_file(file, "valid") is None
 
 
 def test_a_folder_without_train_jsonl_says_what_it_holds(tmp_path):
@@ -137,14 +139,14 @@ def test_a_folder_without_train_jsonl_says_what_it_holds(tmp_path):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "rows.csv").touch()
-    with pytest.raises(DataError, match="rows.csv is not a JSONL file"):
+    with pytest.raises(DataError, match=r"rows.csv is not a JSONL file"):
         split_file(tmp_path / "rows.csv", "train")
 
 
 def test_a_path_that_is_absent_is_not_looked_up_on_the_hub():
-    with pytest.raises(DataError, match="no data at"):
+    with pytest.raises(DataError, match=r"no data at"):
         find_data("./absent/rows")
-    with pytest.raises(DataError, match="the hub did not give it"):
+    with pytest.raises(DataError, match=r"the hub did not give it"):
         find_data("no-such-org/no-such-set")
 
 

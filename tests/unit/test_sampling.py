@@ -53,4 +53,5 @@ def test_a_draw_is_a_function_of_seed_prompt_and_place():
     others = [
         pick(flat, sampling(1.0, seed), prompt=prompt, n=n) for seed, prompt, n in ((1, 2, 5), (0, 3, 5), (0, 2, 6))
     ]
-    assert draw not in others and len(set(others)) == 3
+    assert draw not in others
+    assert len(set(others)) == 3

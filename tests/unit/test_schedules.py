@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -19,13 +20,15 @@ def test_cosine_is_its_closed_form():
 
 def test_cosine_starts_at_the_peak_halves_in_the_middle_and_stays_at_the_end():
     schedule = cosine(peak=1.0, updates=100, final=0.25)
-    assert schedule(1) == 1.0 and schedule(51) == pytest.approx(0.625)
-    assert schedule(101) == pytest.approx(0.25) and schedule(10_000) == pytest.approx(0.25)
+    assert schedule(1) == 1.0
+    assert schedule(51) == pytest.approx(0.625)
+    assert schedule(101) == pytest.approx(0.25)
+    assert schedule(10_000) == pytest.approx(0.25)
 
 
 def test_cosine_never_rises():
     values = [cosine(peak=1.0, updates=50, final=0.0)(step) for step in range(1, 60)]
-    assert all(later <= earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(values))
 
 
 def test_warmup_is_a_line_to_the_peak_that_never_is_zero():
@@ -63,7 +66,8 @@ def test_every_learning_rate_of_a_run_is_positive_and_at_most_the_peak(name, upd
 
 def test_a_run_reaches_its_peak_right_behind_the_warmup():
     schedule = build_schedule(ScheduleConfig(name="cosine", warmup=10, final=0.1), lr=0.5, updates=100)
-    assert schedule(11) == 0.5 and max(schedule(step) for step in range(1, 101)) == 0.5
+    assert schedule(11) == 0.5
+    assert max(schedule(step) for step in range(1, 101)) == 0.5
     assert schedule(101) == pytest.approx(0.05)
 
 

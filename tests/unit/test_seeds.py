@@ -14,7 +14,7 @@ MASK = [54, 147, 151, 20]
 
 
 def mask(**changes):
-    usual = dict(seed=0, step=1, name="model.layers.0.q_proj", slots=range(8), shape=(32, 64), p=0.25)
+    usual = {"seed": 0, "step": 1, "name": "model.layers.0.q_proj", "slots": range(8), "shape": (32, 64), "p": 0.25}
     return seeds.dropout_mask(**{**usual, **changes})
 
 
@@ -39,7 +39,8 @@ def test_no_hidden_state_is_read_or_left_behind():
     before = np.random.get_state()[1].copy()
     first = mask(), seeds.row_order(seed=0, epoch=0, num_rows=9)
     np.random.seed(1)
-    assert np.array_equal(first[0], mask()) and np.array_equal(first[1], seeds.row_order(seed=0, epoch=0, num_rows=9))
+    assert np.array_equal(first[0], mask())
+    assert np.array_equal(first[1], seeds.row_order(seed=0, epoch=0, num_rows=9))
     np.random.seed(0)
     assert np.array_equal(np.random.get_state()[1], before)
 
@@ -92,8 +93,10 @@ def test_a_token_has_the_same_mask_however_far_its_row_is_padded():
 
 def test_uniform_fills_its_interval_and_depends_on_the_name():
     values = seeds.uniform(seed=0, name="a", shape=(100, 100), bound=0.25)
-    assert values.dtype == np.float32 and np.abs(values).max() <= 0.25
-    assert abs(values.mean()) < 0.005 and abs(values.std() - 0.5 / np.sqrt(12)) < 0.005
+    assert values.dtype == np.float32
+    assert np.abs(values).max() <= 0.25
+    assert abs(values.mean()) < 0.005
+    assert abs(values.std() - 0.5 / np.sqrt(12)) < 0.005
     assert not np.array_equal(values, seeds.uniform(seed=0, name="b", shape=(100, 100), bound=0.25))
     assert not np.array_equal(values, seeds.uniform(seed=1, name="a", shape=(100, 100), bound=0.25))
 
@@ -105,4 +108,5 @@ def test_mix32_never_maps_two_words_to_one():
 
 
 def test_keys_tell_their_parts_apart():
-    assert seeds.key64("ab", "c") != seeds.key64("a", "bc") and seeds.key64(1, 2) != seeds.key64(12)
+    assert seeds.key64("ab", "c") != seeds.key64("a", "bc")
+    assert seeds.key64(1, 2) != seeds.key64(12)

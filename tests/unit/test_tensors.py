@@ -93,7 +93,7 @@ HOSTILE = {
 def test_a_hostile_header_is_refused_with_the_files_name(tmp_path, kind):
     file = tmp_path / "model.safetensors"
     file.write_bytes(HOSTILE[kind])
-    with pytest.raises(ModelError, match="model.safetensors is damaged"):
+    with pytest.raises(ModelError, match=r"model.safetensors is damaged"):
         read_header(file)
 
 
@@ -101,7 +101,7 @@ def test_a_hostile_header_is_refused_with_the_files_name(tmp_path, kind):
 @pytest.mark.parametrize("dtype", [["F32"], {"F32": 1}])
 def test_a_dtype_that_is_a_list_or_an_object_is_refused(tmp_path, dtype):
     (tmp_path / "model.safetensors").write_bytes(raw(entry(dtype=dtype)))
-    with pytest.raises(ModelError, match="is damaged"):
+    with pytest.raises(ModelError, match=r"is damaged"):
         read_header(tmp_path / "model.safetensors")
 
 
@@ -110,7 +110,7 @@ def test_a_dtype_that_is_a_list_or_an_object_is_refused(tmp_path, dtype):
 )
 def test_a_shape_that_no_array_can_have_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(raw(entry(shape=[0, 2**62], data_offsets=[0, 0]), b""))
-    with pytest.raises(ModelError, match="is damaged"):
+    with pytest.raises(ModelError, match=r"is damaged"):
         load_file(tmp_path / "model.safetensors")
 
 
@@ -151,7 +151,8 @@ def same(one, other):
 def test_every_dtype_shape_and_stride_comes_back_as_it_was(tmp_path, tensors):
     save_file(tmp_path / "x", tensors.items())
     found = load_file(tmp_path / "x")
-    assert found.keys() == tensors.keys() and all(same(found[name], tensors[name]) for name in tensors)
+    assert found.keys() == tensors.keys()
+    assert all(same(found[name], tensors[name]) for name in tensors)
 
 
 def test_a_mapped_tensor_is_the_one_that_is_loaded(tmp_path, tensors):
@@ -166,7 +167,8 @@ def test_what_we_write_the_library_reads(tmp_path, tensors):
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         words = found[name].view(torch.uint16) if tensor.dtype == "BF16" else found[name]
-        assert tuple(words.shape) == tensor.shape and np.array_equal(words.numpy(), tensor.data)
+        assert tuple(words.shape) == tensor.shape
+        assert np.array_equal(words.numpy(), tensor.data)
 
 
 def test_what_the_library_writes_we_read(tmp_path):
@@ -180,7 +182,8 @@ def test_what_the_library_writes_we_read(tmp_path):
     assert {name: tensor.dtype for name, tensor in found.items()} == {"a": "BF16", "b": "I64", "c": "F16"}
     assert np.array_equal(found["a"].data, values["a"].view(torch.uint16).numpy())
     assert np.array_equal(to_float32(found["a"]), values["a"].float().numpy())
-    assert found["b"].data.tolist() == list(range(7)) and found["c"].data == 1.5
+    assert found["b"].data.tolist() == list(range(7))
+    assert found["c"].data == 1.5
 
 
 def test_the_same_tensors_always_give_the_same_bytes(tmp_path, tensors):
@@ -210,7 +213,9 @@ def test_bfloat16_is_exact_upwards_and_rounds_to_even_downwards():
 
 def test_overflow_becomes_infinity_and_nan_stays_nan():
     found = to_float32(from_float32(np.array([3.4e38, -3.4e38, np.nan], dtype=np.float32), "BF16"))
-    assert found[0] == np.inf and found[1] == -np.inf and np.isnan(found[2])
+    assert found[0] == np.inf
+    assert found[1] == -np.inf
+    assert np.isnan(found[2])
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])

@@ -84,13 +84,13 @@ MOVES_SYSTEM = [name for name, style in STYLES.items() if style.moves_system]
 
 
 @pytest.mark.parametrize(
-    "name,system", [(n, s) for n in STYLES for s in (False, True) if not (s and n in MOVES_SYSTEM)]
+    ("name", "system"), [(n, s) for n in STYLES for s in (False, True) if not (s and n in MOVES_SYSTEM)]
 )
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_every_assistant_turn_and_its_end_token_is_supervised(styled, name, system, count):
     style = STYLES[name]
     if system and not style.takes_system:
-        with pytest.raises(DataError, match="train.jsonl:3.*System role not supported"):
+        with pytest.raises(DataError, match=r"train.jsonl:3.*System role not supported"):
             encode(chat_row(*TURNS[:count], system=True), styled[name])
         return
     example = encode(chat_row(*TURNS[:count], system=system), styled[name])
@@ -141,7 +141,8 @@ def test_an_empty_answer_teaches_its_end_token(styled, name):
 @pytest.mark.parametrize("name", STYLES)
 def test_train_on_all_supervises_everything_but_the_first_token(styled, name):
     example = encode(chat_row(*TURNS, system=STYLES[name].takes_system), styled[name], train_on="all")
-    assert not example.supervised[0] and example.supervised[1:].all()
+    assert not example.supervised[0]
+    assert example.supervised[1:].all()
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -206,7 +207,8 @@ def test_tools_reach_the_template_and_calls_without_content_are_supervised(make_
     tokenizer = make_tokenizer(template=template)
     example = encode(Row("messages", {"messages": messages, "tools": [{"name": "add"}]}, "train.jsonl:1"), tokenizer)
     said = '{"name": "add", "arguments": {"a": 1}}<|im_end|>two<|im_end|>'
-    assert spoken(example, tokenizer) == said and 'tools: [{"name": "add"}]' in full_text(example, tokenizer)
+    assert spoken(example, tokenizer) == said
+    assert 'tools: [{"name": "add"}]' in full_text(example, tokenizer)
 
 
 def test_a_conversation_without_a_chat_template_names_the_line_and_the_remedy(make_tokenizer):
@@ -216,7 +218,7 @@ def test_a_conversation_without_a_chat_template_names_the_line_and_the_remedy(ma
 
 def test_the_template_may_refuse_a_conversation_in_its_own_words(styled):
     row = Row("messages", {"messages": [{"role": "assistant", "content": "me first"}]}, "train.jsonl:9")
-    with pytest.raises(DataError, match="train.jsonl:9: .*roles must alternate"):
+    with pytest.raises(DataError, match=r"train.jsonl:9: .*roles must alternate"):
         encode(row, styled["llama-2"])
 
 
@@ -244,7 +246,8 @@ def test_prompt_and_completion_are_encoded_as_one_text(tokenizer):
 def test_whatever_the_boundary_the_completion_is_supervised_and_the_prompt_is_not(tokenizer, prompt, completion):
     example = encode(prompt_row(prompt, completion), tokenizer)
     said = spoken(example, tokenizer)
-    assert said.endswith(f"{completion}<|im_end|>") and len(said) - len(f"{completion}<|im_end|>") < 4
+    assert said.endswith(f"{completion}<|im_end|>")
+    assert len(said) - len(f"{completion}<|im_end|>") < 4
     assert full_text(example, tokenizer) == f"<|begin|>{prompt}{completion}<|im_end|>"
 
 
@@ -275,7 +278,8 @@ def test_the_end_token_is_supervised_where_it_also_is_the_pad_token(make_tokeniz
 def test_a_model_without_end_and_start_tokens_trains_on_the_bare_text(make_tokenizer):
     tokenizer = make_tokenizer(bos=None, eos=None, pad=None, template=None)
     example = encode(prompt_row("q ", "answer"), tokenizer)
-    assert full_text(example, tokenizer) == "q answer" and spoken(example, tokenizer) == "answer"
+    assert full_text(example, tokenizer) == "q answer"
+    assert spoken(example, tokenizer) == "answer"
 
 
 # text
@@ -283,7 +287,8 @@ def test_a_model_without_end_and_start_tokens_trains_on_the_bare_text(make_token
 
 def test_a_text_is_supervised_from_its_first_token_behind_bos(tokenizer):
     example = encode(text_row("once upon"), tokenizer)
-    assert spoken(example, tokenizer) == "once upon<|im_end|>" and not example.supervised[0]
+    assert spoken(example, tokenizer) == "once upon<|im_end|>"
+    assert not example.supervised[0]
 
 
 def test_without_bos_the_first_token_is_never_a_target(make_tokenizer):
@@ -299,7 +304,8 @@ def test_a_row_without_a_supervised_token_names_its_line(make_tokenizer):
 
 def test_a_long_row_is_cut_at_the_end(tokenizer):
     whole, short = encode(text_row("abc" * 50), tokenizer), encode(text_row("abc" * 50), tokenizer, max_length=20)
-    assert len(short.tokens) == 20 and np.array_equal(short.tokens, whole.tokens[:20])
+    assert len(short.tokens) == 20
+    assert np.array_equal(short.tokens, whole.tokens[:20])
     assert np.array_equal(short.supervised, whole.supervised[:20])
 
 
@@ -313,22 +319,24 @@ def test_a_prompt_as_long_as_max_length_names_the_line_and_the_setting(tokenizer
 
 def test_tokens_and_mask_have_the_documented_types(tokenizer):
     example = encode(text_row("abc"), tokenizer)
-    assert example.tokens.dtype == np.int32 and example.supervised.dtype == bool
-    assert example.tokens.shape == example.supervised.shape and example.source == "train.jsonl:3"
+    assert example.tokens.dtype == np.int32
+    assert example.supervised.dtype == bool
+    assert example.tokens.shape == example.supervised.shape
+    assert example.source == "train.jsonl:3"
 
 
 # damaged tokenizers
 
 
 def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
-    with pytest.raises(ModelError, match="has no tokenizer.json"):
+    with pytest.raises(ModelError, match=r"has no tokenizer.json"):
         load_tokenizer(tmp_path)
 
 
 def test_a_damaged_tokenizer_is_one_clear_error(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": ')
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"cannot be loaded"):
         load_tokenizer(tmp_path)
 
 
@@ -340,7 +348,8 @@ def test_real_tokenizers_supervise_the_completion_only(stored_model, name):
     tokenizer = load_tokenizer(stored_model(name))
     example = encode(prompt_row("Once upon a time, ", "there was a fox."), tokenizer)
     assert spoken(example, tokenizer).strip() == f"there was a fox.{tokenizer.inner.eos_token}"
-    assert example.tokens[0] == tokenizer.inner.bos_token_id and example.tokens[-1] == tokenizer.eos
+    assert example.tokens[0] == tokenizer.inner.bos_token_id
+    assert example.tokens[-1] == tokenizer.eos
 
 
 @pytest.mark.parametrize("name", [STORED[0], pytest.param(STORED[1], marks=STRADDLE)])
