@@ -82,11 +82,12 @@ def evaluate(model: str, *, data: str, adapter: str | None = None, backend: str 
 
     options: split, max_length, train_on, dtype, quantization, device.
     """
-    from shared.sessions import evaluate_data, open_session
+    from shared.sessions import evaluate_rows, find_rows, open_session
 
+    rows, _ = find_rows(str(data), split=options.pop("split", None))
     opened = {key: options.pop(key) for key in ("dtype", "quantization", "device") if key in options}
     session = open_session(str(model), adapter=text(adapter), backend=backend, **opened)
-    return evaluate_data(session, str(data), **options)[0]
+    return evaluate_rows(session, rows, **options)
 
 
 def generate(

@@ -24,7 +24,7 @@ from shared.adapters.spec import layer_of
 from shared.errors import ModelError
 from shared.families import CHECKED, head_facts, is_tied, with_old_rope_keys
 from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder, others
-from shared.quant.affine import AffineQuantizer
+from shared.registry import find_quantizer
 from shared.strict import check_adapter
 from shared.tensors import is_finite, read_tensor
 from shared.types import AdapterSpec, Batch, ModelInfo, Packed, Part, Sampling, Scheme, Tensor, Token
@@ -220,7 +220,7 @@ def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: mx.Dtype) -> None:
 
 def quantize_layers(zoo: nn.Module, scheme: Scheme) -> tuple[str, ...]:
     """Quantize the linear layers of the decoder blocks; return a note on those that do not divide into groups."""
-    quantizer = AffineQuantizer(scheme)
+    quantizer = find_quantizer(scheme)
     left: list[str] = []
     for name, module in list(zoo.named_modules()):
         if not isinstance(module, nn.Linear) or layer_of(name) is None:

@@ -28,14 +28,16 @@ class AdamW:
         """Take the parameters' values."""
         self.value = {name: parameter.astype(mx.float32) for name, parameter in parameters.items()}
 
-    def step(self, grads: Mapping[str, mx.array], update: Update, *, weight: float) -> tuple[mx.array, mx.array]:
+    def step(
+        self, grads: Mapping[str, mx.array], update: Update, *, loss: mx.array, weight: float
+    ) -> tuple[mx.array, mx.array]:
         """Divide the summed gradients by `weight`, clip, update; return (norm before clipping, applied?).
 
-        A non-finite gradient leaves parameters and moments as they are, without a host synchronisation.
+        A non-finite loss or gradient leaves parameters and moments as they are, without a host synchronisation.
         """
         scaled = {name: grad / weight for name, grad in grads.items()}
         norm = mx.sqrt(sum((mx.square(grad).sum() for grad in scaled.values()), start=mx.zeros(())))
-        ok = mx.isfinite(norm)
+        ok = mx.isfinite(norm) & mx.isfinite(loss)
         clip = mx.array(1.0)
         if update.max_grad_norm is not None:
             clip = mx.minimum(update.max_grad_norm / (norm + 1e-6), 1.0)

@@ -14,7 +14,7 @@ from mlx import nn
 
 from mlxlora.state import from_mlx, to_mlx
 from shared.errors import ModelError
-from shared.quant.affine import AffineQuantizer
+from shared.registry import find_quantizer
 from shared.types import Packed, Scheme, Tensor
 
 
@@ -108,7 +108,7 @@ class QuantizedEmbedding(nn.Module):
 def quantize_linear(name: str, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
     """Return a quantized copy of a linear layer; the codes are those of the NumPy codec."""
     weight = from_mlx(linear.weight)
-    packed = AffineQuantizer(scheme).quantize(weight)
+    packed = find_quantizer(scheme).quantize(weight)
     if packed.shape != tuple(linear.weight.shape):
         raise ModelError(f'"{name}" changed its shape under quantization')
     return QuantizedLinear(packed, linear.get("bias"))

@@ -51,10 +51,10 @@ class MLXTrainer:
                 mx.eval(total, grads)  # frees one micro-batch's graph before the next is built
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise OutOfMemory(f"MLX has no memory left: {str(error).splitlines()[0]}") from None
+                raise OutOfMemory(f"MLX has no memory left: {str(error)[:200]}") from None
             raise
         named = {self.model.canonical(name): grad for name, grad in flatten(grads)}
-        norm, applied = self.optimizer.step(named, update, weight=weight)
+        norm, applied = self.optimizer.step(named, update, loss=total, weight=weight)
         self.model.put_parameters(self.optimizer.push())
         mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.m, self.optimizer.v, norm)
         return PendingStats(total / weight, norm, applied)

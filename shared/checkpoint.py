@@ -70,17 +70,11 @@ def write_files(staged: Path, checkpoint: Checkpoint) -> None:
     for name in names:
         sync(staged / name)
     manifest = {name: {"size": (staged / name).stat().st_size, "sha256": sha256(staged / name)} for name in names}
-    for name, text in ((MANIFEST_FILE, json.dumps(manifest, indent=1)), (MARKER, f"{sha256_text(manifest)}\n")):
-        (staged / name).write_text(text)
-        sync(staged / name)
+    (staged / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+    sync(staged / MANIFEST_FILE)
+    (staged / MARKER).write_text(sha256(staged / MANIFEST_FILE))
+    sync(staged / MARKER)
     sync(staged)
-
-
-def sha256_text(manifest: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a manifest's canonical JSON."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -138,8 +132,7 @@ def load(folder: Path) -> Checkpoint:
     """Return a checkpoint after checking marker, manifest and hashes; raises CheckpointError."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        marker = (folder / MARKER).read_text().strip()
-        if marker != sha256_text(manifest):
+        if (folder / MARKER).read_text() != sha256(folder / MANIFEST_FILE):
             raise CheckpointError(f"{folder.name} is damaged: its marker does not match its manifest")
         for name in (ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE):
             check_file(folder / name, manifest[name])

@@ -6,7 +6,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from shared.errors import CapabilityError, ConfigError, did_you_mean
 from shared.types import Scheme
@@ -16,9 +25,29 @@ NAMED_SCHEMES = re.compile(
     r"nf4(-dq)?|fp4(-dq)?|int8|mxfp4|nvfp4|mxfp8|ternary-g(32|64|128)|quanto-q(int[248]|float8)"
     r"|affine-(2|3|4|5|6|8)bit-g(32|64|128)\+hqq"
 )
+Places = dict[tuple[Any, ...], str]  # key path -> where it was set: "run.yaml:3", "--set"
+
+
+def not_a_switch(value: Any) -> Any:
+    """Refuse true and false, which Python takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    return value
+
+
+def no_zero_byte(value: str) -> str:
+    """Refuse what no file system takes as a name."""
+    if "\0" in value:
+        raise ValueError("a name without zero bytes")
+    return value
+
+
 Count = Annotated[int, Field(ge=1, strict=True)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(not_a_switch), Field(allow_inf_nan=False)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Positive = Annotated[Number, Field(gt=0)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(no_zero_byte)]
 
 
 class Section(BaseModel):
@@ -28,19 +57,15 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_switches_for_numbers(cls, values: Any) -> Any:
-        """Refuse true and false where a number belongs; take a section left empty as its defaults."""
+    def _empty_sections(cls, values: Any) -> Any:
+        """Take a section left empty as its defaults."""
         if not isinstance(values, dict):
             return values
-        for key, value in values.items():
-            field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field and field.annotation in (int, float):
-                raise ValueError(f"{key} is {str(value).lower()}; it should be a number")
         return {key: value for key, value in values.items() if not (value is None and is_section(cls, key))}
 
 
 class DataConfig(Section):
-    path: Annotated[str, Field(min_length=1, description="folder, JSONL file, or hub data set of JSONL files")]
+    path: Annotated[Name, Field(description="folder, JSONL file, or hub data set of JSONL files")]
     max_length: Annotated[int, Field(ge=2, strict=True, description="tokens; longer rows are cut at the end")] = 2048
     train_on: Annotated[
         Literal["completion", "assistant", "all"],
@@ -57,8 +82,8 @@ class DataConfig(Section):
 class AdapterConfig(Section):
     type: Annotated[Literal["lora", "none"], Field(description="none trains every parameter")] = "lora"
     rank: Annotated[int, Field(ge=1, le=65536, strict=True)] = 8
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False, description="the product is scaled by alpha / rank")] = 16
-    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    alpha: Annotated[Positive, Field(description="the product is scaled by alpha / rank")] = 16
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     targets: Annotated[
         str | list[str], Field(description='"all-linear", or names of modules: q_proj, self_attn.q_proj, a full path')
     ] = "all-linear"
@@ -71,26 +96,24 @@ class AdapterConfig(Section):
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if value == [] or value == "":
-            raise ValueError("is empty")
+            raise ValueError("one entry at least")
         return value
 
 
 class OptimizerConfig(Section):
     name: Literal["adamw"] = "adamw"
     lr: Annotated[Positive, Field(description="peak learning rate")] = 1e-4
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Positive = 1e-8
-    weight_decay: Annotated[
-        float, Field(ge=0, allow_inf_nan=False, description="decoupled, on tensors of two or more dimensions")
-    ] = 0.0
+    weight_decay: Annotated[NotNegative, Field(description="decoupled, on tensors of two or more dimensions")] = 0.0
     max_grad_norm: Positive | None = 1.0
 
 
 class ScheduleConfig(Section):
     name: Literal["constant", "cosine"] = "cosine"
     warmup: Annotated[
-        float,
-        Field(ge=0, allow_inf_nan=False, description="below 1 a share of all updates, from 1 a number of updates"),
+        NotNegative,
+        Field(description="below 1 a share of all updates, from 1 a number of updates"),
     ] = 0.03
     final: Annotated[Share, Field(description="share of the peak at the end")] = 0.0
 
@@ -115,7 +138,7 @@ class TrainConfig(Section):
             return values
         updates, epochs = values.get("updates"), values.get("epochs")
         if updates is not None and epochs is not None:
-            raise ValueError("set exactly one of updates and epochs; the other is null")
+            raise ValueError("exactly one of updates and epochs, the other null")
         if updates is None and epochs is None:
             return {**values, "updates": 500}
         return values
@@ -140,7 +163,7 @@ class LogConfig(Section):
 
 
 class RunConfig(Section):
-    model: Annotated[str, Field(min_length=1, description="folder or hub id, Hugging Face or MLX-quantized")]
+    model: Annotated[Name, Field(description="folder or hub id, Hugging Face or MLX-quantized")]
     quantization: Annotated[str, Field(description="none, or affine-4bit-g64 and the like: quantizes at load")] = "none"
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
@@ -152,7 +175,7 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     backend: Literal["auto", "mlx", "torch"] = "auto"
     device: Annotated[Literal["auto", "cpu", "gpu"], Field(description="gpu: Metal or CUDA")] = "auto"
-    output: Annotated[str | None, Field(description="run folder; null: runs/NAME after the model and the data")] = None
+    output: Annotated[Name | None, Field(description="run folder; null: runs/NAME after the model and the data")] = None
 
     @field_validator("quantization", mode="before")
     @classmethod
@@ -194,16 +217,12 @@ def parse_scheme(text: str) -> Scheme | None:
     raise ConfigError(f'quantization: unknown scheme "{text}"', fix=did_you_mean(text, ["none", *known]))
 
 
-def validate(values: Any, *, place: str = "config", lines: dict[tuple[Any, ...], int] | None = None) -> RunConfig:
-    """Return the config of a nested dict; raises ConfigError with the place of the first problem.
-
-    lines: line numbers by key path, from `shared.config_file.load`.
-    """
+def validate(values: Any, *, place: str = "config", places: Places | None = None) -> RunConfig:
+    """Return the config of a nested dict; raises ConfigError with the place of the first problem."""
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        first = pick_problem(error)
-        raise describe(first, place=place, lines=lines or {}) from None
+        raise describe(pick_problems(error), place=place, places=places or {}) from None
     parse_scheme(config.quantization)
     if config.adapter.type == "none" and config.quantization != "none":
         raise ConfigError(
@@ -213,27 +232,49 @@ def validate(values: Any, *, place: str = "config", lines: dict[tuple[Any, ...],
     return config
 
 
-def pick_problem(error: ValidationError) -> dict[str, Any]:
-    """Return the problem to show: unknown keys first, since a typo also leaves its key missing."""
+def pick_problems(error: ValidationError) -> list[dict[str, Any]]:
+    """Return the problems of one key, one per thing it may be: unknown keys first, since a typo leaves its key missing."""
     problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
-    return min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    path = key_path(first)
+    return [first, *(other for other in problems if other is not first and key_path(other)[: len(path)] == path)]
 
 
-def describe(problem: dict[str, Any], *, place: str, lines: dict[tuple[Any, ...], int]) -> ConfigError:
-    """Return a ConfigError with file:line, the key, what was found and what was expected."""
-    path = tuple(part for part in problem["loc"] if not is_union_label(part))
-    key = ".".join(str(part) for part in path) or "the top level"
-    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    where = f"{place}:{line}" if line else place
+def key_path(problem: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the keys that lead to a problem, without what pydantic puts in to name a branch of a union."""
     if problem["type"] == "extra_forbidden":
-        known = known_keys(path[:-1])
-        return ConfigError(f'{where}: unknown key "{key}"', fix=did_you_mean(str(path[-1]), known))
-    if problem["type"] == "missing":
+        return tuple(problem["loc"])
+    return tuple(part for part in problem["loc"] if not is_union_label(part))
+
+
+def describe(problems: list[dict[str, Any]], *, place: str, places: Places) -> ConfigError:
+    """Return a ConfigError with the place, the key, what was found and what was expected."""
+    first, path = problems[0], key_path(problems[0])
+    key = ".".join(str(part) for part in path) or "the top level"
+    where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), place)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f'{where}: unknown key "{key}"', fix=did_you_mean(str(path[-1]), known_keys(path[:-1])))
+    if first["type"] == "missing" and isinstance(path[-1], int):
+        whole = ".".join(str(part) for part in path[:-1])
+        return ConfigError(f"{where}: {whole} is too short", expected=f"{path[-1] + 1} values at least")
+    if first["type"] == "missing":
         return ConfigError(f'{where}: key "{key}" is missing', fix=f"add {key} to the config, or --set {key}=...")
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    found = problem.get("input")
+    found = first.get("input")
     shown = "" if isinstance(found, dict) else f", found {shorten(found)}"
-    return ConfigError(f"{where}: {key}{shown}", expected=message[0].lower() + message[1:])
+    wanted = dict.fromkeys(expectation(problem) for problem in problems)
+    return ConfigError(f"{where}: {key}{shown}", expected=" or ".join(wanted))
+
+
+def expectation(problem: dict[str, Any]) -> str:
+    """Return what a problem's key should hold.
+
+    >>> expectation({"type": "greater_than", "msg": "Input should be greater than 0", "loc": ("optimizer", "lr")})
+    'greater than 0'
+    """
+    if problem["type"] == "model_type":
+        return f"a section with keys such as {', '.join(known_keys(key_path(problem))[:3])}"
+    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    return message[0].lower() + message[1:]
 
 
 def is_union_label(part: Any) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from shared.config import RunConfig, known_keys, validate
+from shared.config import Places, RunConfig, known_keys, validate
 from shared.errors import ConfigError, did_you_mean
 
 MAX_BYTES = 1_000_000
@@ -47,29 +47,54 @@ def load_config(path: Path, *, overrides: Iterable[str] = (), values: dict[str, 
     Raises ConfigError with file:line, the key and the nearest known name.
     """
     found, lines = read_yaml(path)
-    merged = merge(found, values or {})
-    for text in overrides:
-        merged = merge(merged, parse_override(text))
-    return validate(merged, place=path.name, lines=lines)
+    places = {key: f"{path.name}:{line}" for key, line in lines.items()}
+    return build_over(found, values or {}, overrides, place=path.name, places=places)
 
 
 def build_config(values: dict[str, Any], *, overrides: Iterable[str] = ()) -> RunConfig:
     """Return the config of nested values and `key.sub=value` overrides, without a file."""
-    merged = values
+    return build_over({}, values, overrides, place="config", places={})
+
+
+def build_over(
+    base: dict[str, Any], values: dict[str, Any], overrides: Iterable[str], *, place: str, places: Places
+) -> RunConfig:
+    """Return the config of `base` with values and overrides on top; a message names where a key was set last."""
+    merged = merge(base, values)
+    places.update(dict.fromkeys(leaves(values), "argument"))
     for text in overrides:
-        merged = merge(merged, parse_override(text))
-    return validate(merged, place="config")
+        override = parse_override(text)
+        merged = merge(merged, override)
+        places.update(dict.fromkeys(leaves(override), "--set"))
+    return validate(merged, place=place, places=places)
+
+
+def leaves(values: dict[str, Any], path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every value that is no section.
+
+    >>> list(leaves({"train": {"seed": 1}, "model": "m"}))
+    [('train', 'seed'), ('model',)]
+    """
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key)
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     """Return a YAML mapping and the line of every key path."""
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"config file {path} {kind}", fix="give the path of a YAML file, or --model and --data")
-    if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path.name} is larger than {MAX_BYTES} bytes", fix="is this the config file?")
     try:
+        if not path.is_file():
+            kind = "is a folder" if path.is_dir() else "does not exist"
+            raise ConfigError(f"config file {path} {kind}", fix="give the path of a YAML file, or --model and --data")
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path.name} is larger than {MAX_BYTES} bytes", fix="is this the config file?")
         return parse_yaml(path.read_text(encoding="utf-8-sig"), name=path.name)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path.name}: {error.strerror}", fix="check the path and its permissions"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path.name}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from None
     except RecursionError:
@@ -130,9 +155,9 @@ def parse_override(text: str) -> dict[str, Any]:
     for n, part in enumerate(parts):
         known = known_keys(tuple(parts[:n]))
         if part not in known:
-            raise ConfigError(
-                f'--set: unknown key "{key.strip()}"', fix=did_you_mean(part, known or ["(no keys here)"])
-            )
+            value_at = ".".join(parts[:n])
+            hint = did_you_mean(part, known) if known else f"{value_at} is a value: --set {value_at}=..."
+            raise ConfigError(f'--set: unknown key "{key.strip()}"', fix=hint)
     parsed, _ = parse_yaml(f"value: {value}", name=f"--set {key}")
     result: Any = parsed["value"]
     for part in reversed(parts):

@@ -21,7 +21,7 @@ class MlxloraError(Exception):
     def render(self) -> str:
         """Return the message, one line per part, newlines inside a part folded to spaces."""
         parts = [("", self.what), ("expected: ", self.expected), ("fix: ", self.fix)]
-        return "\n".join(f"{label}{' '.join(text.split())}" for label, text in parts if text)
+        return "\n".join(f"{label}{printable(' '.join(text.split()))}" for label, text in parts if text)
 
 
 class ConfigError(MlxloraError, ValueError):
@@ -84,6 +84,15 @@ class Interrupted(MlxloraError):
     def __init__(self, what: str, *, exit_code: int, fix: str | None = None) -> None:
         super().__init__(what, fix=fix)
         self.exit_code = exit_code
+
+
+def printable(text: str) -> str:
+    """Return a text that a terminal shows as it is: what files and rows bring along is escaped.
+
+    >>> printable("a\\x1b[2J")
+    'a\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -17,6 +17,8 @@ from shared.errors import CapabilityError, ModelError, did_you_mean
 from shared.tensors import Entry, read_header
 from shared.types import Scheme
 
+# Sizes that a config states once for all layers; where it lists them by layer, they are the zoo's to check.
+WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npz")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Buffers that old checkpoints carry and every current implementation computes.
@@ -99,6 +101,10 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             f"{path / 'config.json'}: {key} asks to run code from the folder, which is never done",
             fix="use a model whose architecture mlx-lm and transformers know themselves",
         )
+    for key in WIDTHS:
+        value = config.get(key)
+        if isinstance(value, str | bool | float) or (isinstance(value, int) and value < 1):
+            raise ModelError(f"{path / 'config.json'}: {key} is {value!r}", expected="a whole number from 1")
     layers = config.get("num_hidden_layers")
     if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 10_000):
         raise ModelError(f"{path / 'config.json'}: num_hidden_layers is {layers!r}", expected="1 to 10000")
@@ -168,6 +174,8 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
             expected="float weights, or an mlx-lm folder with affine quantization",
             fix="use the unquantized model with quantization: affine-4bit-g64",
         )
+    if own is not None and not isinstance(own, dict):
+        raise ModelError(f"config.json: quantization is {own!r}", expected='{"group_size": 64, "bits": 4}')
     if own is not None and own.get("mode", "affine") != "affine":
         raise CapabilityError(
             f"the folder is quantized with mode {own['mode']}, which this version does not read",
@@ -188,8 +196,9 @@ def find_schemes(path: Path, quantization: dict[str, Any] | None, entries: Mappi
             raise ModelError(f'{path}: "{name}" has no weight, biases or entry in config.json', fix="convert it again")
         group, bits = found.get("group_size", 64), found.get("bits", 4)
         weight, scales = entries[f"{module}.weight"], entries[name]
-        fits = bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)
-        if not fits or weight.dtype != "U32" or weight.shape[-1] * 32 != scales.shape[-1] * group * bits:
+        known = type(bits) is type(group) is int and bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)
+        matrices = weight.dtype == "U32" and len(weight.shape) >= 2 and weight.shape[:-1] == scales.shape[:-1]
+        if not known or not matrices or weight.shape[-1] * 32 != scales.shape[-1] * group * bits:
             raise ModelError(
                 f'{path}: "{module}" does not hold {bits} bits in groups of {group}: weight {weight.shape}, '
                 f"scales {scales.shape}", fix="convert the model again",

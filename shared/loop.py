@@ -7,10 +7,8 @@ tensors is `LoopState`.
 from __future__ import annotations
 
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from shared.errors import DivergedError, Interrupted, OutOfMemory, StorageError
 from shared.evaluate import evaluate_examples
 from shared.protocols import Model, Pending, Trainer
 from shared.schedules import build_schedule
+from shared.signals import stop_signals
 from shared.tensors import is_finite
 from shared.types import AdapterSpec, Batch, Example, StepStats, Update
 
@@ -236,33 +235,6 @@ def save_or_go_on(run: Run) -> None:
         checkpoint(run)
     except StorageError as error:
         tell(run.callbacks, "on_note", error.what)
-
-
-@dataclass
-class StopFlag:
-    """The signal that asked to stop, 0 while none has."""
-
-    number: int = 0
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopFlag]:
-    """Let SIGINT and SIGTERM finish the running update; a second one ends the process at once."""
-    flag = StopFlag()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-
-    def ask(number: int, _frame: Any) -> None:
-        flag.number = number
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def interrupted(number: int, run: Run) -> Interrupted:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from shared.errors import CapabilityError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from shared.protocols import Backend
+    from shared.protocols import Backend, Quantizer
+    from shared.types import Scheme
 
 BACKENDS = {"mlx": "mlxlora.backend:create", "torch": "torch_backend.backend:create"}
 QUANTIZERS = {"affine": "shared.quant.affine:AffineQuantizer"}
@@ -25,6 +26,11 @@ def resolve(table: dict[str, str], name: str, what: str) -> Any:
         raise ConfigError(f'unknown {what} "{name}"', fix=did_you_mean(name, table))
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def find_quantizer(scheme: Scheme) -> Quantizer:
+    """Return the codec of a scheme."""
+    return resolve(QUANTIZERS, scheme.name, "quantization")(scheme)
 
 
 def find_backend(name: str) -> Backend:

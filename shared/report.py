@@ -25,9 +25,8 @@ Flat = Mapping[str, Any]  # the manifest, one level deep: "rows.train" -> value
 
 LIMIT = 1000  # points per curve; 100k of them would make a page of 10 MB
 LARGEST = 3.5e38  # beyond float32: as good as infinite
-LEFT, RIGHT, TOP, BOTTOM = 58, 436, 26, 196  # the plot's box in a picture of 460 x 240
-ARROW, DOT, GAP = " \u2192 ", " \u00b7 ", "\u2003"
-DASH = {"a": "\u2014", "b": "- -"}
+LEFT, RIGHT, TOP, BOTTOM = 58, 436, 28, 196  # the plot's box in a picture of 460 x 240
+ARROW, DOT, GAP, DASH = " \u2192 ", " \u00b7 ", "\u2003", {"a": "\u2014", "b": "- -"}
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 DATA = {
     "rows.train": "training rows",
@@ -42,15 +41,15 @@ MODEL = ("family", "quantization", "adapter", "modules", "trained_parameters")
 CSS = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--text:#1a1d21;--muted:#59626e;--line:#dde1e6;--a:#1d5fd1;--b:#b4540a}
 @media(prefers-color-scheme:dark){:root{--bg:#121518;--card:#1b1f24;--text:#e7e9ec;--muted:#a0a9b4;--line:#343b43;--a:#74aaff;--b:#ffb057}}
-*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--text);overflow-wrap:anywhere}body,svg{font:15px/1.5 system-ui,"Segoe UI",Roboto,sans-serif}
-main{max-width:1000px;margin:0 auto;padding:24px 16px 40px}p{margin:6px 0}footer{margin-top:32px}h1{font-size:26px;line-height:1.25;margin:0}h2{font-size:18px;margin:32px 0 12px}h3{font-size:15px;margin:0 0 4px}
-small,.label,footer{font-size:13px}.muted,.label,small,footer{color:var(--muted)}.figures b,.figures small{display:block}.figures b{font-size:20px}
-.figures,.grid,.three,.stack{display:grid;gap:12px}.figures{grid-template-columns:repeat(3,1fr);margin-top:20px}.grid{align-items:start}
-.grid{grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr))}.three{grid-template-columns:repeat(auto-fit,minmax(min(240px,100%),1fr));margin-top:10px}
-.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;margin:0}.card,.stack>*,.three>*{min-width:0}
-table{width:100%;border-collapse:collapse;font-size:14px}th{font-weight:400;color:var(--muted);padding-right:14px;width:45%}th,td{text-align:left;vertical-align:top;padding:4px 0;border-top:1px solid var(--line)}tr:first-child>*{border-top:0}
+*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--text);overflow-wrap:anywhere;font:15px/1.5 system-ui,"Segoe UI",sans-serif}
+main{max-width:1000px;margin:0 auto;padding:24px 16px 40px}p{margin:6px 0}footer{margin-top:32px}h1{font-size:26px;line-height:1.25;margin:0}
+h2{font-size:18px;margin:32px 0 12px}h3{font-size:15px;margin:0 0 4px}small,.label,footer{font-size:13px}.muted,.label,small,footer{color:var(--muted)}
+.figures,.grid,.three,.stack{display:grid;gap:12px}.figures{grid-template-columns:repeat(3,1fr);margin-top:20px}.figures b,.figures small{display:block}
+.grid{align-items:start;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr))}.figures b{font-size:20px}.three{margin-top:10px;grid-template-columns:repeat(auto-fit,minmax(min(240px,100%),1fr))}.card,.stack>*,.three>*{min-width:0}
+.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;margin:0}
+table{width:100%;border-collapse:collapse;font-size:14px}th,td{text-align:left;vertical-align:top;padding:4px 0;border-top:1px solid var(--line)}tr:first-child>*{border-top:0}th{font-weight:400;color:var(--muted);width:45%}td{padding-left:14px}
 pre{margin:0;white-space:pre-wrap;overflow:auto;font:13px/1.5 ui-monospace,Menlo,Consolas,monospace}.sample pre{max-height:18em}svg{display:block;width:100%;height:auto;overflow:visible}text{fill:var(--muted);font-size:12px}.rule{stroke:var(--line)}.axis{stroke:var(--muted);fill:none}
-.curve{fill:none;stroke-width:1.6;stroke-linejoin:round}.a{stroke:var(--a)}.b{stroke:var(--b);stroke-dasharray:5 3}.dot-a{fill:var(--a)}.dot-b{fill:var(--b)}
+.curve{fill:none;stroke-width:1.6;stroke-linejoin:round}.dense{stroke-width:1.2;opacity:.8}.a{stroke:var(--a)}.b{stroke:var(--b);stroke-dasharray:5 3}.dot-a{fill:var(--a)}.dot-b{fill:var(--b)}
 @media(max-width:600px){.figures{grid-template-columns:repeat(2,1fr);gap:8px}.figures b{font-size:17px}.figures .card{padding:8px 10px}text{font-size:15px}}
 """  # noqa: E501
 
@@ -126,8 +125,9 @@ def escape(value: object) -> str:
 
 def number(value: object) -> float | None:
     """Return a finite number, else None."""
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if real and abs(value) < LARGEST else None  # false for nan, too
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < LARGEST else None  # false for nan, too
 
 
 def shown(value: object) -> str:
@@ -176,8 +176,9 @@ def thin(found: Sequence[Point], *, limit: int = LIMIT) -> tuple[Point, ...]:
 
 def ticks(low: float, high: float, *, num: int = 5, smallest: float = 0.0) -> list[float]:
     """Return about `num` round values from at most `low` to at least `high`."""
-    if high - low <= 1e-4 * max(abs(low), abs(high)):  # flat: the noise of one value is no scale
-        pad = 0.1 * max(abs(low), abs(high)) or 1.0
+    size = max(abs(low), abs(high))
+    if high - low <= max(1e-4 * size, 1e-300):  # flat: the noise of one value is no scale
+        pad = max(0.1 * size, 1e-300) if size else 1.0
         low, high = low - pad if low else 0.0, high + pad
     rough = (high - low) / num
     decade = 10.0 ** math.floor(math.log10(rough))
@@ -220,7 +221,8 @@ def chart(title: str, unit: str, *curves: Curve, last_step: int, from_zero: bool
     parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 38}" text-anchor="middle">update</text>')
     for line in curves:
         places = [at(x, y) for x, y in line.points]
-        parts.append(f'<path class="curve {line.style}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>')
+        way, dense = "L".join(f"{x:.1f} {y:.1f}" for x, y in places), " dense" if len(places) > 300 else ""
+        parts.append(f'<path class="curve {line.style}{dense}" d="M{way}"/>')
         if len(places) == 1 or (line.style == "b" and len(places) <= 60):
             circle = f'<circle class="dot-{line.style}" r="3" cx="{{:.1f}}" cy="{{:.1f}}"><title>{{}}</title></circle>'
             parts += [circle.format(*place, short(y)) for place, (_, y) in zip(places, line.points, strict=True)]
@@ -247,8 +249,8 @@ def curves_and_data(rows: Rows, manifest: Flat) -> str:
         card("Data", data_facts(rows, manifest)),
     ]
     bad = sum(number(value) is None for row in rows for value in row.values())
-    note = f"{bad:,} values are not finite numbers and are left out." if bad else ""
-    note = note if rows else "metrics.jsonl has no rows."
+    missing = f"{bad:,} values are not finite numbers and are left out." if bad else ""
+    note = missing if rows else "metrics.jsonl has no rows."
     return f'<h2>Curves and data</h2><p class="muted">{note}</p><div class="grid">{"".join(tiles)}</div>'
 
 
@@ -269,7 +271,8 @@ def labelled(manifest: Flat, labels: Mapping[str, str]) -> dict[str, str]:
 
 def section(manifest: Flat, *names: str) -> dict[str, str]:
     """Return all values of sections of the manifest, as they are."""
-    return {key.partition(".")[2]: str(value) for key, value in manifest.items() if key.partition(".")[0] in names}
+    parts = ((*key.partition("."), value) for key, value in manifest.items())
+    return {inner: str(value) for name, dot, inner, value in parts if dot and name in names}
 
 
 def card(title: str, facts: Mapping[str, str]) -> str:
@@ -298,11 +301,9 @@ def key_figures(rows: Rows, manifest: Flat) -> str:
     return f'<div class="figures">{"".join(tile.format(*figure) for figure in figures if figure[1])}</div>'
 
 
-def first_to_last(found: Sequence[Point]) -> tuple[str | None, str]:
-    """Return the first and the last value, and the updates they are of."""
-    if not found:
-        return None, ""
-    ends = (found[0], found[-1])[: len(found)]
+def first_to_last(found: Sequence[Point]) -> tuple[str, str]:
+    """Return the first and the last value, empty where there is none, and the updates they are of."""
+    ends = (*found[:1], *found[1:][-1:])
     return ARROW.join(short(y) for _, y in ends), f"update {ARROW.join(f'{x:,.0f}' for x, _ in ends)}"
 
 
@@ -312,8 +313,8 @@ def samples_section(samples: Sequence[Sample]) -> str:
     for sample in samples:
         texts = {"wanted": sample.wanted, "before": sample.before, "after": sample.after}
         boxes = "".join(block(label, text) for label, text in texts.items() if text or label != "wanted")
-        prompt = block("prompt", sample.prompt)
-        cards.append(f'<section class="card sample">{prompt}<div class="three">{boxes}</div></section>')
+        inner = f'{block("prompt", sample.prompt)}<div class="three">{boxes}</div>'
+        cards.append(f'<section class="card sample">{inner}</section>')
     return f'<h2>Samples before and after</h2><div class="stack">{"".join(cards)}</div>' if cards else ""
 
 
@@ -342,8 +343,7 @@ def reproduce(folder: Path, manifest: Flat) -> str:
     config, started = folder / "config.yaml", manifest.get("command")
     again = ["mlxlora", "train", str(config), "--output", f"{folder}-again"] if config.is_file() else []
     words = [str(word) for word in started] if isinstance(started, list) else []
-    if words[:1] == ["__main__.py"]:
-        words[0] = "mlxlora"  # python -m mlxlora
+    words[:1] = ["mlxlora"] if words[:1] == ["__main__.py"] else words[:1]  # python -m mlxlora
     commands = {"from the resolved config, into another folder": again, "as this run was started": words}
     blocks = [block(label, shlex.join(command)) for label, command in commands.items() if command]
     return f'<h2>Reproduce</h2><div class="card stack">{"".join(blocks)}</div>' if blocks else ""

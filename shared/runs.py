@@ -30,6 +30,9 @@ FREE = (
 )  # fmt: skip
 
 
+FOLDERS = ("checkpoints", "adapter", "model")  # what a run replaces as a whole
+
+
 @dataclass(frozen=True)
 class Identity:
     """What must be the same for a resume to be the same run."""
@@ -56,6 +59,12 @@ def open_run(folder: Path) -> None:
     """Make the run folder and check that it can be written; raises ConfigError or StorageError."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output: {folder} is a file", expected="a folder, or a name for a new one")
+    theirs = [name for name in FOLDERS if (folder / name).exists()]
+    if theirs and not (folder / "manifest.json").is_file():
+        raise ConfigError(
+            f'output: {folder} is not the folder of a run, and a run would replace "{theirs[0]}" in it',
+            fix="choose another --output",
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
@@ -85,9 +94,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 def clear(folder: Path) -> None:
     """Remove an earlier run's results: checkpoints, metrics, adapter and reports."""
-    for name in ("checkpoints", "adapter", "model"):
+    for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "manifest.json", "report.html", "config.yaml"):
+    for name in ("metrics.jsonl", "manifest.json", "report.html"):  # config.yaml may be what this run is read from
         (folder / name).unlink(missing_ok=True)
 
 
@@ -123,7 +132,11 @@ def from_path(path: Path) -> checkpoint.Checkpoint:
             f"--resume: no folder at {path}", expected="auto, never, a run folder or a checkpoint folder"
         )
     if (path / checkpoint.STATE_FILE).exists() or checkpoint.STEP_DIR.fullmatch(path.name):
-        return checkpoint.load(path)
+        try:
+            return checkpoint.load(path)
+        except CheckpointError as error:
+            hint = error.fix or "name another checkpoint; --resume auto takes the newest whole one"
+            raise CheckpointError(f"--resume: {error.what}", expected=error.expected, fix=hint) from None
     found, _ = checkpoint.newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if found is None:
         raise CheckpointError(f"--resume: no checkpoint in {path}", expected="a folder with checkpoints/step-...")

@@ -10,7 +10,7 @@ from typing import Any
 from shared.adapters.folder import Adapter, check_fit, read_adapter
 from shared.config import parse_scheme
 from shared.data.batch import AUTO_MICRO_TOKENS
-from shared.data.rows import find_data, read_rows, split_file
+from shared.data.rows import Row, find_data, read_rows, split_file
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
 from shared.errors import DataError
 from shared.evaluate import Evaluation, evaluate_examples
@@ -51,6 +51,8 @@ def open_session(
 
     dtype auto: bfloat16 on a GPU, float32 on a CPU. quantization auto: as the adapter was trained.
     """
+    if quantization != "auto":
+        parse_scheme(quantization)
     found = read_adapter(Path(adapter).expanduser()) if adapter else None
     folder = find_folder(model)
     base = open_folder(folder)
@@ -80,11 +82,8 @@ def choose_quantization(asked: str, adapter: Adapter | None, *, already: bool, n
     return "none"
 
 
-def evaluate_data(
-    session: Session, data: str, *, split: str | None = None, max_length: int = 2048, train_on: str = "completion",
-    micro_tokens: int = AUTO_MICRO_TOKENS,
-) -> tuple[Evaluation, str]:  # fmt: skip
-    """Return the loss on a file, or on a folder's split (valid, else test, else train), and the file's name."""
+def find_rows(data: str, *, split: str | None = None) -> tuple[list[Row], str]:
+    """Return the rows of a file, or of a folder's split (valid, else test, else train), and the file's name."""
     path = find_data(data)
     if split is None and path.is_dir():
         split = next((name for name in ("valid", "test") if (path / f"{name}.jsonl").is_file()), "train")
@@ -93,8 +92,16 @@ def evaluate_data(
         raise DataError(f"{path} has no {split}.jsonl", fix="choose another --split")
     if path.is_file():
         split_file(path, "train")  # refuses what is not JSONL
-    examples = tokenize_rows(read_rows(file), session.tokenizer, train_on=train_on, max_length=max_length)
-    return evaluate_examples(session.model, examples, micro_tokens=micro_tokens), file.name
+    return read_rows(file), file.name
+
+
+def evaluate_rows(
+    session: Session, rows: list[Row], *, max_length: int = 2048, train_on: str = "completion",
+    micro_tokens: int = AUTO_MICRO_TOKENS,
+) -> Evaluation:  # fmt: skip
+    """Return the loss on rows: nats per supervised token."""
+    examples = tokenize_rows(rows, session.tokenizer, train_on=train_on, max_length=max_length)
+    return evaluate_examples(session.model, examples, micro_tokens=micro_tokens)
 
 
 def prompt_ids(session: Session, prompt: str, *, chat: bool | None, note: Note = lambda text: None) -> list[int]:

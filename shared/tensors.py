@@ -134,6 +134,7 @@ def save_file(path: Path, tensors: Iterable[tuple[str, Tensor]], *, metadata: di
         for name, tensor in sorted(pairs)
     }
     serialize_file(specs, path, metadata=metadata)
+    path.chmod(0o644)  # the library's temporary file is for its owner only
 
 
 def to_float32(tensor: Tensor) -> np.ndarray:

@@ -26,6 +26,7 @@ from shared.folder import ModelFolder, find_folder, open_folder
 from shared.loop import LoopState, Run, fit
 from shared.protocols import Backend, Model
 from shared.registry import find_backend
+from shared.report import write_report
 from shared.runs import (
     Identity,
     command_line,
@@ -36,6 +37,7 @@ from shared.runs import (
     open_run,
     write_manifest,
 )
+from shared.samples import take_samples
 from shared.types import AdapterSpec, Example
 
 RECOMPUTE_FROM = 500_000_000  # matmul weights from which recompute: auto keeps layer inputs only
@@ -97,7 +99,10 @@ def train(
         )
         if not complete:
             fit(run)
-        target = write_result(run, prepared)
+        target = folder / result_name(run.spec)
+        if not complete or not target.is_dir():
+            write_result(run, prepared)
+            write_report(folder, samples=take_samples(run, prepared.tokenizer))
         result = summarize(run, target, complete=complete)
         tell(
             callbacks,
@@ -235,9 +240,14 @@ def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def write_result(run: Run, prepared: Prepared) -> Path:
+def result_name(spec: AdapterSpec) -> str:
+    """Return the name of the result's folder: adapter, or model after full fine-tuning."""
+    return "adapter" if spec.kind == "lora" else "model"
+
+
+def write_result(run: Run, prepared: Prepared) -> None:
     """Write the adapter folder (or the whole model after full fine-tuning), whole or not at all."""
-    kind = "adapter" if run.spec.kind == "lora" else "model"
+    kind = result_name(run.spec)
     final, staged = run.folder / kind, run.folder / f".{kind}.tmp"
     shutil.rmtree(staged, ignore_errors=True)
     notes = {"quantization": run.config.quantization, "rows": prepared.kind, "seed": run.config.train.seed}
@@ -256,7 +266,6 @@ def write_result(run: Run, prepared: Prepared) -> Path:
         raise StorageError(
             f"cannot write {final}: {error.strerror}", fix="free some space and run the command again"
         ) from None
-    return final
 
 
 def summarize(run: Run, target: Path, *, complete: bool) -> TrainResult:

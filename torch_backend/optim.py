@@ -42,14 +42,14 @@ class AdamW:
         for parameter, view in zip(self.parameters.values(), self.views(self.value), strict=True):
             view.copy_(parameter.detach())
 
-    def step(self, update: Update, *, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, update: Update, *, loss: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Divide the summed gradients by `weight`, clip, update; return (norm before clipping, applied?).
 
-        A non-finite gradient leaves parameters and moments as they are, without a host synchronisation.
+        A non-finite loss or gradient leaves parameters and moments as they are, without a host synchronisation.
         """
         grad = self.grad.div_(weight)
         norm = grad.norm()
-        ok = torch.isfinite(norm)
+        ok = torch.isfinite(norm) & torch.isfinite(loss)
         if update.max_grad_norm is not None:
             grad.mul_(torch.clamp(update.max_grad_norm / (norm + 1e-6), max=1.0))
         m = torch.lerp(self.m, grad, 1 - update.beta1)

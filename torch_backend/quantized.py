@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shared.errors import ModelError
-from shared.quant.affine import AffineQuantizer
+from shared.registry import find_quantizer
 from shared.types import Packed, Scheme, Tensor
 from torch_backend.state import from_torch, to_torch
 
@@ -126,7 +126,7 @@ class QuantizedEmbedding(nn.Module):
 def quantize_linear(name: str, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
     """Return a quantized copy of a linear layer; the codes are those of the NumPy codec."""
     weight = from_torch(linear.weight.detach())
-    packed = AffineQuantizer(scheme).quantize(weight)
+    packed = find_quantizer(scheme).quantize(weight)
     if packed.shape != (linear.out_features, linear.in_features):
         raise ModelError(f'"{name}" changed its shape under quantization')
     return QuantizedLinear(packed, linear.bias)

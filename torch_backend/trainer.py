@@ -40,14 +40,14 @@ class TorchTrainer:
         """Do exactly one update; on OutOfMemory nothing has changed."""
         weight = float(sum(batch.weights_N.sum(dtype="float64") for batch in micro))
         try:
-            losses = [self.accumulate(batch, update) for batch in micro]
-        except RuntimeError as error:
+            total = torch.stack([self.accumulate(batch, update) for batch in micro]).sum()
+            norm, applied = self.optimizer.step(update, loss=total, weight=weight)
+        except (RuntimeError, MemoryError) as error:
             self.optimizer.grad.zero_()
             if is_out_of_memory(error):
-                raise OutOfMemory(f"torch has no memory left: {str(error).splitlines()[0]}") from None
+                raise OutOfMemory(f"torch has no memory left: {str(error)[:200]}") from None
             raise
-        norm, applied = self.optimizer.step(update, weight=weight)
-        return PendingStats(torch.stack(losses).sum() / weight, norm, applied)
+        return PendingStats(total / weight, norm, applied)
 
     def accumulate(self, batch: Batch, update: Update) -> torch.Tensor:
         """Add one micro-batch's summed gradient to the flat one; return its summed loss."""

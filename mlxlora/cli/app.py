@@ -99,13 +99,15 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Loss in nats per supervised token, and perplexity."""
-    from shared.sessions import evaluate_data, open_session
+    from shared.sessions import evaluate_rows, find_rows, open_session
 
     check_choice("--split", split, (None, "train", "valid", "test"))
     check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
     check_choice("--train-on", train_on, ("completion", "assistant", "all"))
+    check_backend(backend)
+    rows, file = find_rows(data, split=split)
     session = open_session(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization, note=say)
-    found, file = evaluate_data(session, data, split=split, max_length=max_length, train_on=train_on)
+    found = evaluate_rows(session, rows, max_length=max_length, train_on=train_on)
     if as_json:
         emit(found, file=file, backend=session.backend.name)
         return
@@ -139,6 +141,7 @@ def generate(
     from shared import sessions
 
     check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
+    check_backend(backend)
     check_finite("--temperature", temperature)
     session = sessions.open_session(
         model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization, note=say
@@ -211,6 +214,7 @@ def quickstart(
     from shared.display import make_display
     from shared.quickstart import report
 
+    check_backend(backend)
     display = make_display()
     try:
         result = mlxlora.quickstart(output, backend=backend, callbacks=[display], note=say)
@@ -261,6 +265,13 @@ def check_choice(option: str, value: Any, known: tuple[Any, ...]) -> None:
         from shared.errors import ConfigError, did_you_mean
 
         raise ConfigError(f'{option}: unknown value "{value}"', fix=did_you_mean(str(value), [k for k in known if k]))
+
+
+def check_backend(name: str) -> None:
+    """Raise ConfigError for a backend that nobody knows, before anything is loaded to look for it."""
+    from shared.registry import BACKENDS
+
+    check_choice("--backend", name, ("auto", *BACKENDS))
 
 
 def check_finite(option: str, value: float) -> None:

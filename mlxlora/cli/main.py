@@ -41,15 +41,21 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return fail("stopped", 130, as_json)
     except Exception as error:
-        from shared.errors import MlxloraError
+        from shared.errors import MlxloraError, StorageError
 
+        if debug:
+            traceback.print_exc()
         if isinstance(error, MlxloraError):
-            if debug:
-                traceback.print_exc()
             return fail(str(error), error.exit_code, as_json)
         if isinstance(error, MemoryError):
             return fail("out of memory\nfix: a smaller model, data.max_length or batch", 6, as_json)
-        traceback.print_exc()
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            refused = StorageError(
+                f"cannot use {error.filename}: {error.strerror}", fix="check the path, its permissions and the free space"
+            )
+            return fail(str(refused), 7, as_json)
+        if not debug:
+            traceback.print_exc()
         return fail(f"this is a bug of mlxlora; please report it with the lines above: {ISSUES}", 1, as_json)
 
 

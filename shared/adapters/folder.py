@@ -29,6 +29,8 @@ PLAIN = {
     "alpha_pattern": {}, "fan_in_fan_out": False, "trainable_token_indices": None, "target_parameters": None,
     "layer_replication": None, "alora_invocation_tokens": None,
 }  # fmt: skip
+# Values of init_lora_weights that leave the base's weights alone; pissa, olora, corda and loftq do not.
+KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,14 @@ def from_peft(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[
         value = config.get(key, plain)
         if value and value != plain:
             raise CapabilityError(
-                f"the adapter uses {key} ({value}), which this version does not load", expected=f"{plain}"
+                f"the adapter uses {key} ({value}), which this version does not load",
+                expected=f"{key}: {json.dumps(plain)}",
             )
+    if config.get("init_lora_weights", True) not in KEEPS_BASE:
+        raise CapabilityError(
+            f"the adapter began with init_lora_weights {config['init_lora_weights']}, which changes the base as well",
+            fix="convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=...)",
+        )
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         plain_name = name.removeprefix(PEFT_PREFIX).removesuffix(".weight")
@@ -133,9 +141,25 @@ def from_peft(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[
                 f'the adapter holds "{name}", which this version does not load', expected="lora_A, lora_B"
             )
         tensors[plain_name] = tensor
-    rank, alpha = int(config.get("r", 8)), float(config.get("lora_alpha", 8))
+    rank, alpha = read_rank(config, "r", 8), read_number(config, "lora_alpha", 8)
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return spec_of(tensors, rank=rank, scale=scale, dropout=float(config.get("lora_dropout") or 0.0)), tensors
+    return spec_of(tensors, rank=rank, scale=scale, dropout=read_number(config, "lora_dropout", 0.0)), tensors
+
+
+def read_number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """Return a number of an adapter's config, `default` where it is absent or null; raises AdapterError."""
+    value = default if config.get(key) is None else config[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise AdapterError(f"{CONFIG_FILE}: {key} is {value!r}", expected="a finite number")
+    return float(value)
+
+
+def read_rank(config: Mapping[str, Any], key: str, default: int) -> int:
+    """Return the rank of an adapter's config; raises AdapterError."""
+    value = read_number(config, key, default)
+    if value < 1 or value != int(value):
+        raise AdapterError(f"{CONFIG_FILE}: {key} is {value:g}", expected="a whole number from 1")
+    return int(value)
 
 
 def from_mlx_lm(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[AdapterSpec, dict[str, Tensor]]:
@@ -152,8 +176,8 @@ def from_mlx_lm(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tupl
                 f'the adapter holds "{name}", which this version does not load', expected="lora_a, lora_b"
             )
         tensors[f"{name[:-1]}{name[-1].upper()}"] = turned(tensor)
-    rank, scale = int(settings["rank"]), float(settings["scale"])
-    return spec_of(tensors, rank=rank, scale=scale, dropout=float(settings.get("dropout") or 0.0)), tensors
+    rank, scale = read_rank(settings, "rank", 8), read_number(settings, "scale", 1.0)
+    return spec_of(tensors, rank=rank, scale=scale, dropout=read_number(settings, "dropout", 0.0)), tensors
 
 
 def spec_of(tensors: Mapping[str, Tensor], *, rank: int, scale: float, dropout: float) -> AdapterSpec:

@@ -89,17 +89,19 @@ def parse_row(raw: bytes, *, source: str) -> Row:
     if len(raw) > MAX_LINE:
         raise DataError(f"{source}: a line of {len(raw)} bytes", expected=f"at most {MAX_LINE}")
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
+        value = json.loads(raw.rstrip().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         near = error.doc[max(error.pos - 15, 0) : error.pos + 15].strip()
         raise DataError(
-            f"{source}: not JSON: {error.msg} at column {error.pos + 1}, near {near!r}",
+            f"{source}: not JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}, near {near!r}",
             expected="one JSON object per line",
         ) from None
     except RecursionError:
         raise DataError(f"{source}: nested too deeply", expected="a flat object") from None
+    except ValueError:  # Python reads no integer of more than 4300 digits
+        raise DataError(f"{source}: a number that is too long to read", expected="texts") from None
     if not isinstance(value, dict):
         raise DataError(f"{source}: a {type(value).__name__}", expected="a JSON object")
     return check_row(value, source=source)
@@ -109,7 +111,10 @@ def check_row(value: dict[str, Any], *, source: str) -> Row:
     """Return a row of one of the three kinds, told by its keys."""
     if "messages" in value:
         check_messages(value["messages"], source=source)
+        check_tools(value.get("tools"), source=source)
         fields = {key: value[key] for key in ("messages", "tools") if value.get(key) is not None}
+        for key, field in fields.items():  # names and arguments of calls can hold half characters too
+            check_text(json.dumps(field, ensure_ascii=False), source=source, key=key, may_be_empty=False)
         return Row("messages", fields, source)
     if "prompt" in value or "completion" in value:
         for key in ("prompt", "completion"):
@@ -165,6 +170,12 @@ def check_messages(messages: Any, *, source: str) -> None:
         check_text(message.get("content"), source=f"{source}: message {n}", key="content", may_be_empty=True)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{source}: no assistant message, so nothing to learn", fix="add one or remove the row")
+
+
+def check_tools(tools: Any, *, source: str) -> None:
+    """Refuse tools that are not a list of descriptions."""
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DataError(f'{source}: "tools" is not a list of objects', expected='[{"type": "function", ...}, ...]')
 
 
 def content_hash(rows: list[Row]) -> str:

@@ -7,6 +7,7 @@ write at most 1 MB, loop over at most 10,000 numbers at once, and take 2 seconds
 from __future__ import annotations
 
 import json
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +28,9 @@ from shared.errors import DataError
 MAX_OUTPUT = 1_000_000
 MAX_RANGE = 10_000
 MAX_SECONDS = 2.0
+TEMPLATE_FAULTS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, MemoryError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,27 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The sandbox, with bounds on the operators that can take minutes or gigabytes in a single step."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and (abs(right) > 64 or abs(left) > MAX_OUTPUT):
+            raise jinja2.TemplateError(f"{left} ** {right} is too large")
+        if operator == "*":
+            for text, count in ((left, right), (right, left)):
+                if isinstance(text, str | list | tuple) and isinstance(count, int) and len(text) * count > MAX_OUTPUT:
+                    raise jinja2.TemplateError(f"a repetition of {len(text) * count} elements")
+        if operator == "%" and isinstance(left, str) and re.search(r"\d{5}|\*", left):
+            raise jinja2.TemplateError("a format with a width of five digits or more")
+        return super().call_binop(context, operator, left, right)
+
+
 @lru_cache(maxsize=8)
 def compile_template(source: str) -> jinja2.Template:
     """Return a template compiled in the sandbox; raises jinja2.TemplateError."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.globals["range"] = bounded_range
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -111,50 +130,46 @@ def run_template(source: str, *, messages: list[dict[str, Any]], add_generation_
                 size += len(part)
                 if size > MAX_OUTPUT:
                     raise jinja2.TemplateError(f"wrote more than {MAX_OUTPUT} characters")
-    except (
-        jinja2.TemplateError,
-        TimeoutError,
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-    ) as error:
+    except (*TEMPLATE_FAULTS, TimeoutError) as error:
         raise DataError(
-            f"the chat template failed: {error}", fix="change the row, or the model's chat template"
+            f"the chat template failed: {error or type(error).__name__}",
+            fix="change the row, or the model's chat template",
         ) from None
     except RecursionError:
         raise DataError("the chat template failed: endless recursion", fix="change the model's chat template") from None
     return "".join(parts)
 
 
+MARK = "\ue000"  # a private-use character, which no conversation or template holds
+Render = Callable[[list[dict[str, Any]], bool], str]
+
+
 def render_chat(source: str, *, messages: list[dict[str, Any]], **values: Any) -> Rendered:
     """Return a conversation's text and the spans of its assistant turns.
 
     A turn is what the template adds between "assistant, speak" (the generation prompt) and the end of that
-    message. Where earlier turns come out differently in the full text, its content is searched for instead.
+    message. Where earlier turns come out differently in the full text, a mark in its place tells where it is.
     """
 
-    def render(upto: int, prompt: bool) -> str:
-        return run_template(source, messages=messages[:upto], add_generation_prompt=prompt, **values)
+    def render(chosen: list[dict[str, Any]], prompt: bool) -> str:
+        return run_template(source, messages=chosen, add_generation_prompt=prompt, **values)
 
-    text = render(len(messages), False)
+    text = render(messages, False)
     spans: list[tuple[int, int]] = []
-    cursor = 0
     for n, message in enumerate(messages):
-        span = turn_by_prefix(text, render, n) or turn_by_search(text, messages, n, cursor, render)
-        if span is None and message["role"] == "assistant":
+        if message["role"] != "assistant":
+            continue
+        span = turn_by_prefix(text, messages, n, render) or turn_by_mark(text, messages, n, render)
+        if span is None:
             raise DataError(f"cannot find message {n} in what the chat template made of it", fix="change the row")
-        if message["role"] == "assistant" and span:
-            spans.append(span)
-        cursor = span[1] if span else cursor
+        spans.append(span)
     return Rendered(text, tuple(spans))
 
 
-def turn_by_prefix(text: str, render: Callable[[int, bool], str], n: int) -> tuple[int, int] | None:
+def turn_by_prefix(text: str, messages: list[dict[str, Any]], n: int, render: Render) -> tuple[int, int] | None:
     """Return where message n stands, if the renderings before and after it are prefixes of the text."""
     try:
-        before, after = render(n, True), render(n + 1, False)
+        before, after = render(messages[:n], True), render(messages[: n + 1], False)
     except DataError:
         return None
     if text.startswith(after) and after.startswith(before):
@@ -162,21 +177,15 @@ def turn_by_prefix(text: str, render: Callable[[int, bool], str], n: int) -> tup
     return None
 
 
-def turn_by_search(
-    text: str, messages: list[dict[str, Any]], n: int, cursor: int, render: Callable[[int, bool], str]
-) -> tuple[int, int] | None:
-    """Return where message n stands by its content, to the start of the next message or the text's end."""
-    content = (messages[n].get("content") or "").strip()
-    start = text.find(content, cursor) if content else -1
-    if start < 0:
+def turn_by_mark(text: str, messages: list[dict[str, Any]], n: int, render: Render) -> tuple[int, int] | None:
+    """Return where message n stands: what a mark for its content changes, and the end the template puts behind it.
+
+    The end is what follows the mark when message n is the last one: "<|im_end|>", never the next turn's header.
+    """
+    marked = {**messages[n], "content": MARK}
+    before, found, behind = render([*messages[:n], marked, *messages[n + 1 :]], False).partition(MARK)
+    end_marker = render([*messages[:n], marked], False).partition(MARK)[2]
+    if not found or not text.startswith(before) or not text.endswith(behind):
         return None
-    end = start + len(content)
-    return start, end + end_marker(text[end:], messages[n + 1 :])
-
-
-def end_marker(rest: str, following: list[dict[str, Any]]) -> int:
-    """Return how many characters behind a turn's content still belong to it: to the line's end or next content."""
-    next_content = next((c for m in following if (c := (m.get("content") or "").strip())), None)
-    stop = rest.find(next_content) if next_content else len(rest)
-    newline = rest.find("\n")
-    return min(n for n in (stop, newline, len(rest)) if n >= 0)
+    end = len(text) - len(behind)
+    return len(before), end + (len(end_marker) if behind.startswith(end_marker) else 0)

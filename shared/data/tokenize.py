@@ -144,7 +144,7 @@ def tokenize_messages(fields: dict[str, Any], tokenizer: Tokenizer, train_on: st
     ids, offsets = tokenizer.offsets(rendered.text, special=False)
     mask = [False] * len(ids)
     for start, end in rendered.spans:
-        inside = [n for n, (a, b) in enumerate(offsets) if a >= start and start < b <= end]
+        inside = [n for n, (_, b) in enumerate(offsets) if start < b <= end]
         for n in drop_after_end(inside, ids, offsets, rendered.text, tokenizer):
             mask[n] = True
     if fields["messages"][-1]["role"] == "assistant" and not ends_with_special(ids, offsets, rendered.text, tokenizer):

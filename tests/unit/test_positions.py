@@ -61,5 +61,5 @@ def test_positions_written_flat_are_the_same_on_both_backends(write, make_exampl
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("rope", ROPES)
 def test_positions_written_by_transformers_5_are_the_same_on_both_backends(write, make_examples, family, rope):
-    """mlx-lm 0.32.2 passes over rope_parameters in llama and qwen2, so shared.folder writes them flat."""
+    """mlx-lm 0.32.2 passes over rope_parameters in llama and qwen2, so shared.families writes them flat too."""
     check(write(family, ROPES[rope], nested=True), make_examples)

@@ -10,11 +10,6 @@ from shared.data.tokenize import load_tokenizer, tokenize_row
 from shared.errors import DataError, ModelError
 from tests.unit.chat_templates import STYLES, THINK
 
-# Claims that shared/data does not keep yet; strict, so that a fix has to remove the mark.
-SEARCH = pytest.mark.xfail(strict=True, reason="template.turn_by_search: takes too much, or finds nothing")
-STRADDLE = pytest.mark.xfail(
-    strict=True, reason="tokenize_messages: an answer's first token is left out where it has a blank"
-)
 STORED = ("TinyStories-656K", "stories260K")
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [
@@ -98,7 +93,7 @@ def test_every_assistant_turn_and_its_end_token_is_supervised(styled, name, syst
 
 
 @pytest.mark.parametrize("name", MOVES_SYSTEM)
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=SEARCH), pytest.param(3, marks=SEARCH)])
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_system_text_that_the_template_moves_does_not_shift_the_turns(styled, name, count):
     """Each prefix of the conversation is rendered otherwise than the whole; blanks before an answer do not matter."""
     example = encode(chat_row(*TURNS[:count], system=True), styled[name])
@@ -158,14 +153,12 @@ def test_the_question_behind_the_last_answer_is_not_supervised(styled, name):
     assert spoken(encode(row, styled[name]), styled[name]) == expected(STYLES[name], TURNS[:2])
 
 
-@STRADDLE
 def test_a_token_that_begins_before_the_answer_and_ends_in_it_is_supervised(styled):
     """As with prompt and completion: "assistant\\n" and an answer that starts with a newline share a token."""
     example = encode(chat_row(("q", "\nanswer")), styled["chatml"])
     assert spoken(example, styled["chatml"]) == "\n\nanswer<|im_end|>"
 
 
-@SEARCH
 def test_reasoning_that_the_template_drops_is_not_supervised(styled):
     turns = [("q", "<think>\nhm\n</think>\nfirst"), ("r", "<think>\nso\n</think>\nsecond")]
     example = encode(chat_row(*turns), styled["think"])
@@ -352,7 +345,7 @@ def test_real_tokenizers_supervise_the_completion_only(stored_model, name):
     assert example.tokens[-1] == tokenizer.eos
 
 
-@pytest.mark.parametrize("name", [STORED[0], pytest.param(STORED[1], marks=STRADDLE)])
+@pytest.mark.parametrize("name", STORED)
 def test_real_tokenizers_supervise_every_assistant_turn(stored_model, name):
     tokenizer = load_tokenizer(stored_model(name))
     turns = [("Hello there", "Hi. How are you?"), ("Good", "Then let us play.")]

@@ -1,0 +1,74 @@
+"""The same recipe gives the same numbers on MLX and on PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from shared.parity import BOUNDS, parity
+from tests import tolerances
+
+
+def check(result):
+    assert result.ok, [vars(gap) for gap in result.gaps if not gap.ok]
+
+
+def test_bounds_of_the_command_are_those_of_the_contract():
+    assert BOUNDS["first loss"] == tolerances.FIRST_LOSS
+    assert BOUNDS["gradients"] == tolerances.GRADIENTS
+    assert BOUNDS["loss curve"] == tolerances.CURVE
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_lora_on_every_family(make_config, tiny_model_folder, family, tied):
+    result = parity(make_config(tiny_model_folder(family, tied=tied), "adapter.dropout=0.1"), updates=50)
+    check(result)
+    first, second = result.curves
+    assert first[-1] < first[0] - 0.5
+    assert second[-1] < second[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("adapter.type=none", "optimizer.lr=1e-3"),
+        ("adapter.type=none", "train.recompute=true", "optimizer.weight_decay=0.1"),
+        ("adapter.layers=1", "adapter.targets=[q_proj, v_proj]"),
+        ("adapter.layers=[0]", "adapter.alpha=3", "adapter.rank=5"),
+        ("quantization=affine-4bit-g64",),
+        ("quantization=affine-8bit-g32", "adapter.dropout=0.2"),
+        ("quantization=affine-3bit-g64", "train.recompute=true"),
+        ("schedule.name=constant", "optimizer.max_grad_norm=null", "optimizer.betas=[0.8, 0.95]"),
+        ("data.train_on=all", "train.batch_size=20"),
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_every_setting(make_config, tiny_model_folder, overrides):
+    check(parity(make_config(tiny_model_folder(), *overrides), updates=20))
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (6, 32)])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_folder_made_by_mlx_lm_convert(make_config, tiny_model_folder, tmp_path, bits, group, tied):
+    from mlx_lm import convert
+
+    folder = tmp_path / "quantized"
+    source = tiny_model_folder("llama", tied=tied)
+    convert(str(source), str(folder), quantize=True, q_bits=bits, q_group_size=group)
+    before = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    check(parity(make_config(folder), updates=30))
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == before
+
+
+@pytest.mark.parametrize("name", ["TinyStories-656K", "TinyStories-656K-as-mistral", "TinyStories-656K-as-qwen2"])
+def test_pretrained_models(make_config, stored_model, name):
+    check(parity(make_config(stored_model(name)), updates=10))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stories260K", "TinyStories-656K", "TinyStories-656K-as-mistral"])
+@pytest.mark.parametrize("quantization", ["none", "affine-4bit-g32"])
+def test_pretrained_models_over_50_updates(make_config, stored_model, name, quantization):
+    check(parity(make_config(stored_model(name), f"quantization={quantization}", "adapter.dropout=0.1"), updates=50))

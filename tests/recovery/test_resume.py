@@ -1,0 +1,253 @@
+"""Killed, interrupted or damaged: the same command goes on and ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared import checkpoint
+from shared.callbacks import Metrics
+from shared.config_file import build_config
+from shared.errors import CheckpointError, ConfigError
+from shared.runs import locked
+from shared.train import train
+from tests import tolerances
+
+UPDATES = 14
+COMPARED = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "padding_share", "eval_loss")
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model_folder, tmp_path_factory) -> Callable[..., list[str]]:
+    """Return a factory of command-line arguments for one small run with dropout, mid-epoch checkpoints and all."""
+    data, random = tmp_path_factory.mktemp("rows"), np.random.default_rng(1)
+    for name, count in (("train", 30), ("valid", 6)):
+        texts = ["hello world " * int(n) for n in random.integers(1, 9, count)]
+        (data / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def make(output: Path, *more: str) -> list[str]:
+        values = [
+            f"train.updates={UPDATES}", "train.batch_size=8", "train.dtype=float32", "train.micro_tokens=64",
+            "adapter.dropout=0.2", "optimizer.lr=3e-3", "checkpoint.every=3", "evaluation.every=4", "log.every=1", *more,
+        ]  # fmt: skip
+        flags = [part for value in values for part in ("--set", value)]
+        return ["train", "--model", str(tiny_model_folder()), "--data", str(data), "--output", str(output), *flags]
+
+    return make
+
+
+def command(arguments: list[str], **options) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlxlora", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment, cwd=Path(__file__).resolve().parents[2], **options,
+    )  # fmt: skip
+
+
+def finish(arguments: list[str]) -> tuple[int, str]:
+    process = command(arguments)
+    _, err = process.communicate(timeout=240)
+    return process.returncode, err
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Wait until metrics hold a training row of at least this step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(row["step"] >= step and "loss" in row for row in Metrics(folder / "metrics.jsonl").read()):
+            return
+        time.sleep(0.01)
+    raise AssertionError(
+        f"never reached update {step}: {process.communicate()[1] if process.poll() is not None else ''}"
+    )
+
+
+def result_of(folder: Path) -> tuple[bytes, list[dict]]:
+    rows = [{key: row[key] for key in COMPARED if key in row} for row in Metrics(folder / "metrics.jsonl").read()]
+    return (folder / "adapter/adapter_model.safetensors").read_bytes(), rows
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory) -> Callable[[str], Path]:
+    """Return the folder of an uninterrupted run on a backend, made once."""
+    made: dict[str, Path] = {}
+
+    def get(backend: str) -> Path:
+        if backend not in made:
+            folder = tmp_path_factory.mktemp(f"whole-{backend}")
+            code, err = finish(settings(folder, f"backend={backend}"))
+            assert code == 0, err
+            made[backend] = folder
+        return made[backend]
+
+    return get
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_kill_9_twice_then_resume_gives_identical_weights_and_metrics(settings, whole, tmp_path, backend):
+    arguments = settings(tmp_path / "run", f"backend={backend}")
+    for step in (5, 10):
+        process = command(arguments)
+        wait_for_step(tmp_path / "run", step, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    code, err = finish(arguments)
+    assert code == 0, err
+    assert "going on after update" in err
+    assert result_of(tmp_path / "run") == result_of(whole(backend))
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_prints_the_command_and_loses_nothing(settings, whole, tmp_path, backend, number, code):
+    arguments = settings(tmp_path / "run", f"backend={backend}")
+    process = command(arguments)
+    wait_for_step(tmp_path / "run", 4, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    lines = err.strip().splitlines()[-2:]
+    assert lines[0].startswith("error: stopped by SIG")
+    assert f"mlxlora train {tmp_path / 'run' / 'config.yaml'}" in lines[1]
+    saved, _ = checkpoint.newest(tmp_path / "run/checkpoints")
+    assert saved is not None
+    assert saved.step == max(row["step"] for row in Metrics(tmp_path / "run/metrics.jsonl").read())
+    code, err = finish(["train", str(tmp_path / "run/config.yaml")])
+    assert code == 0, err
+    assert result_of(tmp_path / "run") == result_of(whole(backend))
+
+
+@pytest.mark.parametrize(("first", "second"), [("mlx", "torch"), ("torch", "mlx")])
+def test_run_goes_on_on_the_other_backend(settings, whole, tmp_path, first, second):
+    folder = tmp_path / "run"
+    shutil.copytree(whole(first), folder)
+    for name in ("adapter", "checkpoints/step-000014"):
+        shutil.rmtree(folder / name)
+    code, err = finish(settings(folder, f"backend={second}"))
+    assert code == 0, err
+    assert "going on after update 12" in err
+    ours = {row["step"]: row["loss"] for row in Metrics(folder / "metrics.jsonl").read() if "loss" in row}
+    wanted = {row["step"]: row["loss"] for row in Metrics(whole(first) / "metrics.jsonl").read() if "loss" in row}
+    assert ours.keys() == wanted.keys() == set(range(1, UPDATES + 1))
+    for step, loss in ours.items():
+        assert loss == pytest.approx(wanted[step], rel=tolerances.CURVE)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "COMMITTED"]
+)
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "removed"])
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(settings, whole, tmp_path, name, damage):
+    root = tmp_path / "checkpoints"
+    shutil.copytree(whole("torch") / "checkpoints", root)
+    file = checkpoint.step_dirs(root)[0] / name
+    data = bytearray(file.read_bytes())
+    if damage == "truncated":
+        file.write_bytes(data[:-1])
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    else:
+        file.unlink()
+    found, problems = checkpoint.newest(root)
+    assert found is not None
+    assert found.step == 12
+    assert len(problems) == 1
+
+
+def test_every_flipped_bit_of_a_small_file_is_noticed(whole, tmp_path):
+    folder = tmp_path / "step-000014"
+    shutil.copytree(whole("torch") / "checkpoints/step-000014", folder)
+    for name in ("state.json", "manifest.json", "COMMITTED"):
+        data = (folder / name).read_bytes()
+        for at in range(0, len(data), 1 if len(data) < 200 else 7):
+            broken = bytearray(data)
+            broken[at] ^= 1
+            (folder / name).write_bytes(broken)
+            with pytest.raises(CheckpointError):
+                checkpoint.load(folder)
+        (folder / name).write_bytes(data)
+    assert checkpoint.load(folder).step == 14
+
+
+def test_only_damaged_checkpoints_stop_the_run_and_say_so(settings, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("torch"), folder)
+    for saved in checkpoint.step_dirs(folder / "checkpoints"):
+        (saved / "COMMITTED").unlink()
+    code, err = finish(settings(folder, "backend=torch"))
+    assert code == 3
+    assert "no checkpoint in" in err
+    assert "--resume never" in err
+
+
+def test_changed_settings_are_refused_with_the_difference(settings, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("torch"), folder)
+    code, err = finish(settings(folder, "backend=torch", "optimizer.lr=1e-3"))
+    assert code == 3
+    assert "optimizer.lr: 0.003 -> 0.001" in err
+    code, err = finish(settings(folder, "backend=torch", "train.micro_tokens=1000", "log.every=5"))
+    assert code == 0, err
+
+
+def test_complete_run_is_left_as_it_is(settings, whole, tmp_path):
+    before = result_of(whole("torch"))
+    code, err = finish(settings(whole("torch"), "backend=torch"))
+    assert code == 0, err
+    assert result_of(whole("torch")) == before
+
+
+def test_strays_of_a_killed_save_are_swept(settings, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("torch"), folder)
+    (folder / "checkpoints/.tmp-99-1").mkdir()
+    (folder / "checkpoints/.trash-step-000001-1").mkdir()
+    assert finish(settings(folder, "backend=torch"))[0] == 0
+    assert not list((folder / "checkpoints").glob(".t*"))
+
+
+def test_one_run_has_one_writer(tmp_path):
+    with locked(tmp_path), pytest.raises(ConfigError, match="in use by process"), locked(tmp_path):
+        pass
+
+
+def test_full_fine_tuning_resumes_bit_for_bit(settings, tmp_path):
+    results = []
+    for number, stop in enumerate((None, 6)):
+        folder = tmp_path / str(number)
+        arguments = settings(folder, "backend=mlx", "adapter.type=none", "optimizer.lr=1e-3", "train.dtype=bfloat16")
+        if stop:
+            process = command(arguments)
+            wait_for_step(folder, stop, process)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        assert finish(arguments)[0] == 0
+        results.append((folder / "model/model.safetensors").read_bytes())
+    assert results[0] == results[1]
+
+
+def test_patience_stops_early_and_the_same_after_a_resume(tiny_model_folder, tmp_path):
+    rows = "".join(json.dumps({"text": f"hello {n}"}) + "\n" for n in range(12))
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text(rows if name == "train" else '{"text": "zzzz qqqq"}\n')
+    config = build_config(
+        {
+            "model": str(tiny_model_folder()), "data": {"path": str(tmp_path)}, "optimizer": {"lr": 0.05},
+            "train": {"batch_size": 4, "updates": 200, "dtype": "float32"}, "backend": "torch",
+            "evaluation": {"every": 2, "patience": 3}, "output": str(tmp_path / "run"),
+        }
+    )  # fmt: skip
+    result = train(config)
+    assert result.updates < 200
+    assert train(config).already_complete or train(config).updates == result.updates
