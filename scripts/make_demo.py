@@ -2,20 +2,24 @@
 
     python scripts/make_demo.py corpus OUT  # OUT/data/{train,valid}.jsonl rows {"text"} and OUT/init, a fresh Llama
     python scripts/make_demo.py task OUT    # OUT/{train,valid,test}.jsonl rows {"prompt", "completion"}
+    python scripts/make_demo.py pack OUT    # OUT/base of the trained OUT/run/model, in bfloat16
 
-Every run writes the same bytes. No network, no torch.
+Every run writes the same bytes. No network, no torch. `mlxlora/demo/README.md` has the whole recipe.
 """
 
 import argparse
 import json
 import random
+import shutil
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from shared.tensors import from_float32, load_file, save_file, to_float32
+from shared.types import Tensor as Words
 
 Row = dict[str, str]
 Slots = dict[str, str]
@@ -36,6 +40,7 @@ CHAT_TEMPLATE = (
 VOCAB_SIZE, HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS = 640, 128, 384, 4, 4, 2
 HEAD_DIM = HIDDEN_SIZE // NUM_HEADS
 MAX_POSITIONS = 512
+WEIGHTS = "model.safetensors"
 INIT_STD = 0.05
 
 
@@ -631,7 +636,8 @@ def write_corpus(out: Path) -> None:
     write_json(init / "config.json", model_config())
     # A chat turn ends in <|end|>, a plain text in </s>: generation stops at either.
     write_json(init / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": [EOS, END], "pad_token_id": PAD})
-    save_file(initial_weights(), init / "model.safetensors", metadata={"format": "pt"})
+    weights = ((name, Words("F32", values)) for name, values in initial_weights().items())
+    save_file(init / WEIGHTS, weights, metadata={"format": "pt"})
 
 
 def task_row(rng: random.Random, pair: tuple[str, str]) -> Row:
@@ -689,13 +695,25 @@ def write_task(out: Path) -> None:
         write_rows(out / f"{split}.jsonl", rows)
 
 
+def pack_base(out: Path) -> None:
+    """Write out/base from the trained model in out/run/model: bfloat16 weights, the other files as they are."""
+    trained, base = out / "run/model", out / "base"
+    base.mkdir(exist_ok=True)
+    tensors = {name: from_float32(to_float32(tensor), "BF16") for name, tensor in load_file(trained / WEIGHTS).items()}
+    save_file(base / WEIGHTS, tensors.items(), metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(trained / name, base / name)
+    config = json.loads((trained / "config.json").read_text())
+    write_json(base / "config.json", {**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"})
+
+
 def main() -> None:
     """Run the subcommand named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("corpus", "task"))
+    parser.add_argument("what", choices=("corpus", "task", "pack"))
     parser.add_argument("out", type=Path, help="folder to write into")
     arguments = parser.parse_args()
-    {"corpus": write_corpus, "task": write_task}[arguments.what](arguments.out)
+    {"corpus": write_corpus, "task": write_task, "pack": pack_base}[arguments.what](arguments.out)
 
 
 if __name__ == "__main__":

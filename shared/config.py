@@ -43,10 +43,10 @@ def no_zero_byte(value: str) -> str:
 
 
 Count = Annotated[int, Field(ge=1, strict=True)]
-Number = Annotated[float, BeforeValidator(not_a_switch), Field(allow_inf_nan=False)]
-NotNegative = Annotated[Number, Field(ge=0)]
-Share = Annotated[Number, Field(ge=0, le=1)]
-Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(not_a_switch)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(not_a_switch)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(not_a_switch)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(not_a_switch)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(no_zero_byte)]
 
 
@@ -83,7 +83,7 @@ class AdapterConfig(Section):
     type: Annotated[Literal["lora", "none"], Field(description="none trains every parameter")] = "lora"
     rank: Annotated[int, Field(ge=1, le=65536, strict=True)] = 8
     alpha: Annotated[Positive, Field(description="the product is scaled by alpha / rank")] = 16
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    dropout: ShareBelowOne = 0.0
     targets: Annotated[
         str | list[str], Field(description='"all-linear", or names of modules: q_proj, self_attn.q_proj, a full path')
     ] = "all-linear"
@@ -103,7 +103,7 @@ class AdapterConfig(Section):
 class OptimizerConfig(Section):
     name: Literal["adamw"] = "adamw"
     lr: Annotated[Positive, Field(description="peak learning rate")] = 1e-4
-    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[NotNegative, Field(description="decoupled, on tensors of two or more dimensions")] = 0.0
     max_grad_norm: Positive | None = 1.0
@@ -233,7 +233,7 @@ def validate(values: Any, *, place: str = "config", places: Places | None = None
 
 
 def pick_problems(error: ValidationError) -> list[dict[str, Any]]:
-    """Return the problems of one key, one per thing it may be: unknown keys first, since a typo leaves its key missing."""
+    """Return the problems of one key, unknown keys first: a typo also leaves its key missing."""
     problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     path = key_path(first)

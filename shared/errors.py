@@ -87,12 +87,14 @@ class Interrupted(MlxloraError):
 
 
 def printable(text: str) -> str:
-    """Return a text that a terminal shows as it is: what files and rows bring along is escaped.
+    """Return a text that a terminal shows as it is, whatever a file or a row brought along; the middle of a long
+    one is left out.
 
     >>> printable("a\\x1b[2J")
     'a\\\\x1b[2J'
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    short = text if len(text) <= 500 else f"{text[:350]} ... {text[-120:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from shared.types import Scheme
 
 # Sizes that a config states once for all layers; where it lists them by layer, they are the zoo's to check.
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+MAX_WIDTH = 100_000_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npz")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Buffers that old checkpoints carry and every current implementation computes.
@@ -103,8 +104,8 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         )
     for key in WIDTHS:
         value = config.get(key)
-        if isinstance(value, str | bool | float) or (isinstance(value, int) and value < 1):
-            raise ModelError(f"{path / 'config.json'}: {key} is {value!r}", expected="a whole number from 1")
+        if isinstance(value, str | bool | float) or (isinstance(value, int) and not 1 <= value <= MAX_WIDTH):
+            raise ModelError(f"{path / 'config.json'}: {key} is {value!r}", expected=f"1 to {MAX_WIDTH}")
     layers = config.get("num_hidden_layers")
     if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 10_000):
         raise ModelError(f"{path / 'config.json'}: num_hidden_layers is {layers!r}", expected="1 to 10000")
@@ -197,7 +198,7 @@ def find_schemes(path: Path, quantization: dict[str, Any] | None, entries: Mappi
         group, bits = found.get("group_size", 64), found.get("bits", 4)
         weight, scales = entries[f"{module}.weight"], entries[name]
         known = type(bits) is type(group) is int and bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)
-        matrices = weight.dtype == "U32" and len(weight.shape) >= 2 and weight.shape[:-1] == scales.shape[:-1]
+        matrices = weight.dtype == "U32" and len(weight.shape) >= 2 and len(scales.shape) >= 2
         if not known or not matrices or weight.shape[-1] * 32 != scales.shape[-1] * group * bits:
             raise ModelError(
                 f'{path}: "{module}" does not hold {bits} bits in groups of {group}: weight {weight.shape}, '

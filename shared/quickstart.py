@@ -15,8 +15,9 @@ from shared.sessions import exact_match, open_session
 from shared.train import train
 
 RECIPE: dict[str, Any] = {
-    "adapter": {"rank": 16, "alpha": 32},
-    "optimizer": {"lr": 5e-3},
+    "adapter": {"rank": 8, "alpha": 16},
+    "optimizer": {"lr": 1e-2},
+    "schedule": {"warmup": 0.05},
     "train": {"batch_size": 16, "updates": 200, "dtype": "float32"},
     "evaluation": {"every": 100},
     "log": {"every": 20},

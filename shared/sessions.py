@@ -131,7 +131,8 @@ def stream(session: Session, ids: list[int], sampling: Sampling) -> Iterator[tup
         if not token.stopped:
             seen.append(token.token)
         text = session.tokenizer.decode(seen)
-        ready = text if token.stopped or not text.endswith("\ufffd") else shown
+        last = token.stopped or len(seen) == sampling.max_tokens
+        ready = text if last or not text.endswith("\ufffd") else shown
         yield ready[len(shown) :], token
         shown = ready
 

@@ -61,7 +61,7 @@ def train(
     given = {"model": model, "data": {"path": data} if data else None, "backend": backend, "output": output}
     values = {key: value for key, value in given.items() if value is not None}
     checked = mlxlora.load_config(config, overrides=overrides or [], **values)
-    display = make_display()
+    display = make_display(sys.stderr)
     try:
         result = mlxlora.train(checked, resume=resume, callbacks=[display])
     finally:
@@ -173,7 +173,7 @@ def parity(
 
     result = mlxlora.parity(mlxlora.load_config(config, overrides=overrides or []), updates=updates, note=say)
     if as_json:
-        emit(result, passed=result.ok)
+        emit(result, ok=result.ok)
     else:
         print(f"{result.model}: {' and '.join(result.backends)}")
         for gap in result.gaps:
@@ -191,14 +191,13 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
     import mlxlora
 
     checks = mlxlora.doctor()
+    usable = any(check.status == "PASS" and check.name.endswith(" step") for check in checks)
     if as_json:
-        emit_object({"checks": [vars(check) for check in checks]})
-        return
-    for check in checks:
+        emit_object({"ok": usable, "checks": [vars(check) for check in checks]})
+    for check in checks if not as_json else ():
         print(f"{check.status:<4}  {check.name:<11}  {check.found}")
         if check.fix:
             print(f"{'':<19}fix: {check.fix}")
-    usable = any(check.status == "PASS" and check.name.endswith(" step") for check in checks)
     raise typer.Exit(0 if usable else 4)
 
 
@@ -215,7 +214,7 @@ def quickstart(
     from shared.quickstart import report
 
     check_backend(backend)
-    display = make_display()
+    display = make_display(sys.stderr)
     try:
         result = mlxlora.quickstart(output, backend=backend, callbacks=[display], note=say)
     finally:
@@ -255,7 +254,7 @@ def emit(result: Any, **more: Any) -> None:
 
 
 def emit_object(value: dict[str, Any]) -> None:
-    """Print an object with `ok` in front; what JSON does not know is printed as text."""
+    """Print an object with `ok` in front, true unless it says otherwise; what JSON does not know becomes text."""
     print(json.dumps({"ok": True, **value}, default=str))
 
 

@@ -41,22 +41,25 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return fail("stopped", 130, as_json)
     except Exception as error:
-        from shared.errors import MlxloraError, StorageError
+        return answer(error, debug=debug, as_json=as_json)
 
-        if debug:
-            traceback.print_exc()
-        if isinstance(error, MlxloraError):
-            return fail(str(error), error.exit_code, as_json)
-        if isinstance(error, MemoryError):
-            return fail("out of memory\nfix: a smaller model, data.max_length or batch", 6, as_json)
-        if isinstance(error, OSError) and error.strerror and error.filename:
-            refused = StorageError(
-                f"cannot use {error.filename}: {error.strerror}", fix="check the path, its permissions and the free space"
-            )
-            return fail(str(refused), 7, as_json)
-        if not debug:
-            traceback.print_exc()
-        return fail(f"this is a bug of mlxlora; please report it with the lines above: {ISSUES}", 1, as_json)
+
+def answer(error: Exception, *, debug: bool, as_json: bool) -> int:
+    """Print what a command failed with, and return the exit code; a traceback where asked for or where we are wrong."""
+    from shared.errors import MlxloraError, StorageError
+
+    if isinstance(error, OSError) and not isinstance(error, MlxloraError) and error.filename:
+        error = StorageError(
+            f"cannot use {error.filename}: {error.strerror}", fix="check the path, its permissions and the space left"
+        )
+    known = isinstance(error, MlxloraError | MemoryError)
+    if debug or not known:
+        traceback.print_exception(error)
+    if isinstance(error, MlxloraError):
+        return fail(str(error), error.exit_code, as_json)
+    if known:
+        return fail("out of memory\nfix: a smaller model, data.max_length or batch", 6, as_json)
+    return fail(f"this is a bug of mlxlora; please report it with the lines above: {ISSUES}", 1, as_json)
 
 
 def fail(message: str, code: int, as_json: bool) -> int:

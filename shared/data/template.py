@@ -1,7 +1,7 @@
 """A model's own chat template, run in a sandbox, and the places in its text that the assistant says.
 
 A template is somebody else's program: it cannot reach Python objects (ImmutableSandboxedEnvironment), may
-write at most 1 MB, loop over at most 10,000 numbers at once, and take 2 seconds.
+write at most 1 MB, loop over at most 10,000 numbers at once, and take 2 seconds and 256 MB.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jinja2
@@ -28,6 +29,7 @@ from shared.errors import DataError
 MAX_OUTPUT = 1_000_000
 MAX_RANGE = 10_000
 MAX_SECONDS = 2.0
+MAX_BYTES = 256 * 2**20
 TEMPLATE_FAULTS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, MemoryError,
 )  # fmt: skip
@@ -116,12 +118,31 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextmanager
+def memory_limit(num_bytes: int) -> Iterator[None]:
+    """Raise MemoryError in the block where the process grows by more; only Linux can tell and limit its size."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(statm.read_text().split()[0]) * resource.getpagesize() + num_bytes
+    limit = most if soft == resource.RLIM_INFINITY else min(most, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def run_template(source: str, *, messages: list[dict[str, Any]], add_generation_prompt: bool, **values: Any) -> str:
     """Return the text of a conversation; raises DataError with the template's own words."""
     parts: list[str] = []
     size = 0
     try:
-        with time_limit(MAX_SECONDS):
+        with time_limit(MAX_SECONDS), memory_limit(MAX_BYTES):
             stream = compile_template(source).generate(
                 messages=messages, add_generation_prompt=add_generation_prompt, **values
             )

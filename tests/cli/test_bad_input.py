@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ ROWS = [{"prompt": f"{n} + {n} = ", "completion": str(2 * n)} for n in range(6)]
 SECONDS = 4.0  # the contract says 2; machines that run tests are shared
 PACKED = "model.layers.0.mlp.up_proj"
 SSTI = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
 ENDLESS = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
 
 
@@ -374,10 +377,12 @@ CONFIG = [
     case("lr is infinite", section("optimizer: {lr: .inf}"), 2, "config.yaml:6: optimizer.lr", "finite"),
     case("lr is negative", section("optimizer: {lr: -1}"), 2, "config.yaml:6: optimizer.lr", "greater than 0"),
     case("lr is true", section("optimizer: {lr: true}"), 2, "config.yaml:6: optimizer.lr, found True", "a number"),
-    case("betas of switches", section("optimizer: {betas: [true, 0.9]}"), 2, "6: optimizer.betas.0, found True", "a number"),
+    case("betas of switches", section("optimizer: {betas: [true, 0.9]}"), 2, "6: optimizer.betas.0, found True",
+         "a number"),
     case("betas of one", section("optimizer: {betas: [0.9]}"), 2, "6: optimizer.betas is too short", "2 values"),
     case("lr is null", section("optimizer: {lr: null}"), 2, "config.yaml:6: optimizer.lr", "null", "number"),
-    case("--set without a value", lambda w: [*w.train(), "--set", "optimizer.lr="], 2, "--set: optimizer.lr, found null"),
+    case("--set without a value", lambda w: [*w.train(), "--set", "optimizer.lr="], 2,
+         "--set: optimizer.lr, found null"),
     case("betas of three", section("optimizer: {betas: [0.9, 0.9, 0.9]}"), 2, "config.yaml:6: optimizer.betas"),
     case("max_grad_norm 0", section("optimizer: {max_grad_norm: 0}"), 2, "config.yaml:6: optimizer.max_grad_norm"),
     case("optimizer misspelt", section("optimizer: {name: adam}"), 2, "config.yaml:6: optimizer.name", "adamw"),
@@ -398,7 +403,8 @@ CONFIG = [
     case("seed beyond 32 bits", training("{seed: 4294967296}"), 2, "config.yaml:5: train.seed", "less than"),
     case("dtype misspelt", training("{dtype: bf16}"), 2, "config.yaml:5: train.dtype, found 'bf16'", "bfloat16"),
     case("micro_tokens 0", training("{micro_tokens: 0}"), 2, "train.micro_tokens, found 0", "'auto' or .* 1"),
-    case("recompute is a word", training("{recompute: maybe}"), 2, "train.recompute, found 'maybe'", "'auto' or .*boolean"),
+    case("recompute is a word", training("{recompute: maybe}"), 2, "train.recompute, found 'maybe'",
+         "'auto' or .*boolean"),
     case("max_length 0", lambda w: w.train(data="{path: data, max_length: 0}"), 2, "config.yaml:2: data.max_length"),
     case("max_length 1", lambda w: w.train(data="{path: data, max_length: 1}"), 2, "data.max_length, found 1", "2"),
     case("train_on misspelt", lambda w: w.train(data="{path: d, train_on: al}"), 2, "data.train_on", "'all'"),
@@ -407,12 +413,15 @@ CONFIG = [
     case("checkpoint.keep 0", section("checkpoint: {keep: 0}"), 2, "config.yaml:6: checkpoint.keep", "greater than"),
     case("backend misspelt", lambda w: w.train(backend="mlxx"), 2, "config.yaml:3: backend, found 'mlxx'", "'mlx'"),
     case("device misspelt", section("device: cuda"), 2, "config.yaml:6: device, found 'cuda'", "'gpu'"),
-    case("quantization misspelt", section("quantization: affine-4bit-g46"), 2, "quantization", 'mean "affine-4bit-g64"'),
+    case("quantization misspelt", section("quantization: affine-4bit-g46"), 2, "quantization",
+         'mean "affine-4bit-g64"'),
     case("quantization of another version", section("quantization: nf4"), 4, "quantization", "nf4", "affine-4bit-g64"),
     case("full fine-tuning of a base quantized at load",
          section("quantization: affine-4bit-g64\nadapter: {type: none}"), 2, "config.yaml", "adapter.type", "none"),
-    case("a section is a number", section("adapter: 8"), 2, "config.yaml:6: adapter, found 8", "section with keys", "rank"),
-    case("a key with a dash", training("{batch-size: 4}"), 2, 'config.yaml:5: unknown key "train.batch-size"', "batch_size"),
+    case("a section is a number", section("adapter: 8"), 2, "config.yaml:6: adapter, found 8",
+         "section with keys", "rank"),
+    case("a key with a dash", training("{batch-size: 4}"), 2, 'config.yaml:5: unknown key "train.batch-size"',
+         "batch_size"),
     case("a zero byte in a name", lambda w: w.train(output='"a\\0b"'), 2,
          "config.yaml:4: output", "zero bytes"),
     case("a name of 5,000 letters", lambda w: w.train(model="m" * 5000), 7, "File name too long", "path"),
@@ -440,12 +449,14 @@ CONFIG = [
     case("--set of an unknown key", lambda w: [*w.train(), "--set", "train.sed=1"], 2, "train.sed", 'mean "seed"'),
     case("--set below a value", lambda w: [*w.train(), "--set", "train.seed.x=1"], 2, "train.seed.x", "is a value"),
     case("--set of a whole section", lambda w: [*w.train(), "--set", "train=5"], 2, "--set: train, found 5", "section"),
-    case("--set of a wrong type", lambda w: [*w.train(), "--set", "train.seed=one"], 2, "--set: train.seed, found 'one'"),
-    case("--backend misspelt", lambda w: [*w.train(), "--backend", "mlxx"], 2, "argument: backend, found 'mlxx'", "'mlx'"),
+    case("--set of a wrong type", lambda w: [*w.train(), "--set", "train.seed=one"], 2,
+         "--set: train.seed, found 'one'"),
+    case("--backend misspelt", lambda w: [*w.train(), "--backend", "mlxx"], 2,
+         "argument: backend, found 'mlxx'", "'mlx'"),
 ]  # fmt: skip
 
 COMMANDS = [
-    case("unknown command", lambda w: ["trian"], 2, "trian", 'mean "?train', "--help"),
+    case("unknown command", lambda w: ["trian"], 2, "trian", 'mean .train', "--help"),
     case("unknown option", lambda w: [*w.train(), "--ouptut", "x"], 2, "--ouptut", "--output", "--help"),
     case("option without value", lambda w: [*w.train(), "--output"], 2, "--output", "argument", "--help"),
     case("two config files", lambda w: [*w.train(), "other.yaml"], 2, "other.yaml", "--help"),
@@ -497,8 +508,10 @@ DATA = [
     case("no known key", lines({"txet": "abc", "id": 1}), 2, "train.jsonl:1", "keys are: id, txet", 'mean "text"'),
     case("ShareGPT rows", lines({"conversations": []}), 2, "train.jsonl:1", "ShareGPT", "messages"),
     case("Alpaca rows", lines({"instruction": "a", "output": "b"}), 2, "train.jsonl:1", "Alpaca", "prompt"),
-    case("prompt without completion", lines(GOOD, {"prompt": "a"}), 2, 'train.jsonl:2: "completion" is null or missing'),
-    case("completion empty", lines({"prompt": "a", "completion": ""}), 2, 'train.jsonl:1: "completion" is empty', "fix"),
+    case("prompt without completion", lines(GOOD, {"prompt": "a"}), 2,
+         'train.jsonl:2: "completion" is null or missing'),
+    case("completion empty", lines({"prompt": "a", "completion": ""}), 2,
+         'train.jsonl:1: "completion" is empty', "fix"),
     case("content null", lines(TALK, chat(("user", None), ("assistant", "b"))), 2, "train.jsonl:2: message 0", "null"),
     case("messages empty", lines({"messages": []}), 2, "train.jsonl:1", "messages", "empty"),
     case("messages are texts", lines({"messages": ["hello"]}), 2, "train.jsonl:1: message 0", "role"),
@@ -511,19 +524,23 @@ DATA = [
     case("UTF-16", lambda w: w.rows(json.dumps(GOOD).encode("utf-16")), 2, "train.jsonl:1: not UTF-8", "UTF-8"),
     case("NUL bytes", lines(b"\x00" * 40), 2, "train.jsonl:1: not JSON", "JSON object"),
     case("half a surrogate pair", lines('{"text": "a\\ud800"}'), 2, "train.jsonl:1", "surrogate", "repair"),
-    case("half a surrogate pair in a key", lines('{"\\ud800": "a"}'), 2, r"train.jsonl:1: unknown row.*\\\\ud800"),
-    case("a key that would clear the screen", lines({"\x1b[2J": "a"}), 2, r"train.jsonl:1: unknown row.*\\\\x1b\\[2J"),
+    case("half a surrogate pair in a key", lines('{"\\ud800": "a"}'), 2, r"train.jsonl:1: unknown row.*\\ud800"),
+    case("a key that would clear the screen", lines({"\x1b[2J": "a"}), 2, r"train.jsonl:1: .*keys are: \\x1b\[2J"),
     case("half a surrogate pair in tools", lines({**TALK, "tools": [{"x": "\ud800"}]}), 2, 'jsonl:1: "tools" has half'),
-    case("JSON 10,000 deep", lines(b'{"text": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"), 2, "train.jsonl:1", "deep|list"),
-    case("a line of 50 MB", lines(GOOD, b'{"text": "' + b"x" * 50_000_000 + b'"}'), 2, "train.jsonl:2: a line of", "50"),
-    case("a number of 5,000 digits", lines(b'{"text": ' + b"7" * 5000 + b"}"), 2, "train.jsonl:1: a number", "too long"),
+    case("JSON 10,000 deep", lines(b'{"text": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"), 2, "train.jsonl:1",
+         "deep|list"),
+    case("a line of 50 MB", lines(GOOD, b'{"text": "' + b"x" * 50_000_000 + b'"}'), 2,
+         "train.jsonl:2: a line of", "50"),
+    case("a number of 5,000 digits", lines(b'{"text": ' + b"7" * 5000 + b"}"), 2, "train.jsonl:1: a number",
+         "too long"),
     case("NaN in place of a row", lines("NaN"), 2, "train.jsonl:1: a float", "JSON object"),
     case("tools are text", lines({**TALK, "tools": "search"}), 2, "train.jsonl:1", "tools", "list"),
     case("prompt longer than max_length", lambda w: w.train(data=f"{{path: {w.data(*ROWS)}, max_length: 4}}"), 2,
          "train.jsonl:1: no supervised token within data.max_length 4", "raise data.max_length"),
     case("valid.jsonl broken", lambda w: [w.data(GOOD, "{", name="valid.jsonl"), w.train()][1], 2, "valid.jsonl:2"),
     case("valid.jsonl empty", lambda w: [w.data(name="valid.jsonl"), w.train()][1], 2, "valid.jsonl has no rows"),
-    case("messages and no chat template", lambda w: with_template(w, None), 2, "train.jsonl:1", "no chat template", "fix"),
+    case("messages and no chat template", lambda w: with_template(w, None), 2, "train.jsonl:1",
+         "no chat template", "fix"),
     case("a template that is not Jinja", lambda w: with_template(w, "{% for %}"), 2, "train.jsonl:1", "chat template"),
     case("a template that reaches for Python", lambda w: with_template(w, SSTI), 2, "train.jsonl:1", "chat template",
          "unsafe"),
@@ -531,8 +548,7 @@ DATA = [
          quick=False),
     case("a template that writes a flood", lambda w: with_template(w, "{{ 'x' * 1000000000 }}"), 2, "chat template"),
     case("a template that doubles forever",
-         lambda w: with_template(w, "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}"
-                                    "{% endfor %}"), 2, "train.jsonl:1", "chat template", quick=False),
+         lambda w: with_template(w, DOUBLING), 2, "train.jsonl:1", "chat template"),
     case("a template that says no", lambda w: with_template(w, "{{ raise_exception('no tools here') }}"), 2,
          "train.jsonl:1", "no tools here"),
 ]  # fmt: skip
@@ -541,7 +557,8 @@ MODELS = [
     case("no model folder", lambda w: w.train(model=w.folder / "no"), 3, "no model folder at .*no", "config.json"),
     case("an empty model folder", lambda w: w.train(model=w.folder), 3, "config.json is missing", "download"),
     case("config.json empty", lambda w: with_file(w, "config.json", b""), 3, "config.json cannot be read"),
-    case("config.json is a list", lambda w: with_file(w, "config.json", b"[]"), 3, "config.json holds a list", "object"),
+    case("config.json is a list", lambda w: with_file(w, "config.json", b"[]"), 3, "config.json holds a list",
+         "object"),
     case("config.json 10,000 deep", lambda w: with_file(w, "config.json", b"[" * 10_000), 3, "config.json"),
     case("no model_type", model(model_type=None), 3, "config.json: model_type is None", "llama"),
     case("model_type climbs out", model(model_type="../../evil"), 3, "model_type is '../../evil'", "llama"),
@@ -553,16 +570,17 @@ MODELS = [
     case("ten million layers", model(num_hidden_layers=10**7), 3, "num_hidden_layers is 10000000", "1 to 10000"),
     case("more layers than weights", model(num_hidden_layers=5), 3, "num_hidden_layers 5", "2 layers"),
     case("hidden_size mismatch", model(hidden_size=96), 3, "tensor ", r"shape", "by config.json", **LOADED),
-    case("hidden_size of text", model(hidden_size="big"), 3, "config.json: hidden_size is 'big'", "whole number"),
-    case("hidden_size 0", model(hidden_size=0), 3, "config.json: hidden_size is 0", "from 1"),
-    case("hidden_size of ten billion", model(hidden_size=10**10), 3, "config.json|tensor", **LOADED),
-    case("no attention heads", model(num_attention_heads=0), 3, "config.json: num_attention_heads is 0", "from 1"),
-    case("a vocabulary of -1", model(vocab_size=-1), 3, "config.json: vocab_size is -1", "from 1"),
+    case("hidden_size of text", model(hidden_size="big"), 3, "config.json: hidden_size is 'big'", "1 to"),
+    case("hidden_size 0", model(hidden_size=0), 3, "config.json: hidden_size is 0", "1 to"),
+    case("hidden_size of ten billion", model(hidden_size=10**10), 3, "hidden_size is 10000000000", "1 to"),
+    case("no attention heads", model(num_attention_heads=0), 3, "config.json: num_attention_heads is 0", "1 to"),
+    case("a vocabulary of -1", model(vocab_size=-1), 3, "config.json: vocab_size is -1", "1 to"),
     case("vocabulary smaller than the tokenizer's",
          lambda w: w.train(model=w.weights(lambda t: t.update({"model.embed_tokens.weight": filled(100, 64),
                                                                "lm_head.weight": filled(100, 64)}), vocab_size=100)),
          3, "tokenizer gives id", r"train.jsonl:\d", "the model has 100", "belong together"),
-    case("tensor missing", weights(lambda t: t.pop("model.norm.weight")), 3, '"model.norm.weight" is missing', **LOADED),
+    case("tensor missing", weights(lambda t: t.pop("model.norm.weight")), 3, '"model.norm.weight" is missing',
+         **LOADED),
     case("tensor too many", weights(lambda t: t.update(extra=filled(3))), 3, '"extra" has no place', **LOADED),
     case("NaN in a weight", weights(lambda t: spoil(t, "model.layers.1.mlp.up_proj.weight", np.nan)), 3,
          '"model.layers.1.mlp.up_proj.weight" holds NaN', **LOADED),
@@ -580,17 +598,22 @@ MODELS = [
     case("tokenizer.json of nonsense", lambda w: with_file(w, "tokenizer.json", b'{"model": 1}'), 3, "tokenizer"),
     case("quantized to 7 bits", lambda w: quantized(w, bits=7, group_size=32), 3, PACKED, "7 bits in groups of 32"),
     case("quantized in groups of 0", lambda w: quantized(w, bits=4, group_size=0), 3, PACKED, "groups of 0"),
-    case("quantized otherwise than said", lambda w: quantized(w, bits=8, group_size=32), 3, PACKED, "8 bits", "shape|weight"),
-    case("quantized, bits of text", lambda w: quantized(w, bits="four", group_size=32), 3, PACKED),  # type: ignore[arg-type]
+    case("quantized otherwise than said", lambda w: quantized(w, bits=8, group_size=32), 3, PACKED, "8 bits",
+         "shape|weight"),
+    case("quantized, bits of text", lambda w: quantized(w, bits="four", group_size=32), 3,
+         PACKED),  # type: ignore[arg-type]
     case("quantized without biases", lambda w: quantized(w, bits=4, group_size=32, drop="biases"), 3, PACKED, "biases"),
     case("quantized without scales", lambda w: quantized(w, bits=4, group_size=32, drop="scales"), 3, PACKED, **LOADED),
-    case("quantized in another mode", lambda w: quantized(w, bits=4, group_size=32, mode="mxfp4"), 4, "mxfp4", "affine"),
-    case("quantized by another library", model(quantization_config={"quant_method": "gptq", "bits": 4}), 4, "gptq", "fix"),
+    case("quantized in another mode", lambda w: quantized(w, bits=4, group_size=32, mode="mxfp4"), 4, "mxfp4",
+         "affine"),
+    case("quantized by another library", model(quantization_config={"quant_method": "gptq", "bits": 4}), 4,
+         "gptq", "fix"),
     case("quantization is a list", model(quantization=[4, 64]), 3, r"quantization is \[4, 64\]", "bits"),
     case("full fine-tuning of a quantized folder", full_on_quantized, 3, "is quantized", "adapter.type"),
     case("targets that match nothing", section("adapter: {targets: [q_prj]}"), 2, '"q_prj" matches no', "k_proj",
          'mean "q_proj"', **LOADED),
-    case("more layers to adapt than there are", section("adapter: {layers: 99}"), 2, "last 99", "the model has 2", **LOADED),
+    case("more layers to adapt than there are", section("adapter: {layers: 99}"), 2, "last 99",
+         "the model has 2", **LOADED),
     case("a layer out of range", section("adapter: {layers: [0, 7]}"), 2, "layer 7", "0 to 1", **LOADED),
     case("training diverges", lambda w: w.train("optimizer: {lr: 1e30}\nschedule: {name: constant, warmup: 0}\n",
                                                 train="{batch_size: 2, updates: 8, dtype: float32}"),
@@ -600,10 +623,13 @@ MODELS = [
 
 ADAPTERS = [
     case("rank differs from its config", lambda w: changed_adapter(w, halved), 3, "rank 4", "rank 8"),
-    case("shapes of another width", lambda w: changed_adapter(w, wider), 3, "lora_A", r"\(8, 136\)", r"\(8, 128\)", **LOADED),
+    case("shapes of another width", lambda w: changed_adapter(w, wider), 3, "lora_A", r"\(8, 136\)",
+         r"\(8, 128\)", **LOADED),
     case("names of another model", lambda w: changed_adapter(w, renamed), 3, "does not fit", "14 of 14", **LOADED),
-    case("a tensor missing", lambda w: changed_adapter(w, lambda t: t.pop(next(iter(t)))), 3, "lora_", "missing", **LOADED),
-    case("NaN in the adapter", lambda w: changed_adapter(w, lambda t: spoil(t, next(iter(t)), np.nan)), 3, "NaN", **LOADED),
+    case("a tensor missing", lambda w: changed_adapter(w, lambda t: t.pop(next(iter(t)))), 3, "lora_",
+         "missing", **LOADED),
+    case("NaN in the adapter", lambda w: changed_adapter(w, lambda t: spoil(t, next(iter(t)), np.nan)), 3,
+         "NaN", **LOADED),
     case("no tensors at all", lambda w: changed_adapter(w, lambda t: t.clear()), 3, "no tensors"),
     case("a third matrix", lambda w: changed_adapter(w, lambda t: t.update(x=filled(2))), 4, '"x"', "lora_A"),
     case("a flat tensor", lambda w: changed_adapter(w, lambda t: t.update({next(iter(t)): filled(8)})), 3, "lora_",
@@ -617,7 +643,8 @@ ADAPTERS = [
     case("another PEFT type", lambda w: strange_adapter(w, peft_type="IA3"), 4, "IA3", "LORA"),
     case("rank 0", lambda w: strange_adapter(w, r=0), 3, "adapter_config.json: r is 0", "from 1"),
     case("rank of text", lambda w: strange_adapter(w, r="eight"), 3, "adapter_config.json: r is 'eight'", "number"),
-    case("alpha of NaN", lambda w: strange_adapter(w, lora_alpha=float("nan")), 3, "adapter_config.json: lora_alpha is nan", "finite"),
+    case("alpha of NaN", lambda w: strange_adapter(w, lora_alpha=float("nan")), 3,
+         "adapter_config.json: lora_alpha is nan", "finite"),
     case("PiSSA", lambda w: strange_adapter(w, init_lora_weights="pissa"), 4, "pissa", "changes the base", "convert"),
     case("mlx-lm's file without scale", mlx_adapter_without_scale, 3, "lora_parameters", "scale"),
 ]  # fmt: skip
@@ -687,3 +714,144 @@ def test_a_mistake_gets_a_short_answer_and_leaves_nothing(name, backend, world, 
     assert found.started or new <= {"run/.lock"}
     assert not [file for file in new if "tmp" in file or "adapter" in file.split("/")[1]]
     assert not found.quick or took < SECONDS, f"took {took:.1f} s"
+
+
+SUBPROCESS = {
+    "config: unknown key": True,
+    "config: broken YAML": True,
+    "command: unknown command": True,
+    "command: unknown option": True,
+    "data: broken JSON in line 3": True,
+    "data: a line of 50 MB": True,
+    "model: no model folder": True,
+    "model: weights cut short": True,
+    "adapter: a pickle": True,
+    "model: targets that match nothing": False,  # loads the model, so frameworks are imported
+}
+
+
+@pytest.mark.parametrize("name", SUBPROCESS)
+def test_the_real_command_says_the_same(name, world, capsys):
+    found = CASES[name]
+    arguments = found.make(world)
+    before = files_in(world.folder)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "mlxlora", *arguments],
+        cwd=world.folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    took = time.perf_counter() - began
+    check_message(found, done.returncode, done.stderr)
+    assert done.stdout == ""
+    assert files_in(world.folder) - before <= {"run/.lock"}
+    assert not SUBPROCESS[name] or took < SECONDS, f"took {took:.1f} s"
+
+
+@pytest.mark.parametrize("name", ["config: unknown key", "data: text empty", "model: no model folder"])
+def test_with_json_the_error_is_one_object_too(name, world, capsys):
+    found = CASES[name]
+    assert run([*found.make(world), "--json"]) == found.code
+    out, error = capsys.readouterr()
+    assert json.loads(out) == {
+        "ok": False,
+        "exit_code": found.code,
+        "error": error.removeprefix("error: ").rstrip("\n"),
+    }
+
+
+def test_with_debug_the_traceback_comes_first(world, capsys):
+    assert run([*CASES["model: no model folder"].make(world), "--debug"]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.index("find_folder") < error.index("\nerror: no model folder")
+
+
+def test_there_are_more_than_a_hundred_mistakes_each_named_once():
+    groups = (CONFIG, COMMANDS, DATA, MODELS, ADAPTERS)
+    assert len(CASES) == sum(map(len, groups)) > 100
+
+
+# What looks like a mistake and is none.
+
+
+def losses(world: World) -> list[float]:
+    rows = [json.loads(line) for line in (world.output / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+MARK = "\ufeff".encode()
+HARMLESS: dict[str, Callable[[World], list[str]]] = {
+    "Windows line ends": lambda w: w.rows(*ROWS, end=b"\r\n"),
+    "a byte order mark": lambda w: w.rows(MARK + json.dumps(ROWS[0]).encode(), *ROWS[1:]),
+    "blank lines": lambda w: w.rows("", ROWS[0], "   ", *ROWS[1:], "", "\t"),
+    "no newline at the end": lambda w: w.train(data=last_line_open(w)),
+    "columns nobody asked for": lambda w: w.rows(*({**row, "id": 3, "note": None} for row in ROWS)),
+    "lr in quotes": lambda w: w.train('optimizer: {lr: "1e-4"}\n'),
+    "lr without a dot": lambda w: w.train("optimizer: {lr: 1e-4}\n"),
+    "sections left empty": lambda w: w.train("optimizer:\nadapter: null\nschedule: {}\n"),
+    "a config with a byte order mark": lambda w: ["train", str(w.text(MARK + w.config().read_bytes()))],
+    "a config with Windows line ends": lambda w: [
+        "train",
+        str(w.text(w.config().read_bytes().replace(b"\n", b"\r\n"))),
+    ],
+    "a file in place of a folder": lambda w: w.train(data=w.data(*ROWS) / "train.jsonl"),
+    "a validation file": lambda w: [w.data(*ROWS, name="valid.jsonl"), w.train()][1],
+}
+
+
+def last_line_open(w: World) -> Path:
+    folder = w.data(*ROWS)
+    file = folder / "train.jsonl"
+    file.write_bytes(file.read_bytes().rstrip(b"\n"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain_losses(tiny_model_folder, tmp_path_factory):
+    """Return the losses of the same run without anything unusual."""
+    world = World(tmp_path_factory.mktemp("plain"), tiny_model_folder(), tiny_model_folder(layers=1), "torch")
+    assert run(world.train()) == 0
+    return losses(world)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_is_merely_unusual_trains_exactly_as_the_usual(name, world, plain_losses, capsys):
+    assert run(HARMLESS[name](world)) == 0, capsys.readouterr().err
+    assert losses(world) == plain_losses
+
+
+OTHER: dict[str, tuple[Any, ...]] = {
+    "rows of three kinds": (ROWS[0], {"text": "hello"}, TALK),
+    "fewer rows than a batch": (ROWS[0],),
+    "the same row many times": (ROWS[0],) * 6,
+    "an empty prompt": ({"prompt": "", "completion": "hello"},),
+    "special tokens in a text": ({"text": "a<|im_end|>b<|im_start|>"},),
+    "a NUL in a text": ({"text": "a\x00b"},),
+    "every plane of Unicode": ({"text": "é你🦊\u2028\u0085\U0010ffff"},),
+    "a row much longer than max_length": ({"text": "hello " * 2000},),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_unusual_rows_train(name, world, capsys):
+    data = world.data(*OTHER[name])
+    assert run(world.train(data=f"{{path: {data}, max_length: 64}}")) == 0, capsys.readouterr().err
+    assert (world.output / "adapter" / "adapter_model.safetensors").is_file()
+    assert all(np.isfinite(losses(world)))
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(world, capsys):
+    arguments = damaged_checkpoints(world, last_only=True)
+    capsys.readouterr()
+    assert run(arguments) == 0
+    error = capsys.readouterr().err
+    assert "passed over: step-000002 is damaged" in error
+    assert "going on after update 1" in error
+    assert (world.output / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_folder_that_is_no_run_is_left_as_it_is(world, capsys):
+    assert run(output_is_mine(world)) == 2
+    assert (world.output / "model" / "precious").read_text() == "mine"
+    assert [file.name for file in world.output.iterdir()] == ["model"]
