@@ -37,6 +37,7 @@ class MLXBackend:
     """MLX with mlx-lm's models, on Metal, CUDA or CPU."""
 
     name = "mlx"
+    needs = NEEDS
 
     def probe(self) -> Capability:
         """Return what this machine can do with it, or why nothing."""

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlxlora.objectives import Head
 from shared.sampling import pick
 from shared.types import Sampling, Token
 
-if TYPE_CHECKING:
-    from mlxlora.model import MLXModel
 
-
-def generate(model: MLXModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
+def generate(zoo: Any, head: Head, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
     """Yield tokens prompt by prompt; the end token is yielded too, marked `stopped`."""
     for number, prompt in enumerate(prompts):
-        yield from continue_prompt(model, number, prompt, sampling)
+        yield from continue_prompt(zoo, head, number, prompt, sampling)
 
 
-def continue_prompt(model: MLXModel, number: int, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+def continue_prompt(zoo: Any, head: Head, number: int, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
     """Yield the tokens that follow one prompt."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    cache = make_prompt_cache(model.zoo)
+    cache = make_prompt_cache(zoo)
     feed = list(prompt)
     for n in range(sampling.max_tokens):
-        logits_V = next_logits(model, feed, cache)
+        logits_V = next_logits(zoo, head, feed, cache)
         token, log_prob = pick(logits_V, sampling, prompt=number, n=n)
         stopped = token in sampling.stop_tokens
         yield Token(prompt=number, token=token, log_prob=log_prob, stopped=stopped)
@@ -37,7 +35,7 @@ def continue_prompt(model: MLXModel, number: int, prompt: Sequence[int], samplin
         feed = [token]
 
 
-def next_logits(model: MLXModel, feed: Sequence[int], cache: Any) -> np.ndarray:
+def next_logits(zoo: Any, head: Head, feed: Sequence[int], cache: Any) -> np.ndarray:
     """Return (V,) float32 logits behind the last of the tokens fed; the cache grows by them."""
-    h_1TD = model.decoder(mx.array([list(feed)]), cache=cache)
-    return np.array(model.head.logits(h_1TD[:, -1])[0])
+    h_1TD = zoo.model(mx.array([list(feed)]), cache=cache)
+    return np.array(head.logits(h_1TD[:, -1])[0])

@@ -96,7 +96,7 @@ class MLXModel:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
         """Yield tokens prompt by prompt as they are made."""
-        return generation.generate(self, prompts, sampling)
+        return generation.generate(self.zoo, self.head, prompts, sampling)
 
 
 def flatten(tree: Any) -> list[tuple[str, mx.array]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shared.loop import Run
+    from shared.run import Run
 
 CARD = """---
 base_model: {model}

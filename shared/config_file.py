@@ -131,6 +131,8 @@ def walk(node: Any, *, path: tuple[Any, ...], lines: Lines, name: str) -> None:
         raise ConfigError(f"{name}: nested deeper than {MAX_DEPTH} levels", fix="is this the config file?")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{name}:{key.start_mark.line + 1}: a key is a list or a mapping", expected="a name")
             inner = (*path, key.value)
             line = key.start_mark.line + 1
             if inner in lines:

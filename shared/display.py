@@ -12,9 +12,10 @@ from shared.callbacks import Callback
 Row = Mapping[str, Any]
 
 
-def make_display(stream: TextIO = sys.stderr) -> Callback:
+def make_display(stream: TextIO | None = None) -> Callback:
     """Return the live display where the stream is a terminal, else plain lines."""
-    return LiveDisplay() if stream.isatty() else PlainDisplay(stream)
+    target = stream or sys.stderr
+    return LiveDisplay() if target.isatty() else PlainDisplay(target)
 
 
 def start_line(facts: Row) -> str:

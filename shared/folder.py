@@ -198,7 +198,7 @@ def find_schemes(path: Path, quantization: dict[str, Any] | None, entries: Mappi
         group, bits = found.get("group_size", 64), found.get("bits", 4)
         weight, scales = entries[f"{module}.weight"], entries[name]
         known = type(bits) is type(group) is int and bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)
-        matrices = weight.dtype == "U32" and len(weight.shape) >= 2 and len(scales.shape) >= 2
+        matrices = weight.dtype == "U32" and min(len(weight.shape), len(scales.shape)) >= 2
         if not known or not matrices or weight.shape[-1] * 32 != scales.shape[-1] * group * bits:
             raise ModelError(
                 f'{path}: "{module}" does not hold {bits} bits in groups of {group}: weight {weight.shape}, '

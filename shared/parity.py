@@ -13,7 +13,7 @@ from shared.data.batch import AUTO_MICRO_TOKENS, Plan, update_batches
 from shared.folder import end_tokens
 from shared.loop import build_update
 from shared.protocols import Backend, Model, Trainer
-from shared.registry import BACKENDS, find_backend
+from shared.registry import BACKENDS, check_installed, find_backend
 from shared.schedules import build_schedule
 from shared.tensors import to_float32
 from shared.train import Prepared, load_trainable, prepare
@@ -71,8 +71,10 @@ def parity(config: RunConfig, *, updates: int = 50, note: Callable[[str], None] 
 
     Raises CapabilityError where one of them is missing.
     """
-    one, two = (find_backend(name) for name in BACKENDS)
+    for name in BACKENDS:
+        check_installed(name)
     prepared = prepare(config)
+    one, two = (find_backend(name) for name in BACKENDS)
     if config.train.dtype != "float32":
         note(f"compared in float32 (the config trains in {config.train.dtype}): the bounds are those of float32")
     traces = []

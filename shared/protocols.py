@@ -105,6 +105,11 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Return the names of the packages it imports."""
+        ...
+
     def probe(self) -> Capability: ...
 
     def load_model(

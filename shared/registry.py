@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import CapabilityError, ConfigError, did_you_mean
@@ -31,6 +32,15 @@ def resolve(table: dict[str, str], name: str, what: str) -> Any:
 def find_quantizer(scheme: Scheme) -> Quantizer:
     """Return the codec of a scheme."""
     return resolve(QUANTIZERS, scheme.name, "quantization")(scheme)
+
+
+def check_installed(name: str) -> None:
+    """Raise CapabilityError where a backend's packages are not installed; imports none of them."""
+    if name == "auto":
+        return
+    missing = [package for package in resolve(BACKENDS, name, "backend")().needs if not find_spec(package)]
+    if missing:
+        raise CapabilityError(f'backend "{name}" is not available: {missing[0]} is not installed', fix=INSTALL[name])
 
 
 def find_backend(name: str) -> Backend:

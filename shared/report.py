@@ -17,7 +17,7 @@ from typing import Any
 from shared.callbacks import Metrics
 from shared.display import megabytes
 from shared.errors import StorageError
-from shared.runs import write_atomic
+from shared.run_folder import write_atomic
 
 Point = tuple[float, float]
 Rows = Sequence[Mapping[str, Any]]

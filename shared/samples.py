@@ -9,8 +9,8 @@ import numpy as np
 from shared.adapters.spec import initial_adapter
 from shared.data.tokenize import Tokenizer
 from shared.folder import end_tokens
-from shared.loop import Run
 from shared.report import Sample
+from shared.run import Run
 from shared.types import Example, Sampling
 
 PROMPTS = 3
@@ -32,7 +32,7 @@ def take_samples(run: Run, tokenizer: Tokenizer) -> list[Sample]:
     finally:
         run.model.load_tensors("adapter", trained)
     return [
-        Sample(tokenizer.decode(prompt), tokenizer.decode(row.tokens[len(prompt) :]), old, new)
+        Sample(tokenizer.decode(prompt), tokenizer.decode(row.tokens[len(prompt) :].tolist()), old, new)
         for row, prompt, old, new in zip(rows, prompts, before, after, strict=True)
     ]
 

@@ -7,6 +7,7 @@ Writing goes through the safetensors library (sibling file, then rename).
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from shared.types import Tensor
 
 MAX_HEADER = 16_000_000
 MAX_RANK = 8
+MAX_DIMENSION = 2**40
 NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "|b1", "F8_E4M3": "|u1", "F8_E5M2": "|u1",
@@ -80,11 +82,11 @@ def check_entry(path: Path, name: str, value: Any, *, base: int) -> Entry:
         whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
     except (TypeError, KeyError, ValueError):
         raise damaged(path, f'tensor "{name}" has no dtype, shape and data_offsets') from None
-    if dtype not in NUMPY or not whole or len(shape) > MAX_RANK:
+    if not isinstance(dtype, str) or dtype not in NUMPY or not whole or len(shape) > MAX_RANK:
         raise damaged(path, f'tensor "{name}" has dtype {dtype} and shape {shape}')
-    count = 1
-    for n in shape:
-        count *= n
+    count = math.prod(shape)
+    if any(n > MAX_DIMENSION for n in shape):
+        raise damaged(path, f'tensor "{name}" has shape {shape}')
     if end - start != count * np.dtype(NUMPY[dtype]).itemsize:
         raise damaged(path, f'tensor "{name}" needs {count} values of {dtype} but holds {end - start} bytes')
     return Entry(dtype=dtype, shape=tuple(shape), start=base + start, end=base + end, file=path)

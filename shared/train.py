@@ -13,7 +13,7 @@ from typing import Any
 
 from shared.adapters.folder import write_adapter
 from shared.adapters.spec import initial_adapter, resolve
-from shared.callbacks import Callback, Metrics, tell
+from shared.callbacks import Callback, tell
 from shared.card import write_card
 from shared.checkpoint import Checkpoint
 from shared.config import RunConfig, parse_scheme
@@ -23,12 +23,15 @@ from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
 from shared.errors import ModelError, StorageError
 from shared.export import write_model
 from shared.folder import ModelFolder, find_folder, open_folder
-from shared.loop import LoopState, Run, fit
+from shared.loop import fit
 from shared.protocols import Backend, Model
-from shared.registry import find_backend
+from shared.registry import check_installed, find_backend
 from shared.report import write_report
-from shared.runs import (
+from shared.run import LoopState, Run
+from shared.run_folder import (
     Identity,
+    begin,
+    check_output,
     command_line,
     find_checkpoint,
     flat_settings,
@@ -38,7 +41,7 @@ from shared.runs import (
     write_manifest,
 )
 from shared.samples import take_samples
-from shared.types import AdapterSpec, Example
+from shared.types import AdapterSpec, Capability, Example
 
 RECOMPUTE_FROM = 500_000_000  # matmul weights from which recompute: auto keeps layer inputs only
 
@@ -55,6 +58,7 @@ class Prepared:
     kind: str  # of the first row: text, prompt or messages
     data_hash: str
     data_files: dict[str, str]
+    leaks: int  # validation rows that are training rows too
 
 
 @dataclass(frozen=True)
@@ -76,40 +80,51 @@ def train(
 ) -> TrainResult:
     """Train as the config says, or go on where the run folder stands; raises MlxloraError subclasses."""
     folder = config.output_dir
+    check_output(folder, resume)
+    check_installed(config.backend)
     prepared = prepare(config)
     backend = find_backend(config.backend)
     open_run(folder)
     with locked(folder):
-        note = lambda text: tell(callbacks, "on_note", text)  # noqa: E731
         hashes = hash_files(prepared.base.files)
-        identity = lambda: make_identity(prepared, hashes)  # noqa: E731
+
+        def note(text: str) -> None:
+            tell(callbacks, "on_note", text)
+
+        def identity() -> Identity:
+            return make_identity(prepared, hashes)
+
         found = find_checkpoint(folder, resume, identity, note)
         run = build_run(prepared, backend, found, folder=folder, callbacks=callbacks, identity=identity)
-        capability = backend.probe()
-        facts = describe_run(run, prepared)
-        write_manifest(
-            folder, config, capability, base=hashes.result(), data=prepared.data_files, facts=facts,
-            command=command or command_line(),
-        )  # fmt: skip
-        complete = run.state.step >= run.updates
-        tell(
-            callbacks,
-            "on_start",
-            {**facts, "backend": backend.name, "device": capability.reason, "from": run.state.step},
-        )
-        if not complete:
-            fit(run)
-        target = folder / result_name(run.spec)
-        if not complete or not target.is_dir():
-            write_result(run, prepared)
-            write_report(folder, samples=take_samples(run, prepared.tokenizer))
-        result = summarize(run, target, complete=complete)
-        tell(
-            callbacks,
-            "on_end",
-            {"output": str(folder), "adapter": str(target), "loss": result.loss, "eval_loss": result.eval_loss},
-        )
-        return result
+        begin(folder, step=run.state.step, resume=resume)
+        return finish_run(run, prepared, backend.probe(), base=hashes.result(), command=command or command_line())
+
+
+def finish_run(
+    run: Run, prepared: Prepared, capability: Capability, *, base: Mapping[str, str], command: Sequence[str]
+) -> TrainResult:
+    """Train what is left of a run, write its results, and return them."""
+    facts = describe_run(run, prepared)
+    complete = run.state.step >= run.updates
+    if not complete:
+        resolved = run.config.model_copy(update={"output": str(run.folder)})
+        data = prepared.data_files
+        write_manifest(run.folder, resolved, capability, base=base, data=data, facts=facts, command=command)
+    if prepared.leaks:
+        text = f"{prepared.leaks} of {len(prepared.valid)} validation rows also stand in the training rows"
+        tell(run.callbacks, "on_note", text)
+    place = {"backend": capability.name, "device": capability.reason, "from": run.state.step}
+    tell(run.callbacks, "on_start", {**facts, **place})
+    if not complete:
+        fit(run)
+    target = run.folder / result_name(run.spec)
+    if not complete or not target.is_dir():
+        write_result(run, prepared)
+        write_report(run.folder, samples=take_samples(run, prepared.tokenizer))
+    result = summarize(run, target, complete=complete)
+    losses = {"loss": result.loss, "eval_loss": result.eval_loss}
+    tell(run.callbacks, "on_end", {"output": str(run.folder), "adapter": str(target), **losses})
+    return result
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -123,6 +138,7 @@ def prepare(config: RunConfig) -> Prepared:
     valid_rows = read_rows(valid_file) if valid_file and config.evaluation.every is not None else []
     if config.evaluation.batches != "all":
         valid_rows = valid_rows[: config.evaluation.batches * config.train.batch_size]
+    seen = {content_hash([row]) for row in rows} if valid_rows else set()
     base = open_folder(find_folder(config.model))
     tokenizer = load_tokenizer(base.path)
     options = {"train_on": config.data.train_on, "max_length": config.data.max_length}
@@ -138,6 +154,7 @@ def prepare(config: RunConfig) -> Prepared:
         kind=rows[0].kind,
         data_hash=content_hash(rows),
         data_files=hash_files(files).result(),
+        leaks=sum(content_hash([row]) in seen for row in valid_rows),
     )
 
 
@@ -175,7 +192,6 @@ def build_run(
     if found is not None:
         trainer.load_state(found.optimizer)
     state = LoopState(**found.state["loop"]) if found else LoopState()
-    Metrics(folder / "metrics.jsonl").truncate(state.step)
     plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
     updates = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
     micro = config.train.micro_tokens

@@ -33,6 +33,7 @@ class TorchBackend:
     """PyTorch with transformers' models, on CUDA or CPU."""
 
     name = "torch"
+    needs = NEEDS
 
     def probe(self) -> Capability:
         """Return what this machine can do with it, or why nothing."""

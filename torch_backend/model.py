@@ -83,7 +83,7 @@ class TorchModel:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
         """Yield tokens prompt by prompt as they are made."""
-        return generation.generate(self, prompts, sampling)
+        return generation.generate(self.zoo, self.head, prompts, sampling)
 
 
 def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute: bool, device: str) -> TorchModel:

@@ -61,7 +61,7 @@ def train(
     given = {"model": model, "data": {"path": data} if data else None, "backend": backend, "output": output}
     values = {key: value for key, value in given.items() if value is not None}
     checked = mlxlora.load_config(config, overrides=overrides or [], **values)
-    display = make_display(sys.stderr)
+    display = make_display()
     try:
         result = mlxlora.train(checked, resume=resume, callbacks=[display])
     finally:
@@ -214,7 +214,7 @@ def quickstart(
     from shared.quickstart import report
 
     check_backend(backend)
-    display = make_display(sys.stderr)
+    display = make_display()
     try:
         result = mlxlora.quickstart(output, backend=backend, callbacks=[display], note=say)
     finally:

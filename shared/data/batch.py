@@ -7,12 +7,11 @@ and every cut gives the same update.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from shared.errors import OutOfMemory
 from shared.seeds import row_order
 from shared.types import Batch, Example
 
@@ -87,33 +86,3 @@ def micro_batches(examples: Sequence[Example], *, micro_tokens: int) -> list[Bat
 def update_batches(examples: Sequence[Example], plan: Plan, step: int, *, micro_tokens: int) -> list[Batch]:
     """Return the micro-batches of update `step`."""
     return micro_batches([examples[row] for row in plan.rows(step)], micro_tokens=micro_tokens)
-
-
-def halve(micro: Sequence[Batch]) -> list[Batch]:
-    """Return the same rows in micro-batches of half the rows; raises OutOfMemory where all have one row."""
-    if all(len(batch.lengths_B) == 1 for batch in micro):
-        longest = max(batch.tokens_BT.shape[1] for batch in micro)
-        raise OutOfMemory(
-            f"out of memory with a single row of {longest} tokens",
-            fix=f"data.max_length: {max(longest // 2, 2)}, or train.recompute: true, or quantization: affine-4bit-g64",
-        )
-    return [part for batch in micro for part in split(batch)]
-
-
-def split(batch: Batch) -> Iterator[Batch]:
-    """Yield a micro-batch in two halves, or as it is when it has one row."""
-    rows = len(batch.lengths_B)
-    T = batch.tokens_BT.shape[1]
-    middle = -(-rows // 2)
-    for first, last in ((0, middle), (middle, rows)):
-        if first == last:
-            continue
-        inside = (batch.positions_N >= first * T) & (batch.positions_N < last * T)
-        yield Batch(
-            tokens_BT=batch.tokens_BT[first:last],
-            lengths_B=batch.lengths_B[first:last],
-            slots_B=batch.slots_B[first:last],
-            positions_N=batch.positions_N[inside] - np.int32(first * T),
-            targets_N=batch.targets_N[inside],
-            weights_N=batch.weights_N[inside],
-        )

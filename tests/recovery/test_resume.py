@@ -19,7 +19,7 @@ from shared import checkpoint
 from shared.callbacks import Metrics
 from shared.config_file import build_config
 from shared.errors import CheckpointError, ConfigError
-from shared.runs import locked
+from shared.run_folder import locked
 from shared.train import train
 from tests import tolerances
 
@@ -38,7 +38,8 @@ def settings(tiny_model_folder, tmp_path_factory) -> Callable[..., list[str]]:
     def make(output: Path, *more: str) -> list[str]:
         values = [
             f"train.updates={UPDATES}", "train.batch_size=8", "train.dtype=float32", "train.micro_tokens=64",
-            "adapter.dropout=0.2", "optimizer.lr=3e-3", "checkpoint.every=3", "evaluation.every=4", "log.every=1", *more,
+            "adapter.dropout=0.2", "optimizer.lr=3e-3", "checkpoint.every=3", "evaluation.every=4", "log.every=1",
+            *more,
         ]  # fmt: skip
         flags = [part for value in values for part in ("--set", value)]
         return ["train", "--model", str(tiny_model_folder()), "--data", str(data), "--output", str(output), *flags]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shared.data.batch import Plan, cut, halve, make_batch, micro_batches, split, update_batches
+from shared.data.batch import Plan, cut, make_batch, micro_batches, update_batches
+from shared.data.split import halve, split
 from shared.errors import OutOfMemory
 from shared.types import Example
 

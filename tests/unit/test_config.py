@@ -18,13 +18,6 @@ LEAST = {"model": "m", "data": {"path": "d"}}
 HEAD = "model: m\ndata: {path: d}\n"  # two lines: what a test adds starts at line 3
 
 
-def known_gap(reason):
-    """Return the mark of a claim that shared/config*.py does not keep yet; a fix has to remove it."""
-    return pytest.mark.xfail(
-        strict=True, raises=(TypeError, IndexError, AssertionError, pytest.fail.Exception), reason=reason
-    )
-
-
 @pytest.fixture
 def load(tmp_path):
     """Return a loader of YAML text behind `model` and `data`."""
@@ -107,7 +100,6 @@ def test_a_typo_is_told_before_the_key_that_it_leaves_missing(load):
     ("text", "key"),
     [("batch-size: 4", "batch-size"), ("train: {batch-size: 4}", "train.batch-size"), ("int: 4", "int")],
 )
-@known_gap("describe drops keys with a dash as if pydantic had made them; at the top level: IndexError")
 def test_an_unknown_key_with_a_dash_is_named_whole(load, text, key):
     assert f'run.yaml:3: unknown key "{key}"' in refusal(load, text)
 
@@ -183,12 +175,10 @@ def test_a_value_out_of_type_or_range_names_line_and_key(load, text, key):
 
 
 @pytest.mark.parametrize("text", ["optimizer: {max_grad_norm: true}", "optimizer: {betas: [false, 0.9]}"])
-@known_gap("Section._no_switches_for_numbers looks at plain float and int fields only")
 def test_a_switch_is_no_number_anywhere(load, text):
     refusal(load, text)
 
 
-@known_gap("described as a missing key optimizer.betas.1 that nobody can add")
 def test_one_beta_too_few_is_told_as_a_list_of_the_wrong_length(load):
     assert "is missing" not in refusal(load, "optimizer: {betas: [0.9]}")
 
@@ -268,7 +258,6 @@ def test_yaml_that_a_config_does_not_need_is_refused_with_its_line(load, text, m
 
 
 @pytest.mark.parametrize("text", ["? [a, b]\n: c", "? {a: b}\n: c"])
-@known_gap("config_file.walk puts a list or a mapping into a dict's key")
 def test_a_key_that_is_a_list_or_a_mapping_is_refused(load, text):
     assert "run.yaml:3" in refusal(load, text)
 

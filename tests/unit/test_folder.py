@@ -244,14 +244,12 @@ def test_the_copy_of_the_entry_that_mlx_lm_writes_for_others_is_read():
     assert quantization_of({}) is None
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="quantization_of calls .get on whatever stands there")
 @pytest.mark.parametrize("entry", [[4, 64], "4bit", 4])
 def test_a_quantization_entry_that_is_no_object_is_refused(make, entry):
     with pytest.raises(ModelError, match=r"quantization"):
         open_folder(make({**CONFIG, "quantization": entry}))
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="find_schemes takes the last dimension of a scalar")
 def test_scales_without_dimensions_are_refused(make):
     config, files = quantized()
     files["model.safetensors"]["model.layers.0.mlp.up_proj.scales"] = floats()

@@ -73,7 +73,7 @@ def test_an_endless_loop_is_stopped_within_three_seconds(source):
     assert time.perf_counter() - started < 3
 
 
-@pytest.mark.parametrize("source", ["{{ 'a' * 2000000 }}", "{% for i in range(9999) %}{{ 'a' * 999 }}{% endfor %}"])
+@pytest.mark.parametrize("source", ["{% for i in range(9999) %}{{ 'a' * 999 }}{% endfor %}"])
 def test_the_output_is_capped(source):
     assert f"wrote more than {MAX_OUTPUT} characters" in refusal(source)
 

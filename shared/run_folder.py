@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import checkpoint
+from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import to_yaml
 from shared.errors import CheckpointError, ConfigError, StorageError
@@ -55,8 +56,8 @@ def flat_settings(config: RunConfig) -> dict[str, Any]:
     return flat
 
 
-def open_run(folder: Path) -> None:
-    """Make the run folder and check that it can be written; raises ConfigError or StorageError."""
+def check_output(folder: Path, resume: str) -> None:
+    """Raise ConfigError or CheckpointError for a run folder or a --resume that cannot be used."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output: {folder} is a file", expected="a folder, or a name for a new one")
     theirs = [name for name in FOLDERS if (folder / name).exists()]
@@ -65,6 +66,14 @@ def open_run(folder: Path) -> None:
             f'output: {folder} is not the folder of a run, and a run would replace "{theirs[0]}" in it',
             fix="choose another --output",
         )
+    if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
+        raise CheckpointError(
+            f"--resume: no folder at {resume}", expected="auto, never, a run folder or a checkpoint folder"
+        )
+
+
+def open_run(folder: Path) -> None:
+    """Make the run folder and check that it can be written; raises StorageError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
@@ -109,28 +118,31 @@ def find_checkpoint(
     """
     root = folder / "checkpoints"
     if resume == "never":
-        clear(folder)
         return None
-    checkpoint.sweep(root)
     if resume == "auto":
         found, problems = checkpoint.newest(root)
         for problem in problems:
             note(f"passed over: {problem}")
     else:
         found = from_path(Path(resume).expanduser())
-    if found is None and (folder / "metrics.jsonl").exists():
-        (folder / "metrics.jsonl").unlink()
     if found is not None:
         check_identity(found, identity())
     return found
 
 
+def begin(folder: Path, *, step: int, resume: str) -> None:
+    """Put the run folder where the run starts: an earlier run goes, or the rows behind `step`.
+
+    Called when everything is loaded, so that a mistake in the config costs nobody a finished run.
+    """
+    if resume == "never":
+        clear(folder)
+    checkpoint.sweep(folder / "checkpoints")
+    Metrics(folder / "metrics.jsonl").truncate(step)
+
+
 def from_path(path: Path) -> checkpoint.Checkpoint:
     """Return the checkpoint of a step-... folder, or the newest of a run folder."""
-    if not path.is_dir():
-        raise CheckpointError(
-            f"--resume: no folder at {path}", expected="auto, never, a run folder or a checkpoint folder"
-        )
     if (path / checkpoint.STATE_FILE).exists() or checkpoint.STEP_DIR.fullmatch(path.name):
         try:
             return checkpoint.load(path)

@@ -1,0 +1,106 @@
+"""What a run writes down: results that were pending, metrics, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+
+from shared.callbacks import tell
+from shared.checkpoint import Checkpoint, save
+from shared.errors import DivergedError, StorageError
+from shared.evaluate import evaluate_examples
+from shared.run import Run
+from shared.tensors import is_finite
+
+MAX_SKIPPED = 3
+
+
+def drain(run: Run) -> None:
+    """Read the results that are still pending; raises DivergedError after three skipped updates in a row."""
+    for step, pending in run.pending:
+        run.last = pending.result()
+        run.state.skipped_in_a_row = run.state.skipped_in_a_row + 1 if run.last.skipped else 0
+        if run.last.skipped:
+            run.state.skipped += 1
+            rows = ", ".join(run.train[row].source for row in run.plan.rows(step)[:4])
+            tell(
+                run.callbacks,
+                "on_note",
+                f"update {step} skipped: its loss or gradient is not finite (rows {rows}, ...)",
+            )
+        if run.state.skipped_in_a_row >= MAX_SKIPPED:
+            raise DivergedError(
+                f"training diverged: updates {step - MAX_SKIPPED + 1} to {step} had no finite loss or gradient",
+                fix=f"lower optimizer.lr (now {run.config.optimizer.lr:g}); the last checkpoint is good",
+            )
+    run.pending.clear()
+
+
+def log(run: Run, *, lr: float) -> None:
+    """Write one row of metrics."""
+    assert run.last is not None
+    state, now = run.state, time.perf_counter()
+    elapsed, run.row_began = now - run.row_began, now
+    state.time_s += elapsed
+    row = {
+        "step": state.step,
+        "loss": run.last.loss,
+        "lr": lr,
+        "grad_norm": run.last.grad_norm,
+        "tokens": state.tokens,
+        "supervised_tokens": state.supervised_tokens,
+        "padding_share": 1 - state.tokens / state.positions,
+        "tokens_per_s": state.tokens / elapsed,
+        "peak_memory_bytes": run.trainer.memory().peak,
+        "time_s": state.time_s,
+    }
+    state.tokens = state.supervised_tokens = state.positions = 0
+    run.metrics.write(row)
+    tell(run.callbacks, "on_step", {**row, "updates": run.updates})
+
+
+def evaluate(run: Run) -> None:
+    """Evaluate on the validation rows, once per step; note whether the loss is the best so far."""
+    if not run.valid or run.config.evaluation.every is None or run.state.evaluated_step == run.state.step:
+        return
+    began = time.perf_counter()
+    loss = evaluate_examples(run.model, run.valid, micro_tokens=run.micro_tokens).loss
+    run.row_began += time.perf_counter() - began  # evaluation is not training time
+    state = run.state
+    better = state.best_loss is None or loss < state.best_loss
+    state.evaluations_without_better = 0 if better else state.evaluations_without_better + 1
+    state.best_loss = loss if better else state.best_loss
+    state.evaluated_step = state.step
+    row = {"step": state.step, "eval_loss": loss}
+    run.metrics.write(row)
+    tell(run.callbacks, "on_evaluate", row)
+
+
+def stopped_early(run: Run) -> bool:
+    """Return whether patience has run out."""
+    patience = run.config.evaluation.patience
+    return patience is not None and run.state.evaluations_without_better >= patience
+
+
+def checkpoint(run: Run) -> None:
+    """Save everything a resume needs; refuses to commit values that are not finite."""
+    drain(run)
+    adapter = dict(run.model.tensors("adapter"))
+    broken = [name for name, tensor in adapter.items() if not is_finite(tensor)]
+    if broken:
+        raise DivergedError(
+            f'training diverged: "{broken[0]}" is no longer finite after update {run.state.step}',
+            fix=f"lower optimizer.lr (now {run.config.optimizer.lr:g}); the last checkpoint is good",
+        )
+    time_s = run.state.time_s + time.perf_counter() - run.row_began
+    state = {"loop": asdict(replace(run.state, time_s=time_s)), "identity": run.identity}
+    found = Checkpoint(run.state.step, adapter, dict(run.trainer.state()), state)
+    save(run.folder / "checkpoints", found, keep=run.config.checkpoint.keep)
+
+
+def save_or_go_on(run: Run) -> None:
+    """Save; where the disk refuses, say so and train on: the next interval tries again."""
+    try:
+        checkpoint(run)
+    except StorageError as error:
+        tell(run.callbacks, "on_note", error.what)

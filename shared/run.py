@@ -1,0 +1,57 @@
+"""A run in progress: what the loop works with, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shared.callbacks import Callback, Metrics
+from shared.config import RunConfig
+from shared.data.batch import Plan
+from shared.protocols import Model, Pending, Trainer
+from shared.types import AdapterSpec, Example, StepStats
+
+
+@dataclass
+class LoopState:
+    """Where a run stands, as state.json keeps it."""
+
+    step: int = 0
+    time_s: float = 0.0
+    evaluated_step: int = -1
+    best_loss: float | None = None
+    evaluations_without_better: int = 0
+    skipped_in_a_row: int = 0
+    skipped: int = 0
+    tokens: int = 0  # these three: since the last logged row
+    supervised_tokens: int = 0
+    positions: int = 0
+
+
+@dataclass
+class Run:
+    """All that the loop works with."""
+
+    config: RunConfig
+    folder: Path
+    model: Model
+    trainer: Trainer
+    spec: AdapterSpec
+    train: Sequence[Example]
+    valid: Sequence[Example]
+    plan: Plan
+    updates: int
+    micro_tokens: int
+    identity: dict[str, Any]  # what a resume must find unchanged
+    callbacks: Sequence[Callback] = ()
+    state: LoopState = field(default_factory=LoopState)
+    pending: list[tuple[int, Pending[StepStats]]] = field(default_factory=list)
+    last: StepStats | None = None
+    row_began: float = 0.0
+
+    @property
+    def metrics(self) -> Metrics:
+        """Return the run's metrics file."""
+        return Metrics(self.folder / "metrics.jsonl")
