@@ -26,20 +26,29 @@ class Lab:
     spec: AdapterSpec
 
 
-@pytest.fixture(params=sorted(BACKENDS))
-def backend(request: pytest.FixtureRequest) -> Backend:
-    """Return each registered backend in turn."""
-    return find_backend(request.param)
+GPU = [pytest.param((name, "gpu"), id=f"{name}-gpu", marks=pytest.mark.cuda) for name in sorted(BACKENDS)]
+
+
+@pytest.fixture(params=[*(pytest.param((name, "cpu"), id=name) for name in sorted(BACKENDS)), *GPU])
+def place(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Return each registered backend in turn on a CPU, and with `-m cuda` on a GPU."""
+    return request.param
 
 
 @pytest.fixture
-def make_lab(backend: Backend, tiny_model_folder: Callable[..., Path]) -> Callable[..., Lab]:
+def backend(place: tuple[str, str]) -> Backend:
+    """Return the backend of a place."""
+    return find_backend(place[0])
+
+
+@pytest.fixture
+def make_lab(backend: Backend, place: tuple[str, str], tiny_model_folder: Callable[..., Path]) -> Callable[..., Lab]:
     """Return a factory of labs: a tiny base, an adapter config, and options of load_model."""
 
     def make(folder: Path | None = None, *, dtype: str = "float32", recompute: bool = False, quantization: Any = None,
              seed: int = 0, warm: bool = True, **adapter: Any) -> Lab:  # fmt: skip
         model = backend.load_model(
-            folder or tiny_model_folder(), dtype=dtype, quantization=quantization, recompute=recompute, device="cpu"
+            folder or tiny_model_folder(), dtype=dtype, quantization=quantization, recompute=recompute, device=place[1]
         )
         spec = resolve(AdapterConfig(**adapter), model.info)
         model.attach(spec)
