@@ -86,10 +86,8 @@ def chunked_sft(facts: HeadFacts, *, train_head: bool) -> Callable[..., list[mx.
             if slopes:
                 h_CD = mx.depends([h_CD], [slopes[-1], total, dw_VD])[0]
             target_C1, w_C = targets_N[start : start + rows, None], weights_N[start : start + rows]
-            z_CV = chunk_logits(h_CD, weight_VD, bias, facts)
-            norm_C = mx.logsumexp(z_CV, axis=1)
-            total = total + ((norm_C - mx.take_along_axis(z_CV, target_C1, axis=1)[:, 0]) * w_C).sum()
-            slope_CV = logit_gradient(z_CV, norm_C, target_C1, w_C, facts).astype(h_ND.dtype)
+            chunk, slope_CV = chunk_loss(h_CD, weight_VD, bias, target_C1, w_C, facts)
+            total = total + chunk
             slopes.append(slope_CV @ weight_VD)
             if train_head:
                 dw_VD = dw_VD + (slope_CV.T @ h_CD).astype(mx.float32)
@@ -108,11 +106,30 @@ def chunked_sft(facts: HeadFacts, *, train_head: bool) -> Callable[..., list[mx.
     return cast(Callable[..., list[mx.array]], loss)
 
 
-def logit_gradient(z_CV: mx.array, norm_C: mx.array, target_C1: mx.array, w_C: mx.array, facts: HeadFacts) -> mx.array:
+def chunk_loss(
+    h_CD: mx.array, weight_VD: mx.array, bias: mx.array | None, target_C1: mx.array, w_C: mx.array, facts: HeadFacts
+) -> tuple[mx.array, mx.array]:
+    """Return the summed loss of one chunk and its gradient with respect to h W.T + b, (C, V) in h's dtype."""
+    z_CV = chunk_logits(h_CD, weight_VD, bias, facts)
+    share_CV, norm_C = softmax_and_norm(z_CV)
+    total = ((norm_C - mx.take_along_axis(z_CV, target_C1, axis=1)[:, 0]) * w_C).sum()
+    return total, logit_gradient(z_CV, share_CV, target_C1, w_C, facts).astype(h_CD.dtype)
+
+
+def softmax_and_norm(z_CV: mx.array) -> tuple[mx.array, mx.array]:
+    """Return softmax (C, V) and log-sum-exp (C,) with one exponential per logit."""
+    top_C1 = z_CV.max(axis=1, keepdims=True)
+    e_CV = mx.exp(z_CV - top_C1)
+    sum_C1 = e_CV.sum(axis=1, keepdims=True)
+    return e_CV / sum_C1, (top_C1 + mx.log(sum_C1))[:, 0]
+
+
+def logit_gradient(
+    z_CV: mx.array, share_CV: mx.array, target_C1: mx.array, w_C: mx.array, facts: HeadFacts
+) -> mx.array:
     """Return d loss / d (h W.T + b): w * (softmax - onehot), through soft-cap and scale."""
-    slope_CV = mx.exp(z_CV - norm_C[:, None])
-    at_target_C1 = mx.take_along_axis(slope_CV, target_C1, axis=1) - 1
-    slope_CV = mx.put_along_axis(slope_CV, target_C1, at_target_C1, axis=1) * (w_C[:, None] * facts.scale)
+    at_target_C1 = mx.take_along_axis(share_CV, target_C1, axis=1) - 1
+    slope_CV = mx.put_along_axis(share_CV, target_C1, at_target_C1, axis=1) * (w_C[:, None] * facts.scale)
     return slope_CV if facts.softcap is None else slope_CV * (1 - (z_CV / facts.softcap) ** 2)
 
 

@@ -83,11 +83,8 @@ class _ChunkedSFT(torch.autograd.Function):
         rows = chunk_rows(weight_VD.shape[0])
         for start in range(0, h_ND.shape[0], rows):
             at = slice(start, start + rows)
-            z_CV = chunk_logits(h_ND[at], weight_VD, bias_V, facts)
-            target_C1, w_C = targets_N[at, None], weights_N[at]
-            norm_C = z_CV.logsumexp(dim=1)
-            total += ((norm_C - z_CV.gather(1, target_C1)[:, 0]) * w_C).sum()
-            slope_CV = logit_gradient(z_CV, norm_C, target_C1, w_C, facts).to(h_ND.dtype)
+            chunk, slope_CV = chunk_loss(h_ND[at], weight_VD, bias_V, targets_N[at, None], weights_N[at], facts)
+            total += chunk
             if dh_ND is not None:
                 dh_ND[at] = slope_CV @ weight_VD
             if dw_VD is not None:
@@ -109,13 +106,36 @@ class _ChunkedSFT(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
+def chunk_loss(
+    h_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias: torch.Tensor | None,
+    target_C1: torch.Tensor,
+    w_C: torch.Tensor,
+    facts: HeadFacts,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed loss of one chunk and its gradient with respect to h W.T + b, (C, V) in h's dtype."""
+    z_CV = chunk_logits(h_CD, weight_VD, bias, facts)
+    share_CV, norm_C = softmax_and_norm(z_CV)
+    total = ((norm_C - z_CV.gather(1, target_C1)[:, 0]) * w_C).sum()
+    return total, logit_gradient(z_CV, share_CV, target_C1, w_C, facts).to(h_CD.dtype)
+
+
+def softmax_and_norm(z_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return softmax (C, V) and log-sum-exp (C,) with one exponential per logit."""
+    top_C1 = z_CV.amax(dim=1, keepdim=True)
+    e_CV = (z_CV - top_C1).exp_()
+    sum_C1 = e_CV.sum(dim=1, keepdim=True)
+    norm_C = (top_C1 + sum_C1.log())[:, 0]
+    return e_CV.div_(sum_C1), norm_C
+
+
 def logit_gradient(
-    z_CV: torch.Tensor, norm_C: torch.Tensor, target_C1: torch.Tensor, w_C: torch.Tensor, facts: HeadFacts
+    z_CV: torch.Tensor, share_CV: torch.Tensor, target_C1: torch.Tensor, w_C: torch.Tensor, facts: HeadFacts
 ) -> torch.Tensor:
-    """Return d loss / d (h W.T + b): w * (softmax - onehot), through soft-cap and scale. May overwrite z."""
+    """Return d loss / d (h W.T + b): w * (softmax - onehot), through soft-cap and scale. Overwrites `share`."""
     curve = None if facts.softcap is None else 1 - (z_CV / facts.softcap) ** 2
-    slope_CV = (z_CV - norm_C[:, None]).exp_()
-    slope_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=slope_CV.dtype))
+    slope_CV = share_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=share_CV.dtype))
     slope_CV *= w_C[:, None] * facts.scale
     return slope_CV if curve is None else slope_CV * curve
 

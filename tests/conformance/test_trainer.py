@@ -45,10 +45,10 @@ def gradients(lab, batches, update):
 def test_accumulation_of_1_2_4_and_8_micro_batches_gives_the_same_update(
     make_lab, make_examples, make_update, lengths, dropout
 ):
-    examples, update = make_examples(lengths), make_update(max_grad_norm=0.1)
+    examples, update = make_examples(lengths), make_update()
     results = []
     for rows in (8, 4, 2, 1):
-        lab = make_lab(dropout=dropout)
+        lab = make_lab(dropout=dropout, warm=False)  # the start of every run
         by_length = sorted(range(8), key=lambda n: -lengths[n])
         groups = [by_length[n : n + rows] for n in range(0, 8, rows)]
         batches = [make_batch([examples[n] for n in group], group) for group in groups]
@@ -56,7 +56,7 @@ def test_accumulation_of_1_2_4_and_8_micro_batches_gives_the_same_update(
         results.append((stats.loss, values(lab.model.tensors("adapter"))))
     for loss, adapter in results[1:]:
         assert abs(loss - results[0][0]) <= tolerances.MICRO * abs(results[0][0])
-        assert norm_gap(adapter, results[0][1]) <= tolerances.MICRO
+        assert gap(adapter, results[0][1]) <= tolerances.MICRO
 
 
 def test_loss_is_nats_per_supervised_token_whatever_the_micro_batches(make_lab, make_examples, make_update):
