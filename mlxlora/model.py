@@ -22,14 +22,11 @@ from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear, quantize_line
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
 from shared.adapters.spec import layer_of
 from shared.errors import ModelError
-from shared.families import CHECKED, head_facts, is_tied, with_old_rope_keys
-from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder, others
+from shared.families import CHECKED, check_logits, head_facts, is_tied, left_out, with_old_rope_keys
+from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder
 from shared.registry import find_quantizer
 from shared.strict import check_adapter
-from shared.tensors import is_finite, read_tensor
-from shared.types import AdapterSpec, Batch, ModelInfo, Packed, Part, Sampling, Scheme, Tensor, Token
-
-PROBE_TOLERANCE = 1e-3  # relative to the largest logit; a wrong head is off by its order of magnitude
+from shared.types import AdapterSpec, Batch, ModelInfo, Part, Sampling, Scheme, Tensor, Token
 
 
 class MLXModel:
@@ -174,19 +171,13 @@ def fill(zoo: Any, folder: ModelFolder, *, dtype: mx.Dtype, quantization: Scheme
     found = {name: tuple(value.shape) for name, value in values.items()}
     check_tensors(folder.path, expected=expected, found=found)
     floats = {
-        name: check_value(folder, name, value, dtype) for name, value in values.items() if not is_packed(name, folder)
+        name: check_value(folder, name, value, dtype) for name, value in values.items() if not folder.is_packed(name)
     }
     zoo.load_weights(list(floats.items()), strict=False)
     mx.eval(zoo.parameters())  # mx.load reads lazily; from here on the files may change
     if quantization is None or folder.schemes:
         return () if quantization is None else ("the folder is quantized already; its own scheme is kept",)
     return quantize_layers(zoo, quantization)
-
-
-def is_packed(name: str, folder: ModelFolder) -> bool:
-    """Return whether a tensor belongs to a module that the folder stores quantized."""
-    module, _, leaf = name.rpartition(".")
-    return module in folder.schemes and leaf in ("weight", "scales", "biases")
 
 
 def check_value(folder: ModelFolder, name: str, value: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -198,20 +189,13 @@ def check_value(folder: ModelFolder, name: str, value: mx.array, dtype: mx.Dtype
 
 def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: mx.Dtype) -> None:
     """Replace the modules that the folder stores quantized, packed bytes taken as they are."""
-    for name, scheme in folder.schemes.items():
+    for name in folder.schemes:
         try:
             owner, leaf = find_owner(zoo, name)
             module = getattr(owner, leaf)
         except (AttributeError, IndexError):
             raise ModelError(f'{folder.path}: quantized module "{name}" has no place in the model') from None
-        arrays = {key: read_tensor(folder.entries[f"{name}.{key}"]) for key in ("weight", "scales", "biases")}
-        packed = Packed(scheme, arrays, (arrays["scales"].shape[0], arrays["scales"].shape[1] * scheme.group_size))
-        if not all(is_finite(tensor) for tensor in arrays.values()):
-            raise ModelError(f'{folder.path}: the scales of "{name}" hold NaN or infinity', fix="convert it again")
-        if tuple(module.weight.shape) != packed.shape:
-            raise ModelError(
-                f'{folder.path}: "{name}" has shape {packed.shape}', expected=f"{tuple(module.weight.shape)}"
-            )
+        packed = folder.packed(name, shape=tuple(module.weight.shape))
         if isinstance(module, nn.Embedding):
             setattr(owner, leaf, QuantizedEmbedding(packed, dtype))
         else:
@@ -230,14 +214,7 @@ def quantize_layers(zoo: nn.Module, scheme: Scheme) -> tuple[str, ...]:
             continue
         owner, leaf = find_owner(zoo, name)
         setattr(owner, leaf, quantize_linear(name, module, scheme))
-    return not_quantized(left, scheme)
-
-
-def not_quantized(left: Sequence[str], scheme: Scheme) -> tuple[str, ...]:
-    """Return a note that names the layers whose width does not divide into groups."""
-    if not left:
-        return ()
-    return (f"not quantized, width not divisible by {scheme.group_size}: {min(left)}{others(list(left))}",)
+    return left_out(left, scheme)
 
 
 def recomputing(layer_class: type) -> type:
@@ -286,8 +263,4 @@ def check_head(model: MLXModel, folder: ModelFolder) -> None:
     theirs = model.zoo(tokens_BT)
     ours = model.head.logits(model.decoder(tokens_BT)[0])
     gap = float(mx.abs(theirs[0].astype(mx.float32) - ours).max() / mx.abs(theirs).max())
-    if not gap <= PROBE_TOLERANCE * (10 if theirs.dtype != mx.float32 else 1):
-        raise ModelError(
-            f'the family "{folder.family}" computes its logits in a way this version does not know (gap {gap:.1e})',
-            fix="report it; llama, mistral and qwen2 are known to be right",
-        )
+    check_logits(folder.family, gap=gap, exact=theirs.dtype == mx.float32)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from shared.errors import ModelError
+from shared.types import Scheme
 
 # Families whose logits are those of `head_facts`, checked by the parity tests. Any other family is
 # compared with the zoo's own logits when it is loaded, and refused where they differ.
 CHECKED = frozenset({"llama", "mistral", "qwen2"})
+
+LOGIT_GAP = 1e-3  # a wrong head is off by the order of its logits
 
 
 @dataclass(frozen=True)
@@ -51,3 +56,23 @@ def is_tied(config: Mapping[str, Any], *, has_head: bool) -> bool:
     """Return whether head and embedding are one tensor: as the config says, else whether the folder has a head."""
     found = config.get("tie_word_embeddings")
     return (not has_head) if found is None else bool(found)
+
+
+def check_logits(family: str, *, gap: float, exact: bool) -> None:
+    """Refuse a family whose logits are not head(last hidden state) as this table has it.
+
+    gap: largest difference to the zoo's own logits, relative to the largest. exact: computed in float32.
+    """
+    if not gap <= (LOGIT_GAP if exact else 10 * LOGIT_GAP):
+        raise ModelError(
+            f'the family "{family}" computes its logits in a way this version does not know (gap {gap:.1e})',
+            fix=f"report it; {', '.join(sorted(CHECKED))} are known to be right",
+        )
+
+
+def left_out(names: Sequence[str], scheme: Scheme) -> tuple[str, ...]:
+    """Return a note on the layers that stay float because their width does not divide into groups, if any."""
+    if not names:
+        return ()
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return (f"not quantized, width not divisible by {scheme.group_size}: {min(names)}{more}",)

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import CapabilityError, ModelError, did_you_mean
-from shared.tensors import Entry, read_header
-from shared.types import Scheme
+from shared.tensors import Entry, is_finite, read_header, read_tensor
+from shared.types import Packed, Scheme
 
 # Sizes that a config states once for all layers; where it lists them by layer, they are the zoo's to check.
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 MAX_WIDTH = 100_000_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npz")
+PACKED_LEAVES = ("weight", "scales", "biases")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Buffers that old checkpoints carry and every current implementation computes.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|rope\.freqs)$")
@@ -39,6 +40,25 @@ class ModelFolder:
     def family(self) -> str:
         """Return the model type of the config, e.g. "llama"."""
         return str(self.config["model_type"])
+
+    def is_packed(self, name: str) -> bool:
+        """Return whether a tensor belongs to a module that is stored quantized."""
+        module, _, leaf = name.rpartition(".")
+        return module in self.schemes and leaf in PACKED_LEAVES
+
+    def packed(self, module: str, *, shape: tuple[int, ...]) -> Packed:
+        """Return a quantized module's arrays; raises ModelError unless they stand for a weight of `shape`."""
+        scheme = self.schemes[module]
+        arrays = {leaf: read_tensor(self.entries[f"{module}.{leaf}"]) for leaf in PACKED_LEAVES}
+        rows, groups = arrays["scales"].shape
+        packed = Packed(scheme, arrays, (rows, groups * scheme.group_size))
+        if not all(is_finite(tensor) for tensor in arrays.values()):
+            raise ModelError(
+                f'{self.path}: the scales of "{module}" hold NaN or infinity', fix="convert the model again"
+            )
+        if tuple(shape) != packed.shape:
+            raise ModelError(f'{self.path}: "{module}" has shape {packed.shape}', expected=f"{tuple(shape)}")
+        return packed
 
     @property
     def files(self) -> list[Path]:

@@ -20,7 +20,7 @@ RECIPE: dict[str, Any] = {
     "schedule": {"warmup": 0.05},
     "train": {"batch_size": 16, "updates": 200, "dtype": "float32"},
     "evaluation": {"every": 100},
-    "log": {"every": 20},
+    "log": {"every": 10},
 }
 MAX_TOKENS = 32
 SHOWN = 3

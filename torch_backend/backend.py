@@ -82,7 +82,7 @@ def probe_device() -> Capability:
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         return capability(device="gpu", reason=f"{found.name}, {found.total_memory / 2**30:.0f} GiB", fix=None)
-    return capability(device="cpu", reason=f"CPU, {torch.get_num_threads()} threads (no CUDA device)", fix=None)
+    return capability(device="cpu", reason=f"CPU, threads: {torch.get_num_threads()}, no CUDA device", fix=None)
 
 
 def capability(*, device: str, reason: str, fix: str | None) -> Capability:

@@ -17,18 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from shared.adapters.spec import layer_of
 from shared.errors import ModelError
-from shared.families import CHECKED, head_facts, is_tied
-from shared.folder import ModelFolder, check_tensors, nearest_family, open_folder, others
+from shared.families import CHECKED, check_logits, head_facts, is_tied, left_out
+from shared.folder import ModelFolder, check_tensors, nearest_family, open_folder
 from shared.registry import find_quantizer
 from shared.strict import check_adapter
 from shared.tensors import is_finite, read_tensor
-from shared.types import AdapterSpec, Batch, ModelInfo, Packed, Part, Sampling, Scheme, Tensor, Token
+from shared.types import AdapterSpec, Batch, ModelInfo, Part, Sampling, Scheme, Tensor, Token
 from torch_backend import generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
 from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear, quantize_linear
 from torch_backend.state import from_torch, to_torch, torch_dtype
-
-PROBE_TOLERANCE = 1e-3  # relative to the largest logit; a wrong head is off by its order of magnitude
 
 
 class TorchModel:
@@ -138,7 +136,7 @@ def fill(
     found = {name: entry.shape for name, entry in folder.entries.items()}
     check_tensors(folder.path, expected=expected, found=found, tied=("lm_head.weight",) if tied else ())
     values = {
-        name: load_value(folder, name, dtype) for name in expected if name in found and not is_packed(name, folder)
+        name: load_value(folder, name, dtype) for name in expected if name in found and not folder.is_packed(name)
     }
     if tied:
         values.pop("lm_head.weight", None)
@@ -147,12 +145,6 @@ def fill(
     if quantization is None or folder.schemes:
         return () if quantization is None else ("the folder is quantized already; its own scheme is kept",)
     return quantize_layers(zoo, quantization)
-
-
-def is_packed(name: str, folder: ModelFolder) -> bool:
-    """Return whether a tensor belongs to a module that the folder stores quantized."""
-    module, _, leaf = name.rpartition(".")
-    return module in folder.schemes and leaf in ("weight", "scales", "biases")
 
 
 def load_value(folder: ModelFolder, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -165,21 +157,14 @@ def load_value(folder: ModelFolder, name: str, dtype: torch.dtype) -> torch.Tens
 
 def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> None:
     """Replace the modules that the folder stores quantized, packed bytes taken as they are."""
-    for name, scheme in folder.schemes.items():
+    for name in folder.schemes:
         parent, _, leaf = name.rpartition(".")
         try:
             owner = zoo.get_submodule(parent)
             module = getattr(owner, leaf)
         except AttributeError:
             raise ModelError(f'{folder.path}: quantized module "{name}" has no place in the model') from None
-        arrays = {key: read_tensor(folder.entries[f"{name}.{key}"]) for key in ("weight", "scales", "biases")}
-        packed = Packed(scheme, arrays, (arrays["scales"].shape[0], arrays["scales"].shape[1] * scheme.group_size))
-        if not all(is_finite(tensor) for tensor in arrays.values()):
-            raise ModelError(f'{folder.path}: the scales of "{name}" hold NaN or infinity', fix="convert it again")
-        if tuple(module.weight.shape) != packed.shape:
-            raise ModelError(
-                f'{folder.path}: "{name}" has shape {packed.shape}', expected=f"{tuple(module.weight.shape)}"
-            )
+        packed = folder.packed(name, shape=tuple(module.weight.shape))
         if isinstance(module, nn.Embedding):
             setattr(owner, leaf, QuantizedEmbedding(packed, dtype))
         else:
@@ -198,14 +183,7 @@ def quantize_layers(zoo: nn.Module, scheme: Scheme) -> tuple[str, ...]:
             continue
         parent, _, leaf = name.rpartition(".")
         setattr(zoo.get_submodule(parent), leaf, quantize_linear(name, module, scheme))
-    return not_quantized(left, scheme)
-
-
-def not_quantized(left: Sequence[str], scheme: Scheme) -> tuple[str, ...]:
-    """Return a note that names the layers whose width does not divide into groups."""
-    if not left:
-        return ()
-    return (f"not quantized, width not divisible by {scheme.group_size}: {min(left)}{others(list(left))}",)
+    return left_out(left, scheme)
 
 
 def tie_head(zoo: Any) -> None:
@@ -259,8 +237,4 @@ def check_head(model: TorchModel, folder: ModelFolder) -> None:
     theirs = model.zoo(input_ids=tokens_BT, use_cache=False).logits.float()
     ours = model.head.logits(model.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state[0])
     gap = float((theirs[0] - ours).abs().max() / theirs.abs().max())
-    if not gap <= PROBE_TOLERANCE * (10 if theirs.dtype != torch.float32 else 1):
-        raise ModelError(
-            f'the family "{folder.family}" computes its logits in a way this version does not know (gap {gap:.1e})',
-            fix="report it; llama, mistral and qwen2 are known to be right",
-        )
+    check_logits(folder.family, gap=gap, exact=model.zoo.dtype == torch.float32)
