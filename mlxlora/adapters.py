@@ -29,6 +29,8 @@ class Dropout:
 
     def begin(self, *, seed: int, step: int, slots: np.ndarray, length: int) -> None:
         """Prepare the masks of one micro-batch."""
+        if self.p == 0.0:
+            return
         self.token_BT = mx.array(seeds.token_keys(seed=seed, step=step, slots=slots, length=length))
 
     def end(self) -> None:

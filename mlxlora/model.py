@@ -18,14 +18,25 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora import generation, objectives
 from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
-from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear, quantize_linear
+from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
 from shared.adapters.spec import layer_of
 from shared.errors import ModelError
-from shared.families import CHECKED, check_logits, head_facts, is_tied, left_out, with_old_rope_keys
-from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder
+from shared.families import (
+    CHECKED,
+    CONFIG_FAULTS,
+    UNVERIFIED,
+    check_logits,
+    head_facts,
+    is_tied,
+    left_out,
+    unapplied_window,
+    unknown_layout,
+    with_old_rope_keys,
+)
+from shared.folder import COMPUTED, PACKED_LEAVES, ModelFolder, check_tensors, nearest_family, open_folder
 from shared.registry import find_quantizer
-from shared.strict import check_adapter
+from shared.strict import check_adapter, check_length
 from shared.types import AdapterSpec, Batch, ModelInfo, Part, Sampling, Scheme, Tensor, Token
 
 
@@ -93,6 +104,8 @@ class MLXModel:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
         """Yield tokens prompt by prompt as they are made."""
+        for prompt in prompts:
+            check_length(self.info, len(prompt) + sampling.max_tokens, what="prompt and answer")
         return generation.generate(self.zoo, self.head, prompts, sampling)
 
 
@@ -113,8 +126,10 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
         for layer in zoo.model.layers:
             layer.__class__ = recomputing(type(layer))
     head = objectives.Head(zoo.model.embed_tokens if tied else zoo.lm_head, head_facts(folder.config))
+    verified = folder.family in CHECKED
+    notes = notes if verified else (*notes, UNVERIFIED.format(family=folder.family))
     model = MLXModel(zoo, head, describe(zoo, folder, notes))
-    if folder.family not in CHECKED:
+    if not verified:
         check_head(model, folder)
     return model
 
@@ -136,15 +151,12 @@ def build_empty(folder: ModelFolder) -> Any:
     config["tie_word_embeddings"] = is_tied(config, has_head="lm_head.weight" in folder.entries)
     try:
         zoo = model_class(args_class.from_dict(config))
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, ZeroDivisionError) as error:
+    except CONFIG_FAULTS as error:
         raise ModelError(
             f"{folder.path / 'config.json'}: {error}", fix="config.json does not describe a model"
         ) from None
-    if not hasattr(zoo, "model") or not hasattr(zoo.model, "embed_tokens"):
-        raise ModelError(
-            f'the family "{folder.family}" is laid out in a way this version does not know',
-            fix="use a model of a family such as llama, mistral or qwen2",
-        )
+    if not all(hasattr(getattr(zoo, "model", None), part) for part in ("embed_tokens", "layers")):
+        raise unknown_layout(folder.family)
     return zoo
 
 
@@ -156,7 +168,7 @@ def known_families() -> list[str]:
 
 
 def fill(zoo: Any, folder: ModelFolder, *, dtype: mx.Dtype, quantization: Scheme | None, tied: bool) -> tuple[str, ...]:
-    """Load every tensor of the folder, then quantize if asked; return notes on what was left out."""
+    """Load every tensor of the folder, quantized where asked; return notes on what was left out."""
     put_quantized(zoo, folder, dtype)
     values: dict[str, mx.array] = {}
     for file in folder.files:
@@ -166,25 +178,26 @@ def fill(zoo: Any, folder: ModelFolder, *, dtype: mx.Dtype, quantization: Scheme
         values.pop("lm_head.weight", None)
     if hasattr(zoo, "sanitize"):
         values = zoo.sanitize(values)
-    own = dict(flatten(zoo.parameters()))
-    expected = {name: tuple(value.shape) for name, value in own.items()}
-    found = {name: tuple(value.shape) for name, value in values.items()}
-    check_tensors(folder.path, expected=expected, found=found)
-    floats = {
-        name: check_value(folder, name, value, dtype) for name, value in values.items() if not folder.is_packed(name)
-    }
-    zoo.load_weights(list(floats.items()), strict=False)
-    mx.eval(zoo.parameters())  # mx.load reads lazily; from here on the files may change
-    if quantization is None or folder.schemes:
-        return () if quantization is None else ("the folder is quantized already; its own scheme is kept",)
-    return quantize_layers(zoo, quantization)
+    expected = {name: tuple(value.shape) for name, value in flatten(zoo.parameters())}
+    check_tensors(folder.path, expected=expected, found={name: tuple(value.shape) for name, value in values.items()})
+    notes: tuple[str, ...] = ()
+    if quantization is not None:
+        already = ("the folder is quantized already; its own scheme is kept",)
+        notes = already if folder.schemes else quantize_layers(zoo, folder, quantization)
+    packed = {f"{name}.{leaf}" for name, _ in schemes_of(zoo) for leaf in PACKED_LEAVES}
+    floats = [(name, check_value(folder, name, values.pop(name), dtype)) for name in list(values) if name not in packed]
+    zoo.load_weights(floats, strict=False)
+    mx.eval(zoo.parameters())
+    return notes
 
 
 def check_value(folder: ModelFolder, name: str, value: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Return one float tensor in `dtype`; raises ModelError where it is not finite."""
+    """Return one float tensor in `dtype`, read now (mx.load is lazy); raises ModelError where it is not finite."""
     if not mx.isfinite(value).all().item():
         raise ModelError(f'{folder.path}: tensor "{name}" holds NaN or infinity', fix="download the model again")
-    return value.astype(dtype)
+    value = value.astype(dtype)
+    mx.eval(value)
+    return value
 
 
 def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: mx.Dtype) -> None:
@@ -202,8 +215,11 @@ def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: mx.Dtype) -> None:
             setattr(owner, leaf, QuantizedLinear(packed, module.get("bias")))
 
 
-def quantize_layers(zoo: nn.Module, scheme: Scheme) -> tuple[str, ...]:
-    """Quantize the linear layers of the decoder blocks; return a note on those that do not divide into groups."""
+def quantize_layers(zoo: nn.Module, folder: ModelFolder, scheme: Scheme) -> tuple[str, ...]:
+    """Quantize the decoder blocks' linear layers from the stored tensors; return a note on those left out.
+
+    Scales take the stored dtype, so that the base does not depend on what the run computes in.
+    """
     quantizer = find_quantizer(scheme)
     left: list[str] = []
     for name, module in list(zoo.named_modules()):
@@ -213,7 +229,8 @@ def quantize_layers(zoo: nn.Module, scheme: Scheme) -> tuple[str, ...]:
             left.append(name)
             continue
         owner, leaf = find_owner(zoo, name)
-        setattr(owner, leaf, quantize_linear(name, module, scheme))
+        packed = quantizer.quantize(folder.value(f"{name}.weight"))
+        setattr(owner, leaf, QuantizedLinear(packed, module.get("bias")))
     return left_out(left, scheme)
 
 
@@ -243,6 +260,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         num_layers=len(zoo.model.layers),
         vocab_size=int(folder.config["vocab_size"]),
         max_positions=folder.config.get("max_position_embeddings"),
+        max_tokens=unapplied_window(folder.config),
         linears=linears,
         num_parameters=sum(out * width for out, width in linears.values()),
         quantized={name: str(scheme) for name, scheme in schemes_of(zoo)},
@@ -260,7 +278,9 @@ def schemes_of(zoo: nn.Module) -> Iterator[tuple[str, Scheme]]:
 def check_head(model: MLXModel, folder: ModelFolder) -> None:
     """Refuse a family whose logits are not head(last hidden state) as `shared.families` has it."""
     tokens_BT = mx.arange(4)[None] % model.info.vocab_size
-    theirs = model.zoo(tokens_BT)
-    ours = model.head.logits(model.decoder(tokens_BT)[0])
+    try:
+        theirs, ours = model.zoo(tokens_BT), model.head.logits(model.decoder(tokens_BT)[0])
+    except (TypeError, AttributeError, ValueError):
+        raise unknown_layout(folder.family) from None
     gap = float(mx.abs(theirs[0].astype(mx.float32) - ours).max() / mx.abs(theirs).max())
     check_logits(folder.family, gap=gap, exact=theirs.dtype == mx.float32)

@@ -16,24 +16,25 @@ Arrays = dict[str, mx.array]
 
 
 class AdamW:
-    """Moments and float32 values of all trained tensors, by name."""
+    """Moments of all trained tensors by name, and float32 masters of those below float32."""
 
     def __init__(self, parameters: Mapping[str, mx.array]) -> None:
         self.dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-        self.value: Arrays = {name: parameter.astype(mx.float32) for name, parameter in parameters.items()}
         self.m: Arrays = {name: mx.zeros(parameter.shape) for name, parameter in parameters.items()}
         self.v: Arrays = {name: mx.zeros(parameter.shape) for name, parameter in parameters.items()}
-
-    def pull(self, parameters: Mapping[str, mx.array]) -> None:
-        """Take the parameters' values."""
-        self.value = {name: parameter.astype(mx.float32) for name, parameter in parameters.items()}
+        self.master: Arrays = {
+            name: parameter.astype(mx.float32)
+            for name, parameter in parameters.items()
+            if parameter.dtype != mx.float32
+        }
 
     def step(
-        self, grads: Mapping[str, mx.array], update: Update, *, loss: mx.array, weight: float
-    ) -> tuple[mx.array, mx.array]:
-        """Divide the summed gradients by `weight`, clip, update; return (norm before clipping, applied?).
+        self, parameters: Arrays, grads: Mapping[str, mx.array], update: Update, *, loss: mx.array, weight: float
+    ) -> tuple[Arrays, mx.array, mx.array]:
+        """Divide the summed gradients by `weight`, clip, update.
 
-        A non-finite loss or gradient leaves parameters and moments as they are, without a host synchronisation.
+        Returns the next parameters, the norm before clipping, and whether the update was applied: a non-finite loss or
+        gradient leaves parameters and moments as they are, without a host synchronisation.
         """
         scaled = {name: grad / weight for name, grad in grads.items()}
         norm = mx.sqrt(sum((mx.square(grad).sum() for grad in scaled.values()), start=mx.zeros(())))
@@ -42,27 +43,24 @@ class AdamW:
         if update.max_grad_norm is not None:
             clip = mx.minimum(update.max_grad_norm / (norm + 1e-6), 1.0)
         for name, grad in scaled.items():
-            value, m, v = adamw(self.value[name], grad * clip, self.m[name], self.v[name], update)
-            self.value[name] = mx.where(ok, value, self.value[name])
-            self.m[name] = mx.where(ok, m, self.m[name])
-            self.v[name] = mx.where(ok, v, self.v[name])
-        return norm, ok
-
-    def push(self) -> Arrays:
-        """Return the values in the parameters' own dtypes."""
-        return {name: value.astype(self.dtypes[name]) for name, value in self.value.items()}
+            old = self.master.get(name, parameters[name])
+            value, m, v = adamw(old, grad * clip, self.m[name], self.v[name], update)
+            self.m[name], self.v[name] = mx.where(ok, m, self.m[name]), mx.where(ok, v, self.v[name])
+            value = mx.where(ok, value, old)
+            if name in self.master:
+                self.master[name] = value
+            parameters[name] = value.astype(self.dtypes[name])
+        return parameters, norm, ok
 
     def tensors(self) -> Iterator[tuple[str, mx.array]]:
         """Yield `m.<name>`, `v.<name>`, and `master.<name>` for parameters below float32."""
-        for prefix, arrays in (("m", self.m), ("v", self.v), ("master", self.value)):
-            for name, array in arrays.items():
-                if prefix != "master" or self.dtypes[name] != mx.float32:
-                    yield f"{prefix}.{name}", array
+        for prefix, arrays in (("m", self.m), ("v", self.v), ("master", self.master)):
+            yield from ((f"{prefix}.{name}", array) for name, array in arrays.items())
 
     def put(self, name: str, array: mx.array) -> None:
         """Replace one of `tensors` by its name there."""
         prefix, _, inner = name.partition(".")
-        {"m": self.m, "v": self.v, "master": self.value}[prefix][inner] = array
+        {"m": self.m, "v": self.v, "master": self.master}[prefix][inner] = array
 
 
 def adamw(p: mx.array, g: mx.array, m: mx.array, v: mx.array, update: Update) -> tuple[mx.array, mx.array, mx.array]:

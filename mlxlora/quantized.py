@@ -13,8 +13,6 @@ import mlx.core as mx
 from mlx import nn
 
 from mlxlora.state import from_mlx, to_mlx
-from shared.errors import ModelError
-from shared.registry import find_quantizer
 from shared.types import Packed, Scheme, Tensor
 
 
@@ -103,12 +101,3 @@ class QuantizedEmbedding(nn.Module):
     def as_linear(self, x: mx.array) -> mx.array:
         """Return x @ table.T, as mlx-lm's models call a tied head."""
         return x @ self.decoded(x.dtype).T
-
-
-def quantize_linear(name: str, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
-    """Return a quantized copy of a linear layer; the codes are those of the NumPy codec."""
-    weight = from_mlx(linear.weight)
-    packed = find_quantizer(scheme).quantize(weight)
-    if packed.shape != tuple(linear.weight.shape):
-        raise ModelError(f'"{name}" changed its shape under quantization')
-    return QuantizedLinear(packed, linear.get("bias"))

@@ -9,12 +9,12 @@ import mlx.core as mx
 from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_map
 
-from mlxlora.memory import is_out_of_memory, read_memory
+from mlxlora.memory import read_memory
 from mlxlora.model import MLXModel, flatten
 from mlxlora.objectives import OBJECTIVES
 from mlxlora.optim import AdamW
 from mlxlora.state import from_mlx, to_mlx
-from shared.errors import CheckpointError, OutOfMemory
+from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
 from shared.types import Batch, Memory, StepStats, Tensor, Update
 
 
@@ -48,14 +48,15 @@ class MLXTrainer:
                 loss, grad = self.accumulate(batch, update)
                 total = total + loss
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
-                mx.eval(total, grads)  # frees one micro-batch's graph before the next is built
+                if batch is not micro[-1]:
+                    mx.eval(total, grads)  # frees one micro-batch's graph before the next is built
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise OutOfMemory(f"MLX has no memory left: {str(error)[:200]}") from None
             raise
         named = {self.model.canonical(name): grad for name, grad in flatten(grads)}
-        norm, applied = self.optimizer.step(named, update, loss=total, weight=weight)
-        self.model.put_parameters(self.optimizer.push())
+        parameters, norm, applied = self.optimizer.step(self.model.parameters, named, update, loss=total, weight=weight)
+        self.model.put_parameters(parameters)
         mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.m, self.optimizer.v, norm)
         return PendingStats(total / weight, norm, applied)
 
@@ -63,8 +64,10 @@ class MLXTrainer:
         """Return one micro-batch's summed loss and its summed gradient."""
         dropout = self.model.dropout
         dropout.begin(seed=update.seed, step=update.step, slots=batch.slots_B, length=batch.tokens_BT.shape[1])
-        loss, grads = self.loss_and_grad(batch)
-        dropout.end()
+        try:
+            loss, grads = self.loss_and_grad(batch)
+        finally:
+            dropout.end()
         return loss, tree_map(lambda grad: grad.astype(mx.float32), grads)  # sums over micro-batches stay exact
 
     def loss(self, batch: Batch) -> mx.array:

@@ -56,7 +56,7 @@ def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             f"cannot save the checkpoint in {root}: {error.strerror or error}",
             fix="free some space or make the folder writable; the last checkpoint is intact",
         ) from None
-    prune(root, keep=keep)
+    prune(root, keep=keep, spared=final)
     return final
 
 
@@ -94,10 +94,23 @@ def discard(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def prune(root: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
+def prune(root: Path, *, keep: int, spared: Path) -> None:
+    """Remove all but the newest `keep` checkpoints, never the one just written."""
     for folder in step_dirs(root)[keep:]:
-        discard(folder)
+        if folder != spared:
+            discard(folder)
+
+
+def drop_after(root: Path, step: int) -> None:
+    """Remove the checkpoints of later updates, which will be made again."""
+    for folder in step_dirs(root):
+        if step_of(folder) > step:
+            discard(folder)
+
+
+def step_of(folder: Path) -> int:
+    """Return the update of a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def sweep(root: Path) -> None:
@@ -109,7 +122,7 @@ def sweep(root: Path) -> None:
 def step_dirs(root: Path) -> list[Path]:
     """Return the checkpoint folders, newest first."""
     found = [folder for folder in root.glob("step-*") if STEP_DIR.fullmatch(folder.name)] if root.is_dir() else []
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -97,6 +97,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
 
 
+OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "Insufficient Memory", "Unable to allocate", "bad_alloc", "[malloc",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, of whichever framework, says that memory has run out.
+
+    >>> is_out_of_memory(RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory"))
+    True
+    """
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `did you mean "x"?` for the nearest known name, else the known names.
 

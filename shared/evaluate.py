@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.data.batch import micro_batches
+from shared.data.split import halve
+from shared.errors import is_out_of_memory
 from shared.objectives.sft import sft
 from shared.protocols import Model
 from shared.types import Example
@@ -26,8 +28,17 @@ class Evaluation:
 def evaluate_examples(model: Model, examples: Sequence[Example], *, micro_tokens: int) -> Evaluation:
     """Return the token-weighted loss; sums are taken in float64."""
     total, weight, tokens = 0.0, 0.0, 0
-    for batch in micro_batches(examples, micro_tokens=micro_tokens):
-        total += float(sft(model.log_probs(batch).astype("float64"), batch.weights_N))
+    waiting = micro_batches(examples, micro_tokens=micro_tokens)[::-1]
+    while waiting:
+        batch = waiting.pop()
+        try:
+            log_probs_N = model.log_probs(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            waiting += halve([batch])[::-1]  # raises OutOfMemory where the batch is a single row
+            continue
+        total += float(sft(log_probs_N.astype("float64"), batch.weights_N))
         weight += float(batch.weights_N.sum(dtype="float64"))
         tokens += batch.num_tokens
     loss = total / weight

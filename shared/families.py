@@ -13,6 +13,11 @@ from shared.types import Scheme
 # compared with the zoo's own logits when it is loaded, and refused where they differ.
 CHECKED = frozenset({"llama", "mistral", "qwen2"})
 
+WINDOWS_APPLIED = frozenset({"gemma3", "gemma3_text"})  # by mlx-lm 0.32, compared with transformers
+UNVERIFIED = "{family} is not among the families proven by tests; `mlxlora parity` compares both backends on your data"
+CONFIG_FAULTS = (
+    TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError, ArithmeticError,
+)  # fmt: skip
 LOGIT_GAP = 1e-3  # a wrong head is off by the order of its logits
 
 
@@ -36,20 +41,49 @@ def head_facts(config: Mapping[str, Any]) -> HeadFacts:
 
 
 def with_old_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config whose rope settings also stand under rope_theta and rope_scaling.
+    """Return a config whose rope settings also stand under the older keys.
 
-    transformers 5 saves them as `rope_parameters`; mlx-lm 0.32 reads only the older keys for many families, and
-    silently takes its own default base instead.
+    transformers 5 saves them as `rope_parameters`, by kind of layer where there are two; mlx-lm 0.32 reads only the
+    older keys for many families, and silently takes its own default base instead.
 
     >>> with_old_rope_keys({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})["rope_theta"]
     500000.0
     """
     result, found = dict(config), config.get("rope_parameters")
-    if isinstance(found, Mapping) and "rope_theta" in found:
-        result.setdefault("rope_theta", found["rope_theta"])
-        if found.get("rope_type", "default") != "default":
-            result.setdefault("rope_scaling", {key: value for key, value in found.items() if key != "rope_theta"})
+    if not isinstance(found, Mapping):
+        return result
+    local = found.get("sliding_attention")
+    if isinstance(local, Mapping):
+        result.setdefault("rope_local_base_freq", local.get("rope_theta"))
+        found = found.get("full_attention", {})
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in found:
+            result.setdefault(key, found[key])
+    if found.get("rope_type", "default") != "default":
+        plain = {key: value for key, value in found.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        result["rope_scaling"] = result.get("rope_scaling") or plain
     return result
+
+
+def unapplied_window(config: Mapping[str, Any]) -> int | None:
+    """Return the sliding window of a config that mlx-lm's model does not apply, None where it does or has none.
+
+    Up to that many tokens a window changes nothing, so shorter rows are exact.
+
+    >>> unapplied_window({"model_type": "mistral", "sliding_window": 4096})
+    4096
+    >>> unapplied_window({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False})
+    """
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    family = str(config.get("model_type"))
+    if not isinstance(window, int) or family in WINDOWS_APPLIED:
+        return None
+    if not config.get("use_sliding_window", not family.startswith("qwen")):
+        return None
+    if isinstance(kinds, list) and "sliding_attention" not in kinds:
+        return None
+    mixed = isinstance(kinds, list) and len(set(kinds)) > 1
+    return None if mixed and family in ("llama", "mistral") else window
 
 
 def is_tied(config: Mapping[str, Any], *, has_head: bool) -> bool:
@@ -68,6 +102,14 @@ def check_logits(family: str, *, gap: float, exact: bool) -> None:
             f'the family "{family}" computes its logits in a way this version does not know (gap {gap:.1e})',
             fix=f"report it; {', '.join(sorted(CHECKED))} are known to be right",
         )
+
+
+def unknown_layout(family: str) -> ModelError:
+    """Return the error for a family whose modules are not where we look for them."""
+    return ModelError(
+        f'the family "{family}" is laid out in a way this version does not know',
+        fix=f"use a model of a family such as {', '.join(sorted(CHECKED))}",
+    )
 
 
 def left_out(names: Sequence[str], scheme: Scheme) -> tuple[str, ...]:

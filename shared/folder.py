@@ -15,13 +15,14 @@ from typing import Any
 
 from shared.errors import CapabilityError, ModelError, did_you_mean
 from shared.tensors import Entry, is_finite, read_header, read_tensor
-from shared.types import Packed, Scheme
+from shared.types import Packed, Scheme, Tensor
 
 # Sizes that a config states once for all layers; where it lists them by layer, they are the zoo's to check.
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 MAX_WIDTH = 100_000_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npz")
 PACKED_LEAVES = ("weight", "scales", "biases")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Buffers that old checkpoints carry and every current implementation computes.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|rope\.freqs)$")
@@ -41,10 +42,12 @@ class ModelFolder:
         """Return the model type of the config, e.g. "llama"."""
         return str(self.config["model_type"])
 
-    def is_packed(self, name: str) -> bool:
-        """Return whether a tensor belongs to a module that is stored quantized."""
-        module, _, leaf = name.rpartition(".")
-        return module in self.schemes and leaf in PACKED_LEAVES
+    def value(self, name: str) -> Tensor:
+        """Return a tensor as it is stored, mapped from the file; raises ModelError where it is not finite."""
+        tensor = read_tensor(self.entries[name])
+        if not is_finite(tensor):
+            raise ModelError(f'{self.path}: tensor "{name}" holds NaN or infinity', fix="download the model again")
+        return tensor
 
     def packed(self, module: str, *, shape: tuple[int, ...]) -> Packed:
         """Return a quantized module's arrays; raises ModelError unless they stand for a weight of `shape`."""
@@ -126,6 +129,12 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         value = config.get(key)
         if isinstance(value, str | bool | float) or (isinstance(value, int) and not 1 <= value <= MAX_WIDTH):
             raise ModelError(f"{path / 'config.json'}: {key} is {value!r}", expected=f"1 to {MAX_WIDTH}")
+    experts = next((key for key in EXPERTS if isinstance(config.get(key), int) and config[key] > 1), None)
+    if experts:
+        raise CapabilityError(
+            f'"{family}" is a Mixture-of-Experts model ({experts}: {config[experts]}), which this version leaves out',
+            expected="a dense model", fix="use a dense model of the family",
+        )  # fmt: skip
     layers = config.get("num_hidden_layers")
     if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 10_000):
         raise ModelError(f"{path / 'config.json'}: num_hidden_layers is {layers!r}", expected="1 to 10000")

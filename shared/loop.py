@@ -41,8 +41,10 @@ def fit(run: Run) -> None:
             if is_due(run, run.config.checkpoint.every) and run.state.step < run.updates:
                 save_or_go_on(run)
         drain(run)
-        if run.config.evaluation.every:
-            evaluate(run)
+        if run.state.positions:
+            log(run)
+        evaluate(run)
+        run.state.finished = True
         checkpoint(run)
 
 
@@ -62,9 +64,10 @@ def do_update(run: Run, schedule: Callable[[int], float]) -> None:
     state.tokens += sum(batch.num_tokens for batch in micro)
     state.supervised_tokens += sum(len(batch.targets_N) for batch in micro)
     state.positions += sum(batch.tokens_BT.size for batch in micro)
+    run.lr = update.lr
     if step % run.config.log.every == 0 or step == run.updates:
         drain(run)
-        log(run, lr=update.lr)
+        log(run)
 
 
 def build_update(config: RunConfig, step: int, *, lr: float) -> Update:

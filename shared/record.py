@@ -36,7 +36,7 @@ def drain(run: Run) -> None:
     run.pending.clear()
 
 
-def log(run: Run, *, lr: float) -> None:
+def log(run: Run) -> None:
     """Write one row of metrics."""
     assert run.last is not None
     state, now = run.state, time.perf_counter()
@@ -45,7 +45,7 @@ def log(run: Run, *, lr: float) -> None:
     row = {
         "step": state.step,
         "loss": run.last.loss,
-        "lr": lr,
+        "lr": run.lr,
         "grad_norm": run.last.grad_norm,
         "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens,

@@ -19,6 +19,7 @@ class LoopState:
     """Where a run stands, as state.json keeps it."""
 
     step: int = 0
+    finished: bool = False  # trained to the end and evaluated there
     time_s: float = 0.0
     evaluated_step: int = -1
     best_loss: float | None = None
@@ -50,6 +51,7 @@ class Run:
     pending: list[tuple[int, Pending[StepStats]]] = field(default_factory=list)
     last: StepStats | None = None
     row_began: float = 0.0
+    lr: float = 0.0  # of the last update
 
     @property
     def metrics(self) -> Metrics:

@@ -39,8 +39,8 @@ class Identity:
     """What must be the same for a resume to be the same run."""
 
     settings: Mapping[str, Any]  # flat: "optimizer.lr" -> value
-    data: str  # hash of the training rows
-    base: str  # hash of the base's files
+    data: str  # hash of the training rows' tokens and masks
+    base: str  # hash of the base's weights and config
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as state.json keeps it."""
@@ -138,6 +138,7 @@ def begin(folder: Path, *, step: int, resume: str) -> None:
     if resume == "never":
         clear(folder)
     checkpoint.sweep(folder / "checkpoints")
+    checkpoint.drop_after(folder / "checkpoints", step)
     Metrics(folder / "metrics.jsonl").truncate(step)
 
 
@@ -164,7 +165,7 @@ def check_identity(found: checkpoint.Checkpoint, own: Identity) -> None:
         for key in sorted({*settings, *own.settings})
         if settings.get(key) != own.settings.get(key)
     ]
-    changed += ["the training rows"] if theirs.get("data") != own.data else []
+    changed += ["the training rows, the tokenizer or the chat template"] if theirs.get("data") != own.data else []
     changed += ["the base model's files"] if theirs.get("base") != own.base else []
     if changed:
         raise CheckpointError(

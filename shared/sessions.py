@@ -17,6 +17,7 @@ from shared.evaluate import Evaluation, evaluate_examples
 from shared.folder import end_tokens, find_folder, open_folder
 from shared.protocols import Backend, Model
 from shared.registry import find_backend
+from shared.strict import check_length
 from shared.types import Sampling, Token
 
 Note = Callable[[str], None]
@@ -101,6 +102,8 @@ def evaluate_rows(
 ) -> Evaluation:  # fmt: skip
     """Return the loss on rows: nats per supervised token."""
     examples = tokenize_rows(rows, session.tokenizer, train_on=train_on, max_length=max_length)
+    longest = max(examples, key=lambda example: len(example.tokens))
+    check_length(session.model.info, len(longest.tokens), what=longest.source)
     return evaluate_examples(session.model, examples, micro_tokens=micro_tokens)
 
 
@@ -115,6 +118,12 @@ def prompt_ids(session: Session, prompt: str, *, chat: bool | None, note: Note =
             note("prompt taken as a user's message, as the adapter was trained on messages; --raw takes it as it is")
     if not chat:
         ids = session.tokenizer.encode(prompt)
+        if (
+            len(ids) > 1
+            and ids[-1] == session.tokenizer.eos
+            and session.tokenizer.decode(ids) == session.tokenizer.decode(ids[:-1])
+        ):
+            ids = ids[:-1]  # a tokenizer that ends every text; a prompt goes on
     else:
         text = session.tokenizer.chat_prompt([{"role": "user", "content": prompt}])
         ids = session.tokenizer.encode(text, special=False)

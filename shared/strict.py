@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shared.errors import AdapterError
+from shared.errors import AdapterError, ModelError
 from shared.folder import others
 from shared.tensors import is_finite
-from shared.types import Tensor
+from shared.types import ModelInfo, Tensor
 
 
 def check_adapter(tensors: Mapping[str, Tensor], *, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -25,3 +25,13 @@ def check_adapter(tensors: Mapping[str, Tensor], *, expected: Mapping[str, tuple
             raise AdapterError(f'adapter tensor "{name}" has shape {tensors[name].shape}', expected=f"{shape}")
         if not is_finite(tensors[name]):
             raise AdapterError(f'adapter tensor "{name}" holds NaN or infinity', fix="use an earlier checkpoint")
+
+
+def check_length(info: ModelInfo, tokens: int, *, what: str) -> None:
+    """Raise ModelError for more tokens than this backend's zoo computes rightly."""
+    if info.max_tokens is not None and tokens > info.max_tokens:
+        raise ModelError(
+            f"{what}: {tokens} tokens, but the {info.family} model has a sliding window of {info.max_tokens} tokens, "
+            "which mlx-lm does not apply",
+            fix=f"data.max_length: {info.max_tokens} (or fewer tokens to generate), or the torch backend",
+        )

@@ -41,6 +41,7 @@ from shared.run_folder import (
     write_manifest,
 )
 from shared.samples import take_samples
+from shared.strict import check_length
 from shared.types import AdapterSpec, Capability, Example
 
 RECOMPUTE_FROM = 500_000_000  # matmul weights from which recompute: auto keeps layer inputs only
@@ -86,7 +87,7 @@ def train(
     backend = find_backend(config.backend)
     open_run(folder)
     with locked(folder):
-        hashes = hash_files(prepared.base.files)
+        hashes = hash_files([*prepared.base.files, prepared.base.path / "config.json"])
 
         def note(text: str) -> None:
             tell(callbacks, "on_note", text)
@@ -105,7 +106,7 @@ def finish_run(
 ) -> TrainResult:
     """Train what is left of a run, write its results, and return them."""
     facts = describe_run(run, prepared)
-    complete = run.state.step >= run.updates
+    complete = run.state.finished
     if not complete:
         resolved = run.config.model_copy(update={"output": str(run.folder)})
         data = prepared.data_files
@@ -152,7 +153,7 @@ def prepare(config: RunConfig) -> Prepared:
         train=train_rows,
         valid=valid,
         kind=rows[0].kind,
-        data_hash=content_hash(rows),
+        data_hash=examples_hash(train_rows),
         data_files=hash_files(files).result(),
         leaks=sum(content_hash([row]) in seen for row in valid_rows),
     )
@@ -167,6 +168,15 @@ def check_vocabulary(base: ModelFolder, examples: Sequence[Example]) -> None:
             f"{base.path}: the tokenizer gives id {int(largest.tokens.max())} ({largest.source}), the model has {size}",
             fix="model and tokenizer must belong together; download the folder again",
         )
+
+
+def examples_hash(examples: Sequence[Example]) -> str:
+    """Return the SHA-256 of all tokens and masks, in order: what rows, template and tokenizer make together."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.tokens).to_bytes(8, "little"))
+        digest.update(example.tokens.tobytes() + example.supervised.tobytes())
+    return digest.hexdigest()
 
 
 def make_identity(prepared: Prepared, hashes: Future[dict[str, str]]) -> Identity:
@@ -213,6 +223,8 @@ def load_trainable(prepared: Prepared, backend: Backend, *, dtype: str | None = 
         recompute=choose_recompute(config, prepared.base),
         device=None if config.device == "auto" else config.device,
     )
+    longest = max([*prepared.train, *prepared.valid], key=lambda example: len(example.tokens))
+    check_length(model.info, len(longest.tokens), what=longest.source)
     spec = resolve(config.adapter, model.info)
     model.attach(spec)
     return model, spec

@@ -132,6 +132,7 @@ class ModelInfo:
     num_layers: int
     vocab_size: int
     max_positions: int | None
+    max_tokens: int | None  # longer rows would be computed wrongly (a window that the zoo does not apply)
     linears: Mapping[str, tuple[int, int]]  # module name inside the decoder layers -> (out, in)
     num_parameters: int  # of those linears
     quantized: Mapping[str, str]  # module name -> scheme

@@ -29,6 +29,8 @@ class Dropout:
 
     def begin(self, *, seed: int, step: int, slots: np.ndarray, length: int, device: torch.device | str) -> None:
         """Prepare the masks of one micro-batch."""
+        if self.p == 0.0:
+            return
         keys = seeds.token_keys(seed=seed, step=step, slots=slots, length=length)
         self.token_BT = torch.from_numpy(keys.view(np.int32)).to(device)
 

@@ -19,10 +19,3 @@ def read_memory(device: torch.device) -> Memory:
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return Memory(psutil.Process().memory_info().rss, peak, psutil.virtual_memory().total)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether torch failed for lack of memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -17,15 +17,23 @@ from torch.utils.checkpoint import checkpoint
 
 from shared.adapters.spec import layer_of
 from shared.errors import ModelError
-from shared.families import CHECKED, check_logits, head_facts, is_tied, left_out
-from shared.folder import ModelFolder, check_tensors, nearest_family, open_folder
+from shared.families import (
+    CHECKED,
+    CONFIG_FAULTS,
+    UNVERIFIED,
+    check_logits,
+    head_facts,
+    is_tied,
+    left_out,
+    unknown_layout,
+)
+from shared.folder import PACKED_LEAVES, ModelFolder, check_tensors, nearest_family, open_folder
 from shared.registry import find_quantizer
 from shared.strict import check_adapter
-from shared.tensors import is_finite, read_tensor
 from shared.types import AdapterSpec, Batch, ModelInfo, Part, Sampling, Scheme, Tensor, Token
 from torch_backend import generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
-from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear, quantize_linear
+from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from torch_backend.state import from_torch, to_torch, torch_dtype
 
 
@@ -51,14 +59,20 @@ class TorchModel:
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Return (N, D) last hidden states at the positions that predict supervised tokens."""
-        tokens_BT = torch.from_numpy(batch.tokens_BT).to(self.device, torch.long)
+        tokens_BT = self.put(batch.tokens_BT, torch.long)
+        positions_N = self.put(batch.positions_N, torch.long)  # before the decoder: a copy waits for what is queued
         h_BTD = self.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
-        return h_BTD.flatten(0, 1)[torch.from_numpy(batch.positions_N).to(self.device, torch.long)]
+        return h_BTD.flatten(0, 1)[positions_N]
+
+    def put(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        """Return an array on the device, without waiting for it on CUDA."""
+        host = torch.from_numpy(array).to(dtype)
+        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def log_probs(self, batch: Batch) -> np.ndarray:
         """Return (N,) float32 log-probabilities of the targets in nats."""
-        targets_N = torch.from_numpy(batch.targets_N).to(self.device, torch.long)
+        targets_N = self.put(batch.targets_N, torch.long)
         return objectives.log_probs(self.hidden(batch), self.head, targets_N).cpu().numpy()
 
     def tensors(self, part: Part) -> Iterator[tuple[str, Tensor]]:
@@ -97,8 +111,10 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
         for layer in zoo.get_decoder().layers:
             layer.forward = partial(recomputed, layer.forward)
     head = objectives.Head(zoo.get_output_embeddings(), head_facts(folder.config))
+    verified = folder.family in CHECKED
+    notes = notes if verified else (*notes, UNVERIFIED.format(family=folder.family))
     model = TorchModel(zoo, head, describe(zoo, folder, notes), device=torch.device(device))
-    if folder.family not in CHECKED:
+    if not verified:
         check_head(model, folder)
     return model
 
@@ -120,39 +136,35 @@ def build_empty(folder: ModelFolder, dtype: torch.dtype) -> Any:
     try:
         config = CONFIG_MAPPING[folder.family].from_dict(stripped)
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+            zoo = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except CONFIG_FAULTS as error:
         raise ModelError(
             f"{folder.path / 'config.json'}: {error}", fix="config.json does not describe a model"
         ) from None
+    if not hasattr(zoo.get_decoder(), "layers") or zoo.get_output_embeddings() is None:
+        raise unknown_layout(folder.family)
+    return zoo
 
 
 def fill(
     zoo: Any, folder: ModelFolder, *, dtype: torch.dtype, quantization: Scheme | None, tied: bool
 ) -> tuple[str, ...]:
-    """Load every tensor of the folder, then quantize if asked; return notes on what was left out."""
+    """Load every tensor of the folder, quantized where asked; return notes on what was left out."""
     put_quantized(zoo, folder, dtype)
     expected = {name: tuple(value.shape) for name, value in zoo.state_dict().items()}
     found = {name: entry.shape for name, entry in folder.entries.items()}
     check_tensors(folder.path, expected=expected, found=found, tied=("lm_head.weight",) if tied else ())
-    values = {
-        name: load_value(folder, name, dtype) for name in expected if name in found and not folder.is_packed(name)
-    }
+    notes: tuple[str, ...] = ()
+    if quantization is not None:
+        already = ("the folder is quantized already; its own scheme is kept",)
+        notes = already if folder.schemes else quantize_layers(zoo, folder, quantization)
     if tied:
-        values.pop("lm_head.weight", None)
         zoo.set_output_embeddings(nn.Identity())  # made anew by `tie_head` when the embedding is on its device
+    packed = {f"{name}.{leaf}" for name, _ in schemes_of(zoo) for leaf in PACKED_LEAVES}
+    names = [name for name in zoo.state_dict() if name not in packed and name in found]
+    values = {name: to_torch(folder.value(name)).to(dtype) for name in names}
     zoo.load_state_dict(values, strict=False, assign=True)
-    if quantization is None or folder.schemes:
-        return () if quantization is None else ("the folder is quantized already; its own scheme is kept",)
-    return quantize_layers(zoo, quantization)
-
-
-def load_value(folder: ModelFolder, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """Return one float tensor in `dtype`; raises ModelError where it is not finite."""
-    tensor = read_tensor(folder.entries[name])
-    if not is_finite(tensor):
-        raise ModelError(f'{folder.path}: tensor "{name}" holds NaN or infinity', fix="download the model again")
-    return to_torch(tensor).to(dtype)
+    return notes
 
 
 def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> None:
@@ -165,14 +177,23 @@ def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> No
         except AttributeError:
             raise ModelError(f'{folder.path}: quantized module "{name}" has no place in the model') from None
         packed = folder.packed(name, shape=tuple(module.weight.shape))
-        if isinstance(module, nn.Embedding):
-            setattr(owner, leaf, QuantizedEmbedding(packed, dtype))
-        else:
+        if type(module) is nn.Linear:
             setattr(owner, leaf, QuantizedLinear(packed, module.bias))
+        elif type(module) is nn.Embedding or hasattr(module, "embed_scale"):
+            scale = float(getattr(module, "embed_scale", 1.0))  # Gemma multiplies what it looks up
+            setattr(owner, leaf, QuantizedEmbedding(packed, dtype, scale=scale))
+        else:
+            raise ModelError(
+                f'{folder.path}: "{name}" is quantized, but a {type(module).__name__} cannot be read so',
+                fix="use the unquantized model",
+            )
 
 
-def quantize_layers(zoo: nn.Module, scheme: Scheme) -> tuple[str, ...]:
-    """Quantize the linear layers of the decoder blocks; return a note on those that do not divide into groups."""
+def quantize_layers(zoo: nn.Module, folder: ModelFolder, scheme: Scheme) -> tuple[str, ...]:
+    """Quantize the decoder blocks' linear layers from the stored tensors; return a note on those left out.
+
+    Scales take the stored dtype, so that the base does not depend on what the run computes in.
+    """
     quantizer = find_quantizer(scheme)
     left: list[str] = []
     for name, module in list(zoo.named_modules()):
@@ -182,7 +203,8 @@ def quantize_layers(zoo: nn.Module, scheme: Scheme) -> tuple[str, ...]:
             left.append(name)
             continue
         parent, _, leaf = name.rpartition(".")
-        setattr(zoo.get_submodule(parent), leaf, quantize_linear(name, module, scheme))
+        packed = quantizer.quantize(folder.value(f"{name}.weight"))
+        setattr(zoo.get_submodule(parent), leaf, QuantizedLinear(packed, module.bias))
     return left_out(left, scheme)
 
 
@@ -216,6 +238,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         num_layers=len(zoo.get_decoder().layers),
         vocab_size=int(zoo.config.vocab_size),
         max_positions=folder.config.get("max_position_embeddings"),
+        max_tokens=None,  # transformers applies its windows
         linears=linears,
         num_parameters=sum(out * width for out, width in linears.values()),
         quantized={name: str(scheme) for name, scheme in schemes_of(zoo)},

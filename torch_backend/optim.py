@@ -59,8 +59,10 @@ class AdamW:
         value = self.value.clone()
         value[: self.num_decayed].mul_(1 - update.lr * update.weight_decay)
         value.addcdiv_(m, (v / fix2).sqrt_().add_(update.eps), value=-update.lr / fix1)
-        for old, new in ((self.m, m), (self.v, v), (self.value, value)):
-            old.copy_(torch.where(ok, new, old))
+        olds = (self.m, self.v, self.value)
+        news = [torch.where(ok, new, old) for old, new in zip(olds, (m, v, value), strict=True)]
+        for old, new in zip(olds, news, strict=True):  # nothing is replaced before everything has found memory
+            old.copy_(new)
         self.grad.zero_()
         self.push()
         return norm, ok

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.errors import ModelError
-from shared.registry import find_quantizer
 from shared.types import Packed, Scheme, Tensor
 from torch_backend.state import from_torch, to_torch
 
@@ -104,9 +102,10 @@ class QuantizedEmbedding(nn.Module):
     scales: torch.Tensor  # (V, G)
     biases: torch.Tensor  # (V, G)
 
-    def __init__(self, packed: Packed, dtype: torch.dtype) -> None:
+    def __init__(self, packed: Packed, dtype: torch.dtype, *, scale: float) -> None:
         super().__init__()
         self.scheme, self.dtype = packed.scheme, dtype
+        self.scale = float(torch.tensor(scale, dtype=dtype))  # rounded as the zoo rounds it
         self.num_embeddings, self.embedding_dim = packed.shape
         for key, tensor in packed.arrays.items():
             self.register_buffer(key, to_torch(tensor))
@@ -120,13 +119,5 @@ class QuantizedEmbedding(nn.Module):
         flat = tokens.reshape(-1)
         raw = self.weight.view(torch.uint8)[flat]
         rows = decode(raw, self.scales[flat], self.biases[flat], self.scheme)
-        return rows.to(self.dtype).view(*tokens.shape, -1)
-
-
-def quantize_linear(name: str, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
-    """Return a quantized copy of a linear layer; the codes are those of the NumPy codec."""
-    weight = from_torch(linear.weight.detach())
-    packed = find_quantizer(scheme).quantize(weight)
-    if packed.shape != (linear.out_features, linear.in_features):
-        raise ModelError(f'"{name}" changed its shape under quantization')
-    return QuantizedLinear(packed, linear.bias)
+        rows = rows.to(self.dtype) if self.scale == 1.0 else rows.to(self.dtype) * self.scale
+        return rows.view(*tokens.shape, -1)

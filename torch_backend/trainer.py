@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from shared.errors import CheckpointError, OutOfMemory
+from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
 from shared.types import Batch, Memory, StepStats, Tensor, Update
-from torch_backend.memory import is_out_of_memory, read_memory
+from torch_backend.memory import read_memory
 from torch_backend.model import TorchModel
 from torch_backend.objectives import OBJECTIVES
 from torch_backend.optim import AdamW
@@ -52,22 +52,18 @@ class TorchTrainer:
     def accumulate(self, batch: Batch, update: Update) -> torch.Tensor:
         """Add one micro-batch's summed gradient to the flat one; return its summed loss."""
         model = self.model
-        model.dropout.begin(
-            seed=update.seed,
-            step=update.step,
-            slots=batch.slots_B,
-            length=batch.tokens_BT.shape[1],
-            device=model.device,
-        )
-        targets_N = torch.from_numpy(batch.targets_N).to(model.device, torch.long)
-        weights_N = torch.from_numpy(batch.weights_N).to(model.device)
-        loss = self.objective(model.hidden(batch), model.head, targets_N, weights_N)
-        parameters = list(self.optimizer.parameters.values())
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        targets_N, weights_N = model.put(batch.targets_N, torch.long), model.put(batch.weights_N, torch.float32)
+        length = batch.tokens_BT.shape[1]
+        model.dropout.begin(seed=update.seed, step=update.step, slots=batch.slots_B, length=length, device=model.device)
+        try:
+            loss = self.objective(model.hidden(batch), model.head, targets_N, weights_N)
+            parameters = list(self.optimizer.parameters.values())
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        finally:
+            model.dropout.end()
         for view, grad in zip(self.optimizer.views(self.optimizer.grad), grads, strict=True):
             if grad is not None:
                 view.add_(grad)
-        model.dropout.end()
         return loss.detach()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

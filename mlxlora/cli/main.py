@@ -46,13 +46,13 @@ def run(arguments: list[str]) -> int:
 
 def answer(error: Exception, *, debug: bool, as_json: bool) -> int:
     """Print what a command failed with, and return the exit code; a traceback where asked for or where we are wrong."""
-    from shared.errors import MlxloraError, StorageError
+    from shared.errors import MlxloraError, StorageError, is_out_of_memory
 
     if isinstance(error, OSError) and not isinstance(error, MlxloraError) and error.filename:
         error = StorageError(
             f"cannot use {error.filename}: {error.strerror}", fix="check the path, its permissions and the space left"
         )
-    known = isinstance(error, MlxloraError | MemoryError)
+    known = isinstance(error, MlxloraError) or is_out_of_memory(error)
     if debug or not known:
         traceback.print_exception(error)
     if isinstance(error, MlxloraError):

@@ -29,6 +29,7 @@ from shared.errors import DataError
 MAX_OUTPUT = 1_000_000
 MAX_RANGE = 10_000
 MAX_SECONDS = 2.0
+TODAY = datetime(2024, 7, 26)  # Llama 3's own default: the tokens of a row must not depend on when it is read
 MAX_BYTES = 256 * 2**20
 TEMPLATE_FAULTS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, MemoryError,
@@ -76,7 +77,7 @@ def compile_template(source: str) -> jinja2.Template:
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.globals["range"] = bounded_range
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = TODAY.strftime
     environment.filters["tojson"] = to_json
     return environment.from_string(source)
 
@@ -137,20 +138,14 @@ def memory_limit(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def run_template(source: str, *, messages: list[dict[str, Any]], add_generation_prompt: bool, **values: Any) -> str:
-    """Return the text of a conversation; raises DataError with the template's own words."""
-    parts: list[str] = []
-    size = 0
+@contextmanager
+def limits() -> Iterator[None]:
+    """Bound time and memory in the block; raises DataError with the template's own words."""
     try:
         with time_limit(MAX_SECONDS), memory_limit(MAX_BYTES):
-            stream = compile_template(source).generate(
-                messages=messages, add_generation_prompt=add_generation_prompt, **values
-            )
-            for part in stream:
-                parts.append(part)
-                size += len(part)
-                if size > MAX_OUTPUT:
-                    raise jinja2.TemplateError(f"wrote more than {MAX_OUTPUT} characters")
+            yield
+    except DataError:
+        raise
     except (*TEMPLATE_FAULTS, TimeoutError) as error:
         raise DataError(
             f"the chat template failed: {error or type(error).__name__}",
@@ -158,6 +153,23 @@ def run_template(source: str, *, messages: list[dict[str, Any]], add_generation_
         ) from None
     except RecursionError:
         raise DataError("the chat template failed: endless recursion", fix="change the model's chat template") from None
+
+
+def run_template(source: str, *, messages: list[dict[str, Any]], add_generation_prompt: bool, **values: Any) -> str:
+    """Return the text of a conversation; raises DataError with the template's own words."""
+    with limits():
+        return write_text(source, messages=messages, add_generation_prompt=add_generation_prompt, **values)
+
+
+def write_text(source: str, **values: Any) -> str:
+    """Return what a template writes, without limits of time and memory."""
+    parts: list[str] = []
+    size = 0
+    for part in compile_template(source).generate(**values):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_OUTPUT:
+            raise jinja2.TemplateError(f"wrote more than {MAX_OUTPUT} characters")
     return "".join(parts)
 
 
@@ -173,9 +185,15 @@ def render_chat(source: str, *, messages: list[dict[str, Any]], **values: Any) -
     """
 
     def render(chosen: list[dict[str, Any]], prompt: bool) -> str:
-        return run_template(source, messages=chosen, add_generation_prompt=prompt, **values)
+        return write_text(source, messages=chosen, add_generation_prompt=prompt, **values)
 
-    text = render(messages, False)
+    with limits():
+        text = render(messages, False)
+        return Rendered(text, find_turns(text, messages, render))
+
+
+def find_turns(text: str, messages: list[dict[str, Any]], render: Render) -> tuple[tuple[int, int], ...]:
+    """Return the spans of the assistant turns in a conversation's text."""
     spans: list[tuple[int, int]] = []
     for n, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -184,14 +202,14 @@ def render_chat(source: str, *, messages: list[dict[str, Any]], **values: Any) -
         if span is None:
             raise DataError(f"cannot find message {n} in what the chat template made of it", fix="change the row")
         spans.append(span)
-    return Rendered(text, tuple(spans))
+    return tuple(spans)
 
 
 def turn_by_prefix(text: str, messages: list[dict[str, Any]], n: int, render: Render) -> tuple[int, int] | None:
     """Return where message n stands, if the renderings before and after it are prefixes of the text."""
     try:
         before, after = render(messages[:n], True), render(messages[: n + 1], False)
-    except DataError:
+    except TEMPLATE_FAULTS:  # some templates refuse a part of a conversation
         return None
     if text.startswith(after) and after.startswith(before):
         return len(before), len(after)

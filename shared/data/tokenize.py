@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,15 @@ class Tokenizer:
         out = self.inner(text, add_special_tokens=special, return_offsets_mapping=True)
         return list(out["input_ids"]), [tuple(pair) for pair in out["offset_mapping"]]
 
-    def is_special(self, token: int) -> bool:
-        """Return whether a token is a control token such as <|im_end|>."""
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Return the ids of control tokens such as <|im_end|>."""
         added = self.inner.added_tokens_decoder
-        return token in self.inner.all_special_ids or (token in added and added[token].special)
+        return frozenset([*self.inner.all_special_ids, *(token for token, text in added.items() if text.special)])
+
+    def is_special(self, token: int) -> bool:
+        """Return whether a token is a control token."""
+        return token in self.special_ids
 
     def chat(self, messages: list[dict[str, Any]], *, tools: Any = None) -> Rendered:
         """Return a conversation's text and its assistant spans; raises DataError without a template."""

@@ -1,0 +1,130 @@
+"""What configs of real families hold beyond the plain case: windows, rope kinds, biases, scaled embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.data.batch import make_batch
+from shared.errors import CapabilityError, ModelError
+from shared.folder import open_folder
+from shared.registry import BACKENDS, find_backend
+from shared.strict import check_length
+from tests import tolerances
+from tests.conftest import save_tokenizer
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+CASES = {
+    "llama bias": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama head_dim": ("llama", {"head_dim": 32}),
+    "llama llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama attention dropout": ("llama", {"attention_dropout": 0.5}),
+    "qwen2 big rope base": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "mistral window": ("mistral", {"sliding_window": 40}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0, "sliding_window": 40},
+    ),
+    "granite": ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+}
+
+
+def save(folder: Path, family: str, settings: dict) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **{
+        "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
+        "num_hidden_layers": 2, "vocab_size": 269, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 0, **settings,
+    })  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(str(folder))
+    return save_tokenizer(folder)
+
+
+def wanted_log_probs(folder: Path, examples) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for example in examples:
+        with torch.no_grad():
+            logp = plain(torch.from_numpy(example.tokens)[None].long()).logits[0].log_softmax(-1).numpy()
+        at = np.flatnonzero(example.supervised)
+        found.append(logp[at - 1, example.tokens[at]])
+    return np.concatenate(found)
+
+
+def load(backend: str, folder: Path, **options):
+    options = {"dtype": "float32", "quantization": None, "recompute": False, "device": "cpu", **options}
+    return find_backend(backend).load_model(folder, **options)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("case", CASES)
+def test_log_probs_are_those_of_transformers(tmp_path, make_examples, backend, case):
+    folder = save(tmp_path / "model", *CASES[case])
+    examples = make_examples([30, 40, 17])
+    found = load(backend, folder).log_probs(make_batch(examples, range(3)))
+    np.testing.assert_allclose(found, wanted_log_probs(folder, examples), atol=2 * tolerances.LOGITS)
+
+
+@pytest.mark.parametrize("case", ["mistral window", "gemma2"])
+def test_rows_beyond_a_window_are_exact_on_torch_and_refused_on_mlx(tmp_path, make_examples, case):
+    folder = save(tmp_path / "model", *CASES[case])
+    examples = make_examples([90])
+    found = load("torch", folder).log_probs(make_batch(examples, [0]))
+    np.testing.assert_allclose(found, wanted_log_probs(folder, examples), atol=2 * tolerances.LOGITS)
+    model = load("mlx", folder)
+    with pytest.raises(ModelError, match="sliding window of 40 tokens"):
+        check_length(model.info, 90, what="train.jsonl:1")
+    check_length(model.info, 40, what="train.jsonl:1")
+    check_length(load("torch", folder).info, 90, what="train.jsonl:1")
+
+
+@pytest.mark.parametrize("case", ["gemma2", "llama bias", "qwen3"])
+def test_mlx_lm_folders_of_other_families_compute_alike(tmp_path, make_examples, case):
+    from mlx_lm import convert
+
+    folder = save(tmp_path / "model", *CASES[case])
+    convert(str(folder), str(tmp_path / "quantized"), quantize=True, q_bits=4, q_group_size=32)
+    batch = make_batch(make_examples([20, 33]), range(2))
+    one, two = (load(backend, tmp_path / "quantized").log_probs(batch) for backend in sorted(BACKENDS))
+    np.testing.assert_allclose(one, two, atol=2 * tolerances.LOGITS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantized_base_does_not_depend_on_what_the_run_computes_in(tmp_path, tiny_model_folder, dtype):
+    from shared.config import parse_scheme
+
+    scheme = parse_scheme("affine-4bit-g64")
+    models = [load(backend, tiny_model_folder(), dtype=dtype, quantization=scheme) for backend in sorted(BACKENDS)]
+    reference = dict(load("torch", tiny_model_folder(), quantization=scheme).tensors("base"))
+    for model in models:
+        for name, tensor in model.tensors("base"):
+            if name.endswith((".scales", ".biases")) or reference[name].dtype == "U32":
+                assert np.array_equal(tensor.data, reference[name].data), name
+
+
+def test_mixture_of_experts_is_refused_by_name(tmp_path):
+    folder = save(tmp_path / "model", "llama", {})
+    config = (
+        (folder / "config.json")
+        .read_text()
+        .replace('"model_type": "llama"', '"model_type": "mixtral", "num_local_experts": 8')
+    )
+    (folder / "config.json").write_text(config)
+    with pytest.raises(CapabilityError, match="Mixture-of-Experts"):
+        open_folder(folder)
