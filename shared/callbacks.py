@@ -15,9 +15,11 @@ Row = Mapping[str, Any]
 
 
 class Callback(Protocol):
-    """Five events; a callback may not change the run."""
+    """Six events; a callback has any of them and may not change the run."""
 
     def on_start(self, facts: Row) -> None: ...
+
+    def on_update(self, step: int) -> None: ...
 
     def on_step(self, row: Row) -> None: ...
 
@@ -67,4 +69,8 @@ class Metrics:
 def tell(callbacks: Sequence[Callback], event: str, payload: Any) -> None:
     """Send one event to every callback."""
     for callback in callbacks:
-        getattr(callback, event)(payload)
+        getattr(callback, event, ignore)(payload)
+
+
+def ignore(payload: Any) -> None:
+    """Do nothing: a callback need not have every event."""

@@ -213,6 +213,9 @@ def parse_scheme(text: str) -> Scheme | None:
             f'quantization "{text}" is not in this version: it quantizes to affine formats only',
             fix="use affine-4bit-g64 (or 2, 3, 5, 6, 8 bit; g32, g128)",
         )
+    short = re.search(r"[234568]", text)
+    if short and not text.startswith("affine"):
+        raise ConfigError(f'quantization: unknown scheme "{text}"', fix=f'did you mean "affine-{short[0]}bit-g64"?')
     known = [f"affine-{bits}bit-g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
     raise ConfigError(f'quantization: unknown scheme "{text}"', fix=did_you_mean(text, ["none", *known]))
 

@@ -62,11 +62,11 @@ def build_over(
     """Return the config of `base` with values and overrides on top; a message names where a key was set last."""
     merged = merge(base, values)
     places.update(dict.fromkeys(leaves(values), "argument"))
+    together: dict[str, Any] = {}
     for text in overrides:
-        override = parse_override(text)
-        merged = merge(merged, override)
-        places.update(dict.fromkeys(leaves(override), "--set"))
-    return validate(merged, place=place, places=places)
+        together = overlay(together, parse_override(text))
+    places.update(dict.fromkeys(leaves(together), "--set"))
+    return validate(merge(merged, together), place=place, places=places)
 
 
 def leaves(values: dict[str, Any], path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -172,13 +172,26 @@ def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
     Setting one of train.updates and train.epochs clears the other.
     """
+    result = overlay(base, top)
+    train = top.get("train")
+    if isinstance(train, dict):
+        for one, other in (("updates", "epochs"), ("epochs", "updates")):
+            if train.get(one) is not None and train.get(other) is None:
+                result["train"] = {**result["train"], other: None}
+    return result
+
+
+def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `top` laid over it, section by section.
+
+    >>> overlay({"a": {"b": 1}}, {"a": {"c": 2}})
+    {'a': {'b': 1, 'c': 2}}
+    """
     result = dict(base)
     for key, value in top.items():
-        below = result.get(key)
-        result[key] = merge(below or {}, value) if isinstance(value, dict) and isinstance(below or {}, dict) else value
-    for one, other in (("updates", "epochs"), ("epochs", "updates")):
-        if top.get(one) is not None and top.get(other) is None and other in result:
-            result[other] = None
+        below = result.get(key) or {}
+        both = isinstance(value, dict) and isinstance(below, dict)
+        result[key] = overlay(below, value) if both else value
     return result
 
 

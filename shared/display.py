@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from shared.callbacks import Callback
 
 Row = Mapping[str, Any]
+WIDE = 110  # columns from which there is room for speed and memory
 
 
 def make_display(stream: TextIO | None = None) -> Callback:
@@ -57,6 +58,9 @@ class PlainDisplay:
         if facts["from"]:
             self.say(f"going on after update {facts['from']}")
 
+    def on_update(self, step: int) -> None:
+        """Say nothing: a line per logged update is enough."""
+
     def on_step(self, row: Row) -> None:
         """Say where training stands."""
         self.say(
@@ -73,8 +77,8 @@ class PlainDisplay:
         self.say(f"note: {text}")
 
     def on_end(self, facts: Row) -> None:
-        """Say where the result is."""
-        self.say(f"done: {facts['adapter']}")
+        """Say that the run is over."""
+        self.say("done")
 
 
 class LiveDisplay:
@@ -108,11 +112,16 @@ class LiveDisplay:
         self.task = self.bar.add_task("training", total=facts["updates"], completed=facts["from"], numbers="")
         self.bar.start()
 
-    def on_step(self, row: Row) -> None:
+    def on_update(self, step: int) -> None:
         """Move the bar."""
+        self.bar.update(self.task, completed=step)
+
+    def on_step(self, row: Row) -> None:
+        """Show the numbers of a logged update."""
         valid = f"  valid {self.eval_loss:.4f}" if self.eval_loss is not None else ""
-        memory = megabytes(row["peak_memory_bytes"])
-        numbers = f"loss [bold]{row['loss']:.4f}[/]{valid}  {row['tokens_per_s']:,.0f} tokens/s  {memory}"
+        numbers = f"loss [bold]{row['loss']:.4f}[/]{valid}"
+        if self.console.width >= WIDE:
+            numbers += f"  {row['tokens_per_s']:,.0f} tokens/s  {megabytes(row['peak_memory_bytes'])}"
         self.bar.update(self.task, completed=row["step"], numbers=numbers)
 
     def on_evaluate(self, row: Row) -> None:
@@ -125,9 +134,8 @@ class LiveDisplay:
         self.console.print(f"note: {text}", style="yellow", markup=False)
 
     def on_end(self, facts: Row) -> None:
-        """Stop the bar and say where the result is."""
+        """Stop the bar; the command says where the result is."""
         self.close()
-        self.console.print(f"done: [bold]{facts['adapter']}[/]")
 
     def close(self) -> None:
         """Leave the terminal in order, also after an error."""

@@ -95,7 +95,7 @@ def find_folder(model: str) -> Path:
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f'no folder "{model}" here, and the hub did not give it: {reason}',
+            f'"{model}" does not exist here, and the hub did not give it: {reason}',
             fix="check the name and the network; for a private model set HF_TOKEN",
         ) from None
     return Path(found)

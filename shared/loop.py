@@ -6,6 +6,7 @@ tensors is `LoopState`.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def do_update(run: Run, schedule: Callable[[int], float]) -> None:
     state.supervised_tokens += sum(len(batch.targets_N) for batch in micro)
     state.positions += sum(batch.tokens_BT.size for batch in micro)
     run.lr = update.lr
+    tell(run.callbacks, "on_update", step)
     if step % run.config.log.every == 0 or step == run.updates:
         drain(run)
         log(run)
@@ -107,5 +109,5 @@ def interrupted(number: int, run: Run) -> Interrupted:
     return Interrupted(
         f"stopped by {name} after update {run.state.step} of {run.updates}; the state is saved in {run.folder}",
         exit_code=128 + number,
-        fix=f"to go on: mlxlora train {run.folder / 'config.yaml'}",
+        fix=f"to go on: mlxlora train {shlex.quote(str(run.folder / 'config.yaml'))}",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ from shared.types import Capability
 # Settings that may change between a run and its resume: they change neither the mathematics nor the data.
 FREE = (
     "output", "backend", "device", "log", "checkpoint", "evaluation",
-    "train.micro_tokens", "train.recompute",
+    "train.micro_tokens", "train.recompute", "model", "data.path",  # the last two by hash, wherever they lie
 )  # fmt: skip
 
 
@@ -174,12 +175,30 @@ def check_identity(found: checkpoint.Checkpoint, own: Identity) -> None:
         )
 
 
+def with_whole_paths(config: RunConfig, folder: Path) -> RunConfig:
+    """Return the config with its run folder, and local paths, such that it works from any directory."""
+    model, data = Path(config.model).expanduser(), Path(config.data.path).expanduser()
+    return config.model_copy(
+        update={
+            "output": str(folder.resolve()),
+            "model": str(model.resolve()) if model.exists() else config.model,
+            "data": config.data.model_copy(update={"path": str(data.resolve()) if data.exists() else config.data.path}),
+        }
+    )
+
+
 def hash_files(files: Sequence[Path]) -> Future[dict[str, str]]:
     """Return the SHA-256 of files by name, computed in the background."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash")
     future = pool.submit(lambda: {file.name: sha256(file) for file in files})
     pool.shutdown(wait=False)
     return future
+
+
+def joint_hash(hashes: Mapping[str, str]) -> str:
+    """Return one SHA-256 for files that belong together, from theirs by name."""
+    joined = "".join(f"{name}:{digest}" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(joined.encode()).hexdigest()
 
 
 def write_manifest(

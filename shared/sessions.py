@@ -12,14 +12,16 @@ from shared.config import parse_scheme
 from shared.data.batch import AUTO_MICRO_TOKENS
 from shared.data.rows import Row, find_data, read_rows, split_file
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
-from shared.errors import DataError
+from shared.errors import ConfigError, DataError
 from shared.evaluate import Evaluation, evaluate_examples
-from shared.folder import end_tokens, find_folder, open_folder
+from shared.folder import ModelFolder, end_tokens, find_folder, open_folder
 from shared.protocols import Backend, Model
 from shared.registry import find_backend
+from shared.run_folder import hash_files, joint_hash
 from shared.strict import check_length
 from shared.types import Sampling, Token
 
+HASHED_BYTES = 2**30  # hashing a larger base would take longer than a short answer
 Note = Callable[[str], None]
 
 
@@ -67,9 +69,25 @@ def open_session(
     )
     if found is not None:
         check_fit(found, loaded.info)
+    for text in (*loaded.info.notes, *differences(found, base, dtype=dtype)):
+        note(text)
+    if found is not None:
         loaded.attach(found.spec)
         loaded.load_tensors("adapter", found.tensors)
     return Session(loaded, tokenizer, found, engine, folder)
+
+
+def differences(adapter: Adapter | None, base: ModelFolder, *, dtype: str) -> Iterator[str]:
+    """Yield what differs between how an adapter was trained and how it is used now."""
+    if adapter is None:
+        return
+    trained = adapter.notes.get("dtype", dtype)
+    if trained != dtype:
+        yield f"the adapter was trained in {trained}, this is {dtype}; --dtype {trained} gives the training's numbers"
+    files = [*base.files, base.path / "config.json"]
+    known = "base" in adapter.notes and sum(file.stat().st_size for file in files) <= HASHED_BYTES
+    if known and joint_hash(hash_files(files).result()) != adapter.notes["base"]:
+        yield "this is not the base that the adapter was trained on: its files differ"
 
 
 def choose_quantization(asked: str, adapter: Adapter | None, *, already: bool, note: Note) -> str:
@@ -88,6 +106,8 @@ def find_rows(data: str, *, split: str | None = None) -> tuple[list[Row], str]:
     path = find_data(data)
     if split is None and path.is_dir():
         split = next((name for name in ("valid", "test") if (path / f"{name}.jsonl").is_file()), "train")
+    if path.is_file() and split is not None:
+        raise ConfigError(f"--split {split}: {path.name} is a file, which has no splits", fix="leave out --split")
     file = path if path.is_file() else split_file(path, split or "train")
     if file is None:
         raise DataError(f"{path} has no {split}.jsonl", fix="choose another --split")

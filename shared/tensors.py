@@ -125,7 +125,7 @@ def load_file(path: Path) -> dict[str, Tensor]:
 
 def save_file(path: Path, tensors: Iterable[tuple[str, Tensor]], *, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file; the same tensors always give the same bytes (so: at most one metadata key)."""
-    from safetensors import TensorSpec, serialize_file
+    from safetensors import SafetensorError, TensorSpec, serialize_file
 
     pairs = list(tensors)
     held = {name: np.ascontiguousarray(tensor.data) for name, tensor in pairs}
@@ -135,7 +135,10 @@ def save_file(path: Path, tensors: Iterable[tuple[str, Tensor]], *, metadata: di
         )
         for name, tensor in sorted(pairs)
     }
-    serialize_file(specs, path, metadata=metadata)
+    try:
+        serialize_file(specs, path, metadata=metadata)
+    except SafetensorError as error:  # it wraps what the system said, e.g. that the disk is full
+        raise OSError(str(error)) from None
     path.chmod(0o644)  # the library's temporary file is for its owner only
 
 

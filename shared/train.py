@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +36,10 @@ from shared.run_folder import (
     find_checkpoint,
     flat_settings,
     hash_files,
+    joint_hash,
     locked,
     open_run,
+    with_whole_paths,
     write_manifest,
 )
 from shared.samples import take_samples
@@ -108,11 +110,10 @@ def finish_run(
     facts = describe_run(run, prepared)
     complete = run.state.finished
     if not complete:
-        resolved = run.config.model_copy(update={"output": str(run.folder)})
+        resolved = with_whole_paths(run.config, run.folder)
         data = prepared.data_files
         write_manifest(run.folder, resolved, capability, base=base, data=data, facts=facts, command=command)
-    if prepared.leaks:
-        text = f"{prepared.leaks} of {len(prepared.valid)} validation rows also stand in the training rows"
+    for text in warnings(run, prepared, capability):
         tell(run.callbacks, "on_note", text)
     place = {"backend": capability.name, "device": capability.reason, "from": run.state.step}
     tell(run.callbacks, "on_start", {**facts, **place})
@@ -126,6 +127,19 @@ def finish_run(
     losses = {"loss": result.loss, "eval_loss": result.eval_loss}
     tell(run.callbacks, "on_end", {"output": str(run.folder), "adapter": str(target), **losses})
     return result
+
+
+def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[str]:
+    """Yield what a user would want to know before the run: leaks, lengths, a dtype that is slow here."""
+    if prepared.leaks:
+        yield f"{prepared.leaks} of {len(prepared.valid)} validation rows also stand in the training rows"
+    if not prepared.valid and run.config.evaluation.every is not None:
+        yield "no valid.jsonl, so nothing is evaluated during the run"
+    longest, most = max(len(example.tokens) for example in prepared.train), run.model.info.max_positions
+    if isinstance(most, int) and longest > most:
+        yield f"rows of up to {longest} tokens, but the model was made for {most}; data.max_length: {most} cuts them"
+    if capability.name == "mlx" and capability.device == "cpu" and run.config.train.dtype == "bfloat16":
+        yield "bfloat16 is slow in MLX on a CPU; --set train.dtype=float32 is faster"
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -181,8 +195,7 @@ def examples_hash(examples: Sequence[Example]) -> str:
 
 def make_identity(prepared: Prepared, hashes: Future[dict[str, str]]) -> Identity:
     """Return what a resume compares; waits for the base's hashes."""
-    joined = "".join(f"{name}:{digest}" for name, digest in sorted(hashes.result().items()))
-    return Identity(flat_settings(prepared.config), prepared.data_hash, hashlib.sha256(joined.encode()).hexdigest())
+    return Identity(flat_settings(prepared.config), prepared.data_hash, joint_hash(hashes.result()))
 
 
 def build_run(
@@ -278,7 +291,13 @@ def write_result(run: Run, prepared: Prepared) -> None:
     kind = result_name(run.spec)
     final, staged = run.folder / kind, run.folder / f".{kind}.tmp"
     shutil.rmtree(staged, ignore_errors=True)
-    notes = {"quantization": run.config.quantization, "rows": prepared.kind, "seed": run.config.train.seed}
+    notes = {
+        "quantization": run.config.quantization,
+        "dtype": run.config.train.dtype,
+        "rows": prepared.kind,
+        "seed": run.config.train.seed,
+        "base": run.identity["base"],
+    }
     try:
         staged.mkdir()
         tensors = dict(run.model.tensors("adapter"))

@@ -23,6 +23,7 @@ from shared.data.tokenize import Tokenizer, load_tokenizer
 from shared.threads import wait_politely
 from shared.types import Example, Update
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread only waits
 wait_politely()
 lend_blas()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network

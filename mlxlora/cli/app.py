@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,9 +74,9 @@ def train(
     valid = f", validation loss {result.eval_loss:.4f}" if result.eval_loss is not None else ""
     loss = f", loss {result.loss:.4f}" if result.loss is not None else ""
     kind = result.adapter.name  # adapter, or model after full fine-tuning
-    target = f"{checked.model} --adapter {result.adapter}" if kind == "adapter" else str(result.adapter)
+    target = [checked.model, "--adapter", str(result.adapter)] if kind == "adapter" else [str(result.adapter)]
     print(f"{state}: {result.updates} updates{loss}{valid}\n{kind}: {result.adapter}")
-    print(f'next: mlxlora generate {target} --prompt "..."')
+    print(f'next: mlxlora generate {shlex.join(target)} --prompt "..."')
 
 
 @app.command()

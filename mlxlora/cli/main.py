@@ -28,6 +28,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Return the exit code of a command line; errors are at most three lines on stderr."""
     as_json, debug = "--json" in arguments, "--debug" in arguments
+    arguments = arguments or ["--help"]
     try:
         code = get_command(app).main(arguments, prog_name="mlxlora", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -46,7 +47,7 @@ def run(arguments: list[str]) -> int:
 
 def answer(error: Exception, *, debug: bool, as_json: bool) -> int:
     """Print what a command failed with, and return the exit code; a traceback where asked for or where we are wrong."""
-    from shared.errors import MlxloraError, StorageError, is_out_of_memory
+    from shared.errors import Interrupted, MlxloraError, StorageError, is_out_of_memory
 
     if isinstance(error, OSError) and not isinstance(error, MlxloraError) and error.filename:
         error = StorageError(
@@ -56,15 +57,15 @@ def answer(error: Exception, *, debug: bool, as_json: bool) -> int:
     if debug or not known:
         traceback.print_exception(error)
     if isinstance(error, MlxloraError):
-        return fail(str(error), error.exit_code, as_json)
+        return fail(str(error), error.exit_code, as_json, title="" if isinstance(error, Interrupted) else "error: ")
     if known:
         return fail("out of memory\nfix: a smaller model, data.max_length or batch", 6, as_json)
     return fail(f"this is a bug of mlxlora; please report it with the lines above: {ISSUES}", 1, as_json)
 
 
-def fail(message: str, code: int, as_json: bool) -> int:
+def fail(message: str, code: int, as_json: bool, *, title: str = "error: ") -> int:
     """Print an error on stderr, and as the JSON object where one was asked for; return the code."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"{title}{message}", file=sys.stderr)
     if as_json:
         print(json.dumps({"ok": False, "exit_code": code, "error": message}))
     return code

@@ -93,6 +93,8 @@ def read_adapter(folder: Path) -> Adapter:
     """Return the adapter of a folder written by us, PEFT or mlx-lm; raises AdapterError or CapabilityError."""
     if not folder.is_dir():
         raise AdapterError(f"no adapter folder at {folder}", expected=f"a folder with {CONFIG_FILE}")
+    if not (folder / CONFIG_FILE).is_file():
+        raise no_adapter(folder)
     try:
         config = read_json(folder / CONFIG_FILE)
         if (folder / PEFT_FILE).is_file():
@@ -105,6 +107,15 @@ def read_adapter(folder: Path) -> Adapter:
         raise AdapterError(error.what, expected=error.expected, fix="copy or train the adapter again") from None
     notes = config.get("mlxlora")
     return Adapter(spec, tensors, notes if isinstance(notes, dict) else {})
+
+
+def no_adapter(folder: Path) -> AdapterError:
+    """Return the error for a folder that holds something else."""
+    if (folder / "adapter" / CONFIG_FILE).is_file():
+        return AdapterError(f"{folder} is a run folder", fix=f"use {folder / 'adapter'}")
+    if (folder / "config.json").is_file():
+        return AdapterError(f"{folder} is a whole model, not an adapter", fix="give it as MODEL, without --adapter")
+    return AdapterError(f"{folder} has no {CONFIG_FILE}", fix="is this an adapter folder?")
 
 
 def no_tensors(folder: Path) -> AdapterError:

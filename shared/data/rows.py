@@ -43,7 +43,7 @@ def find_data(path_or_id: str) -> Path:
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f'no folder "{path_or_id}" here, and the hub did not give it: {reason}',
+            f'"{path_or_id}" does not exist here, and the hub did not give it: {reason}',
             fix="check the name and the network",
         ) from None
 

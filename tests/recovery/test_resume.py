@@ -118,7 +118,7 @@ def test_signal_saves_prints_the_command_and_loses_nothing(settings, whole, tmp_
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
     lines = err.strip().splitlines()[-2:]
-    assert lines[0].startswith("error: stopped by SIG")
+    assert lines[0].startswith("stopped by SIG")
     assert f"mlxlora train {tmp_path / 'run' / 'config.yaml'}" in lines[1]
     saved, _ = checkpoint.newest(tmp_path / "run/checkpoints")
     assert saved is not None

@@ -22,7 +22,10 @@ PARTS = {
 def info():
     """Return a model of twelve layers, so that layer 10 could be sorted before layer 2."""
     linears = {f"model.layers.{n}.{part}": shape for n in reversed(range(12)) for part, shape in PARTS.items()}
-    return ModelInfo("llama", 12, 256, 512, linears, sum(o * i for o, i in linears.values()), {}, ())
+    return ModelInfo(
+        family="llama", num_layers=12, vocab_size=256, max_positions=512, max_tokens=None, linears=linears,
+        num_parameters=sum(o * i for o, i in linears.values()), quantized={}, notes=(),
+    )  # fmt: skip
 
 
 def modules(info, **options):

@@ -319,7 +319,11 @@ def test_setting_one_length_of_the_run_clears_the_other(load, text, override):
 
 
 def test_the_last_override_wins(load):
-    assert load("", overrides=["train.updates=5", "train.epochs=2", "train.epochs=3"]).train.epochs == 3
+    assert load("train: {updates: 5}", overrides=["train.epochs=2", "train.epochs=3"]).train.epochs == 3
+
+
+def test_updates_and_epochs_together_are_refused_as_overrides_too(load):
+    assert "exactly one of updates and epochs" in refusal(load, "", overrides=["train.updates=5", "train.epochs=2"])
 
 
 @pytest.mark.parametrize(
