@@ -120,7 +120,7 @@ def finish_run(
     if not complete:
         fit(run)
     target = run.folder / result_name(run.spec)
-    if not complete or not target.is_dir():
+    if not (complete and target.is_dir() and (run.folder / "report.html").is_file()):
         write_result(run, prepared)
         write_report(run.folder, samples=take_samples(run, prepared.tokenizer))
     result = summarize(run, target, complete=complete)
