@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.data.batch import micro_batches
-from shared.data.split import halve
+from shared.data.cut import halve
 from shared.errors import is_out_of_memory
 from shared.objectives.sft import sft
 from shared.protocols import Model

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from shared.callbacks import tell
 from shared.config import RunConfig
 from shared.data.batch import update_batches
-from shared.data.split import halve
+from shared.data.cut import halve
 from shared.errors import Interrupted, OutOfMemory
 from shared.protocols import Pending
 from shared.record import checkpoint, drain, evaluate, log, save_or_go_on, stopped_early

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shared.data.cut import cut
 from shared.seeds import row_order
 from shared.types import Batch, Example
 
@@ -37,22 +38,6 @@ class Plan:
         epoch, place = divmod(step - 1, self.updates_per_epoch)
         order = row_order(seed=self.seed, epoch=epoch, num_rows=self.num_rows)
         return order[place * self.batch_size : (place + 1) * self.batch_size]
-
-
-def cut(lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:
-    """Return groups of places, longest rows first, each at most `micro_tokens` positions or a single row.
-
-    >>> cut([3, 9, 4, 8], micro_tokens=18)
-    [[1, 3], [2, 0]]
-    """
-    by_length = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
-    groups: list[list[int]] = []
-    for place in by_length:
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= micro_tokens:
-            groups[-1].append(place)
-        else:
-            groups.append([place])
-    return groups
 
 
 def make_batch(examples: Sequence[Example], slots: Sequence[int]) -> Batch:

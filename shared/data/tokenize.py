@@ -16,6 +16,7 @@ from shared.data.template import Rendered, render_chat, run_template
 from shared.errors import DataError, ModelError
 from shared.types import Example
 
+MAX_PROBLEMS = 100
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
 
 
@@ -189,5 +190,18 @@ TOKENIZE = {"text": tokenize_text, "prompt": tokenize_prompt, "messages": tokeni
 
 
 def tokenize_rows(rows: Sequence[Row], tokenizer: Tokenizer, *, train_on: str, max_length: int) -> list[Example]:
-    """Return all examples, in order."""
-    return [tokenize_row(row, tokenizer, train_on=train_on, max_length=max_length) for row in rows]
+    """Return all examples, in order; a DataError names the first bad row and counts the others."""
+    examples: list[Example] = []
+    problems: list[DataError] = []
+    for row in rows:
+        try:
+            examples.append(tokenize_row(row, tokenizer, train_on=train_on, max_length=max_length))
+        except DataError as error:
+            problems.append(error)
+            if len(problems) == MAX_PROBLEMS:
+                break
+    if not problems:
+        return examples
+    first = problems[0]
+    others = f" ({len(problems) - 1} more rows have a problem)" if len(problems) > 1 else ""
+    raise DataError(f"{first.what}{others}", expected=first.expected, fix=first.fix)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from shared.config_file import merge, parse_override, parse_yaml
-from shared.data.batch import cut
+from shared.data.cut import cut
 from shared.errors import ConfigError
 from shared.quant.affine import pack, unpack
 from shared.tensors import from_float32, to_float32

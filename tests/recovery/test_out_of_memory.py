@@ -20,7 +20,7 @@ import psutil
 from shared.adapters.spec import initial_adapter, resolve
 from shared.config import AdapterConfig
 from shared.data.batch import make_batch
-from shared.data.split import halve
+from shared.data.cut import halve
 from shared.errors import OutOfMemory
 from shared.registry import find_backend
 from shared.types import Example, Update

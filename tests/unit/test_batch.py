@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, product
+
 import numpy as np
 import pytest
 
-from shared.data.batch import Plan, cut, make_batch, micro_batches, update_batches
-from shared.data.split import halve, split
+from shared.data.batch import Plan, make_batch, micro_batches, update_batches
+from shared.data.cut import MICRO_COST, cut, halve, split
 from shared.errors import OutOfMemory
 from shared.types import Example
 
@@ -151,3 +153,24 @@ def test_halving_ends_at_single_rows_and_loses_nothing(examples):
 def test_halving_single_rows_says_how_long_they_are_and_what_to_do(make_examples):
     with pytest.raises(OutOfMemory, match=r"(?s)a single row of 30 tokens.*fix: .*data.max_length: 15"):
         halve([make_batch([example], [0]) for example in make_examples([30, 4])])
+
+
+def test_a_cut_has_the_least_cost_of_all_cuts():
+    """Against every way to cut eight sorted rows."""
+    for seed in range(20):
+        lengths = np.random.default_rng(seed).integers(1, 400, 8).tolist()
+        ordered = sorted(lengths, reverse=True)
+        costs = []
+        for bits in product([False, True], repeat=7):
+            edges = [0, *(n + 1 for n, is_edge in enumerate(bits) if is_edge), 8]
+            groups = [ordered[a:b] for a, b in pairwise(edges)]
+            if all(len(group) == 1 or group[0] * len(group) <= 1000 for group in groups):
+                costs.append(sum(group[0] * len(group) + MICRO_COST for group in groups))
+        found = [[lengths[place] for place in group] for group in cut(lengths, micro_tokens=1000)]
+        assert sum(max(group) * len(group) + MICRO_COST for group in found) == min(costs)
+
+
+def test_hardly_any_padding_remains(make_examples):
+    lengths = np.random.default_rng(0).integers(20, 400, 64).tolist()
+    batches = micro_batches(make_examples(lengths), micro_tokens=4096)
+    assert 1 - sum(lengths) / sum(batch.tokens_BT.size for batch in batches) < 0.08
