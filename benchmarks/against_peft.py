@@ -21,7 +21,7 @@ from shared.adapters.folder import PEFT_PREFIX
 from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import build_config
-from shared.data.batch import Plan, micro_batches
+from shared.data.batch import Plan, make_batch
 from shared.schedules import build_schedule
 from shared.seeds import uniform
 from shared.train import Prepared, prepare, train
@@ -141,7 +141,7 @@ def peft_sum(model, examples: list[Example]):
     """Return the summed loss of rows in one padded batch, through PEFT's own forward pass."""
     import torch
 
-    (batch,) = micro_batches(examples, micro_tokens=10**9)
+    batch = make_batch(examples, range(len(examples)))
     lengths = torch.from_numpy(batch.lengths_B).long()
     mask = torch.arange(batch.tokens_BT.shape[1])[None] < lengths[:, None]
     logits = model(input_ids=torch.from_numpy(batch.tokens_BT).long(), attention_mask=mask.long()).logits
