@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 import time
@@ -172,7 +173,7 @@ def report(arguments: argparse.Namespace, rows: dict[str, dict[str, float]], gap
         packages = ("mlx", "mlx-lm", "torch", "transformers", "peft")
         found = {
             "date": datetime.now(UTC).date().isoformat(),
-            "machine": platform.platform(terse=True) + ", " + platform.machine(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "versions": {name: version(name) for name in packages},
             "command": f"python benchmarks/against_peft.py --model {Path(arguments.model).name} --data "
             f"{Path(arguments.data).name} --updates {arguments.updates} --lr {arguments.lr} "

@@ -12,8 +12,6 @@ from typer.main import get_command
 
 from mlxlora.cli.app import app
 
-ISSUES = "https://github.com/mlxlora/mlxlora/issues"
-
 
 def main() -> None:
     """Run the command line and exit with the contract's code."""
@@ -60,7 +58,7 @@ def answer(error: Exception, *, debug: bool, as_json: bool) -> int:
         return fail(str(error), error.exit_code, as_json, title="" if isinstance(error, Interrupted) else "error: ")
     if known:
         return fail("out of memory\nfix: a smaller model, data.max_length or batch", 6, as_json)
-    return fail(f"this is a bug of mlxlora; please report it with the lines above: {ISSUES}", 1, as_json)
+    return fail("this is a bug of mlxlora; please report it with the lines above", 1, as_json)
 
 
 def fail(message: str, code: int, as_json: bool, *, title: str = "error: ") -> int:
