@@ -25,6 +25,7 @@ from shared.errors import ModelError
 from shared.families import (
     CHECKED,
     CONFIG_FAULTS,
+    KEEPS_SCHEME,
     UNVERIFIED,
     check_logits,
     head_facts,
@@ -182,8 +183,7 @@ def fill(zoo: Any, folder: ModelFolder, *, dtype: mx.Dtype, quantization: Scheme
     check_tensors(folder.path, expected=expected, found={name: tuple(value.shape) for name, value in values.items()})
     notes: tuple[str, ...] = ()
     if quantization is not None:
-        already = ("the folder is quantized already; its own scheme is kept",)
-        notes = already if folder.schemes else quantize_layers(zoo, folder, quantization)
+        notes = KEEPS_SCHEME if folder.schemes else quantize_layers(zoo, folder, quantization)
     packed = {f"{name}.{leaf}" for name, _ in schemes_of(zoo) for leaf in PACKED_LEAVES}
     floats = [(name, check_value(folder, name, values.pop(name), dtype)) for name in list(values) if name not in packed]
     zoo.load_weights(floats, strict=False)

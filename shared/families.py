@@ -15,6 +15,7 @@ CHECKED = frozenset({"llama", "mistral", "qwen2"})
 
 WINDOWS_APPLIED = frozenset({"gemma3", "gemma3_text"})  # by mlx-lm 0.32, compared with transformers
 UNVERIFIED = "{family} is not among the families proven by tests; `mlxlora parity` compares both backends on your data"
+KEEPS_SCHEME = ("the folder is quantized already; its own scheme is kept",)
 CONFIG_FAULTS = (
     TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError, ArithmeticError,
 )  # fmt: skip

@@ -44,6 +44,10 @@ class ModelFolder:
 
     def value(self, name: str) -> Tensor:
         """Return a tensor as it is stored, mapped from the file; raises ModelError where it is not finite."""
+        if name not in self.entries:
+            raise ModelError(
+                f'{self.path} stores "{name}" under another name', fix="quantize the model with `mlx_lm convert -q`"
+            )
         tensor = read_tensor(self.entries[name])
         if not is_finite(tensor):
             raise ModelError(f'{self.path}: tensor "{name}" holds NaN or infinity', fix="download the model again")

@@ -42,7 +42,7 @@ def fit(run: Run) -> None:
             if is_due(run, run.config.checkpoint.every) and run.state.step < run.updates:
                 save_or_go_on(run)
         drain(run)
-        if run.state.positions:
+        if run.state.positions and run.last is not None:  # none: resumed where patience had run out
             log(run)
         evaluate(run)
         run.state.finished = True

@@ -20,6 +20,7 @@ from shared.errors import ModelError
 from shared.families import (
     CHECKED,
     CONFIG_FAULTS,
+    KEEPS_SCHEME,
     UNVERIFIED,
     check_logits,
     head_facts,
@@ -156,8 +157,7 @@ def fill(
     check_tensors(folder.path, expected=expected, found=found, tied=("lm_head.weight",) if tied else ())
     notes: tuple[str, ...] = ()
     if quantization is not None:
-        already = ("the folder is quantized already; its own scheme is kept",)
-        notes = already if folder.schemes else quantize_layers(zoo, folder, quantization)
+        notes = KEEPS_SCHEME if folder.schemes else quantize_layers(zoo, folder, quantization)
     if tied:
         zoo.set_output_embeddings(nn.Identity())  # made anew by `tie_head` when the embedding is on its device
     packed = {f"{name}.{leaf}" for name, _ in schemes_of(zoo) for leaf in PACKED_LEAVES}

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from shared.errors import DataError, did_you_mean
 from shared.folder import HUB_ID
 
-SPLITS = ("train", "valid", "test")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Kind = Literal["text", "prompt", "messages"]
 # What users bring from elsewhere, and where to look for it.

@@ -251,4 +251,18 @@ def test_patience_stops_early_and_the_same_after_a_resume(tiny_model_folder, tmp
     )  # fmt: skip
     result = train(config)
     assert result.updates < 200
-    assert train(config).already_complete or train(config).updates == result.updates
+    assert train(config).already_complete
+    return_to_before_the_end(tmp_path / "run")
+    again = train(config)
+    assert not again.already_complete
+    assert again.updates == result.updates
+
+
+def return_to_before_the_end(folder: Path) -> None:
+    """Put the run where a kill behind its last evaluation leaves it: patience run out, the last updates not logged."""
+    found, _ = checkpoint.newest(folder / "checkpoints")
+    assert found is not None
+    loop = {**found.state["loop"], "finished": False, "positions": 5, "tokens": 5}
+    state = {"loop": loop, "identity": found.state["identity"]}
+    before = checkpoint.Checkpoint(found.step, found.adapter, found.optimizer, state)
+    checkpoint.save(folder / "checkpoints", before, keep=2)
