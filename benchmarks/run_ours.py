@@ -125,7 +125,7 @@ def report(work: Mapping[str, Any], meter: Meter, arguments: argparse.Namespace)
             "real": total(real) - work["counts"]["real"],
         },
         "versions": versions(),
-        "machine": f"{platform.system()} {platform.machine()} {os.cpu_count()} cores python {platform.python_version()}",
+        "machine": f"{platform.system()} {platform.machine()} {os.cpu_count()} cores",
     }
     if arguments.backend == "mlx":
         result["mlx_peak_mib"] = round(rows[-1]["peak_memory_bytes"] / MIB, 1)

@@ -1,7 +1,7 @@
 """LoRA: y = base(x) + (alpha/r) * dropout(x) A.T B.T, replacing linear modules in place.
 
 Legend: B rows, T tokens, D input width, O output width, R rank. A is (R, D), B is (O, R), both float32 and
-cast to the activations' dtype where they are used. Source: Hu et al. 2021, section 4.1.
+cast to the activations' dtype where they are used (`lowrank.py`). Source: Hu et al. 2021, section 4.1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from mlxlora.lowrank import Readers
 from shared import seeds
+from shared.adapters.spec import shared_inputs
 from shared.types import AdapterSpec
 
 
@@ -27,11 +29,16 @@ class Dropout:
         self.token_BT: mx.array | None = None
         self.columns: dict[str, mx.array] = {}
 
-    def begin(self, *, seed: int, step: int, slots: np.ndarray, length: int) -> None:
-        """Prepare the masks of one micro-batch."""
+    @property
+    def active(self) -> bool:
+        """Return whether anything is dropped now."""
+        return self.p > 0.0 and self.token_BT is not None
+
+    def begin(self, *, seed: int, step: int, places: tuple[np.ndarray, np.ndarray]) -> None:
+        """Prepare the masks of one micro-batch; places: `Batch.places`."""
         if self.p == 0.0:
             return
-        self.token_BT = mx.array(seeds.token_keys(seed=seed, step=step, slots=slots, length=length))
+        self.token_BT = mx.array(seeds.token_keys(seed=seed, step=step, slots_BT=places[0], times_BT=places[1]))
 
     def end(self) -> None:
         """Stop dropping."""
@@ -47,7 +54,7 @@ class Dropout:
 
     def __call__(self, x_BTD: mx.array, name: str) -> mx.array:
         """Return x with features dropped and the rest scaled by 1 / (1 - p)."""
-        if self.p == 0.0 or self.token_BT is None:
+        if not self.active:
             return x_BTD
         scaled = self.mask(name, width=x_BTD.shape[-1]).astype(x_BTD.dtype) * (1 / (1 - self.p))
         return x_BTD * scaled
@@ -70,20 +77,24 @@ class LoRALinear(nn.Module):
         self.base, self._name, self._scale, self._dropout = base, name, spec.scale, dropout
         self.lora_A = mx.zeros((spec.rank, shape[1]))
         self.lora_B = mx.zeros((shape[0], spec.rank))
+        self._readers = Readers([self])
 
     def __call__(self, x_BTD: mx.array) -> mx.array:
         """Return base(x) + scale * dropout(x) A.T B.T."""
-        low_BTR = self._dropout(x_BTD, self._name) @ self.lora_A.astype(x_BTD.dtype).T
-        return self.base(x_BTD) + self._scale * (low_BTR @ self.lora_B.astype(x_BTD.dtype).T)
+        return self._readers.output_of(self, x_BTD)
 
 
 def attach_lora(root: nn.Module, spec: AdapterSpec, dropout: Dropout, linears: Mapping[str, tuple[int, int]]) -> None:
     """Replace the spec's modules, in place, by LoRA layers over them."""
+    layers: dict[str, LoRALinear] = {}
     for name in spec.modules:
         owner, leaf = find_owner(root, name)
-        setattr(
-            owner, leaf, LoRALinear(getattr(owner, leaf), name=name, spec=spec, dropout=dropout, shape=linears[name])
-        )
+        layers[name] = LoRALinear(getattr(owner, leaf), name=name, spec=spec, dropout=dropout, shape=linears[name])
+        setattr(owner, leaf, layers[name])
+    for names in shared_inputs(spec) if dropout.p == 0.0 else ():
+        readers = Readers([layers[name] for name in names])
+        for layer in readers.layers:
+            layer._readers = readers
 
 
 def find_owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:

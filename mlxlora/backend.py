@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.errors import CapabilityError
-from shared.threads import wait_politely
+from shared.threads import cpu_lanes, keep_memory, num_cores, wait_politely
 from shared.types import Capability, Packed, Scheme, Tensor
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ class MLXBackend:
         from mlxlora.adapters import Dropout
 
         dropout = Dropout(p=p)
-        dropout.begin(seed=seed, step=step, slots=np.asarray(slots), length=shape[0])
+        places = (np.asarray(slots)[:, None], np.arange(shape[0])[None])
+        dropout.begin(seed=seed, step=step, places=places)
         return np.array(dropout.mask(name, width=shape[1]))
 
 
@@ -107,11 +108,20 @@ def lend_blas() -> bool:
     if torch is None or torch.origin is None:
         return False
     wait_politely()
+    keep_memory()
+    os.environ.setdefault("MKL_NUM_THREADS", str(max(num_cores() // cpu_lanes(), 1)))
     try:
         ctypes.CDLL(str(Path(torch.origin).parent / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return False
     return True
+
+
+def lanes() -> int:
+    """Return how many micro-batches are computed at the same time: on a CPU one per core, with one BLAS thread each."""
+    import mlx.core as mx
+
+    return 1 if mx.default_device().type == mx.DeviceType.gpu else cpu_lanes()
 
 
 def capability(*, device: str, reason: str, fix: str | None) -> Capability:

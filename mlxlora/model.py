@@ -18,6 +18,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora import generation, objectives
 from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
+from mlxlora.attention import Segments, packing
+from mlxlora.backend import lanes
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
 from shared.adapters.spec import layer_of
@@ -78,7 +80,8 @@ class MLXModel:
 
     def hidden(self, batch: Batch) -> mx.array:
         """Return (N, D) last hidden states at the positions that predict supervised tokens."""
-        h_BTD = self.decoder(mx.array(batch.tokens_BT))
+        cache = [Segments(batch.lengths_S.tolist())] * self.info.num_layers if batch.is_packed else None
+        h_BTD = self.decoder(mx.array(batch.tokens_BT), cache=cache)
         return h_BTD.flatten(0, 1)[mx.array(batch.positions_N)]
 
     def log_probs(self, batch: Batch) -> np.ndarray:
@@ -123,6 +126,9 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     notes = fill(zoo, folder, dtype=mlx_dtype(dtype), quantization=quantization, tied=tied)
     zoo.eval()
     zoo.freeze()
+    if folder.family in CHECKED:
+        for layer in zoo.model.layers:
+            layer.self_attn.__class__ = packing(type(layer.self_attn))
     if recompute:
         for layer in zoo.model.layers:
             layer.__class__ = recomputing(type(layer))
@@ -261,6 +267,8 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         vocab_size=int(folder.config["vocab_size"]),
         max_positions=folder.config.get("max_position_embeddings"),
         max_tokens=unapplied_window(folder.config),
+        can_pack=folder.family in CHECKED,
+        lanes=lanes(),
         linears=linears,
         num_parameters=sum(out * width for out, width in linears.values()),
         quantized={name: str(scheme) for name, scheme in schemes_of(zoo)},

@@ -11,9 +11,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlxlora.kernels import exp
 from shared.families import HeadFacts
 
 CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in float32
+LEAST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def chunk_logits(h_ND: mx.array, weight_VD: mx.array, bias: mx.array | None, fac
 
 def chunk_rows(vocabulary: int) -> int:
     """Return how many positions one chunk holds."""
-    return max(CHUNK_ELEMENTS // vocabulary, 16)
+    return max(CHUNK_ELEMENTS // vocabulary, LEAST_ROWS)
 
 
 def log_probs(h_ND: mx.array, head: Head, targets_N: mx.array) -> mx.array:
@@ -85,13 +87,15 @@ def chunked_sft(facts: HeadFacts, *, train_head: bool) -> Callable[..., list[mx.
             h_CD = h_ND[start : start + rows]
             if slopes:
                 h_CD = mx.depends([h_CD], [slopes[-1], total, dw_VD])[0]
-            target_C1, w_C = targets_N[start : start + rows, None], weights_N[start : start + rows]
-            chunk, slope_CV = chunk_loss(h_CD, weight_VD, bias, target_C1, w_C, facts)
+            target_C, w_C = targets_N[start : start + rows], weights_N[start : start + rows]
+            chunk, slope_CV, hit_C = chunk_loss(h_CD, weight_VD, bias, target_C, w_C, facts)
             total = total + chunk
-            slopes.append(slope_CV @ weight_VD)
+            slopes.append(slope_CV @ weight_VD - hit_C[:, None] * weight_VD[target_C])
             if train_head:
-                dw_VD = dw_VD + (slope_CV.T @ h_CD).astype(mx.float32)
-                db_V = db_V + slope_CV.sum(axis=0).astype(mx.float32) if bias is not None else db_V
+                dw = (slope_CV.T @ h_CD).astype(mx.float32)
+                dw_VD = (dw_VD + dw).at[target_C].add(-(hit_C[:, None] * h_CD).astype(mx.float32))
+                if bias is not None:
+                    db_V = (db_V + slope_CV.sum(axis=0).astype(mx.float32)).at[target_C].add(-hit_C)
         return [total, mx.concatenate(slopes), dw_VD, db_V]
 
     @loss.vjp
@@ -107,30 +111,24 @@ def chunked_sft(facts: HeadFacts, *, train_head: bool) -> Callable[..., list[mx.
 
 
 def chunk_loss(
-    h_CD: mx.array, weight_VD: mx.array, bias: mx.array | None, target_C1: mx.array, w_C: mx.array, facts: HeadFacts
-) -> tuple[mx.array, mx.array]:
-    """Return the summed loss of one chunk and its gradient with respect to h W.T + b, (C, V) in h's dtype."""
+    h_CD: mx.array, weight_VD: mx.array, bias: mx.array | None, target_C: mx.array, w_C: mx.array, facts: HeadFacts
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the summed loss of one chunk and its gradient with respect to h W.T + b, in two parts.
+
+    The gradient is w * scale * curve * (softmax - onehot), curve being that of the soft-cap: (C, V) of the softmax,
+    and (C,) of the onehot, to be taken off at the target.
+    """
     z_CV = chunk_logits(h_CD, weight_VD, bias, facts)
-    share_CV, norm_C = softmax_and_norm(z_CV)
-    total = ((norm_C - mx.take_along_axis(z_CV, target_C1, axis=1)[:, 0]) * w_C).sum()
-    return total, logit_gradient(z_CV, share_CV, target_C1, w_C, facts).astype(h_CD.dtype)
-
-
-def softmax_and_norm(z_CV: mx.array) -> tuple[mx.array, mx.array]:
-    """Return softmax (C, V) and log-sum-exp (C,) with one exponential per logit."""
+    at_target_C = mx.take_along_axis(z_CV, target_C[:, None], axis=1)[:, 0]
     top_C1 = z_CV.max(axis=1, keepdims=True)
-    e_CV = mx.exp(z_CV - top_C1)
-    sum_C1 = e_CV.sum(axis=1, keepdims=True)
-    return e_CV / sum_C1, (top_C1 + mx.log(sum_C1))[:, 0]
-
-
-def logit_gradient(
-    z_CV: mx.array, share_CV: mx.array, target_C1: mx.array, w_C: mx.array, facts: HeadFacts
-) -> mx.array:
-    """Return d loss / d (h W.T + b): w * (softmax - onehot), through soft-cap and scale."""
-    at_target_C1 = mx.take_along_axis(share_CV, target_C1, axis=1) - 1
-    slope_CV = mx.put_along_axis(share_CV, target_C1, at_target_C1, axis=1) * (w_C[:, None] * facts.scale)
-    return slope_CV if facts.softcap is None else slope_CV * (1 - (z_CV / facts.softcap) ** 2)
+    e_CV = exp(z_CV - top_C1)
+    sum_C = e_CV.sum(axis=1)
+    total = ((top_C1[:, 0] + mx.log(sum_C) - at_target_C) * w_C).sum()
+    slope_CV, hit_C = e_CV * (w_C * facts.scale / sum_C)[:, None], w_C * facts.scale
+    if facts.softcap is not None:
+        slope_CV = slope_CV * (1 - (z_CV / facts.softcap) ** 2)
+        hit_C = hit_C * (1 - (at_target_C / facts.softcap) ** 2)
+    return total, slope_CV.astype(h_CD.dtype), hit_C.astype(h_CD.dtype)
 
 
 def sft(h_ND: mx.array, head: Head, targets_N: mx.array, weights_N: mx.array, *, train_head: bool) -> mx.array:

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from mlxlora.kernels import on_gpu
 from mlxlora.state import from_mlx, to_mlx
 from shared.types import Packed, Scheme, Tensor
 
@@ -27,18 +28,48 @@ def decode_packed(packed: Packed) -> Tensor:
     return from_mlx(decode(arrays["weight"], arrays["scales"], arrays["biases"], packed.scheme))
 
 
-def decoded_matmul(scheme: Scheme) -> Any:
-    """Return x @ W.T as a function of (x, weight, scales, biases) that decodes W once per direction."""
+def base_arrays(base: nn.Module) -> list[mx.array]:
+    """Return what holds a frozen layer's weight: itself, or codes, scales and biases."""
+    return [base[key] for key in ("weight", "scales", "biases") if key in base]
+
+
+def product(base: nn.Module, arrays: list[mx.array], x: mx.array) -> mx.array:
+    """Return x @ W.T, W decoded for this one product."""
+    if len(arrays) == 1:
+        return x @ arrays[0].T
+    return quantized_product(base, arrays, x, transpose=True)
+
+
+def back_product(base: nn.Module, arrays: list[mx.array], grad: mx.array) -> mx.array:
+    """Return grad @ W, W decoded for this one product."""
+    if len(arrays) == 1:
+        return grad @ arrays[0]
+    return quantized_product(base, arrays, grad, transpose=False)
+
+
+def quantized_product(base: Any, arrays: list[mx.array], x: mx.array, *, transpose: bool) -> mx.array:
+    """Return x @ W.T or x @ W by MLX's kernel where that is the faster way, else over a decoded weight."""
+    weight, scales, biases = arrays
+    scheme: Scheme = base._scheme
+    if on_gpu() and x.dtype == scales.dtype:
+        return mx.quantized_matmul(
+            x, weight, scales, biases, transpose=transpose, group_size=scheme.group_size, bits=scheme.bits
+        )
+    decoded = decode(weight, scales, biases, scheme).astype(x.dtype)
+    return x @ (decoded.T if transpose else decoded)
+
+
+def frozen_product(base: Any) -> Any:
+    """Return x @ W.T as a function of x and `base_arrays`, W decoded once per direction."""
 
     @mx.custom_function
-    def matmul(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        return x @ decode(weight, scales, biases, scheme).astype(x.dtype).T
+    def matmul(x: mx.array, *arrays: mx.array) -> mx.array:
+        return product(base, list(arrays), x)
 
     @matmul.vjp
     def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _output: mx.array) -> tuple[mx.array, ...]:
-        x, weight, scales, biases = primals
-        dx = cotangent @ decode(weight, scales, biases, scheme).astype(x.dtype)
-        return dx, mx.zeros_like(weight), mx.zeros_like(scales), mx.zeros_like(biases)
+        arrays = primals[1:]
+        return back_product(base, list(arrays), cotangent), *(mx.zeros_like(array) for array in arrays)
 
     return matmul
 
@@ -52,7 +83,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, packed: Packed, bias: mx.array | None) -> None:
         super().__init__()
-        self._scheme, self._matmul = packed.scheme, decoded_matmul(packed.scheme)
+        self._scheme, self._matmul = packed.scheme, frozen_product(self)
         self._shape = packed.shape
         for key, tensor in packed.arrays.items():
             self[key] = to_mlx(tensor)
@@ -65,13 +96,7 @@ class QuantizedLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return x @ W.T + bias."""
-        if mx.default_device().type == mx.DeviceType.gpu and x.dtype == self.scales.dtype:
-            y = mx.quantized_matmul(
-                x, self.weight, self.scales, self.biases, transpose=True,
-                group_size=self._scheme.group_size, bits=self._scheme.bits,
-            )  # fmt: skip
-        else:
-            y = self._matmul(x, self.weight, self.scales, self.biases)
+        y = self._matmul(x, *base_arrays(self))
         return y + self.bias if "bias" in self else y
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 
 import mlx.core as mx
 from mlx.nn.utils import value_and_grad
@@ -37,6 +39,8 @@ class MLXTrainer:
     def __init__(self, model: MLXModel, *, objective: str) -> None:
         self.model, self.objective = model, OBJECTIVES[objective]
         self.optimizer = AdamW(model.parameters)
+        self.lanes = ThreadPoolExecutor(model.info.lanes) if model.info.lanes > 1 else None
+        self.tracing = Lock()
         self.loss_and_grad = value_and_grad(model.zoo, self.loss)
 
     def step(self, micro: Sequence[Batch], update: Update) -> PendingStats:
@@ -44,11 +48,10 @@ class MLXTrainer:
         weight = float(sum(batch.weights_N.sum(dtype="float64") for batch in micro))
         total, grads = mx.zeros(()), None
         try:
-            for batch in micro:
-                loss, grad = self.accumulate(batch, update)
+            for number, (loss, grad) in enumerate(self.parts(micro, update), start=1):
                 total = total + loss
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
-                if batch is not micro[-1]:
+                if number < len(micro):
                     mx.eval(total, grads)  # frees one micro-batch's graph before the next is built
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
@@ -60,10 +63,26 @@ class MLXTrainer:
         mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.m, self.optimizer.v, norm)
         return PendingStats(total / weight, norm, applied)
 
+    def parts(self, micro: Sequence[Batch], update: Update) -> Iterator[tuple[mx.array, dict]]:
+        """Yield every micro-batch's `accumulate`, in order; with lanes several are computed side by side."""
+        if self.lanes is None or len(micro) == 1:
+            return (self.accumulate(batch, update) for batch in micro)
+        mx.eval(self.model.zoo.trainable_parameters())  # a thread cannot wait for another one's stream
+        return self.lanes.map(lambda batch: self.compute(batch, update), micro)
+
+    def compute(self, batch: Batch, update: Update) -> tuple[mx.array, dict]:
+        """Return `accumulate`, computed; a lane runs it in its own thread, so on its own stream."""
+        with self.tracing:  # building a graph leaves this thread's placeholders in the model
+            own = self.model.zoo.trainable_parameters()
+            loss, grads = self.accumulate(batch, update)
+            self.model.zoo.update(own)
+        mx.eval(loss, grads)
+        return loss, grads
+
     def accumulate(self, batch: Batch, update: Update) -> tuple[mx.array, dict]:
         """Return one micro-batch's summed loss and its summed gradient."""
         dropout = self.model.dropout
-        dropout.begin(seed=update.seed, step=update.step, slots=batch.slots_B, length=batch.tokens_BT.shape[1])
+        dropout.begin(seed=update.seed, step=update.step, places=batch.places())
         try:
             loss, grads = self.loss_and_grad(batch)
         finally:

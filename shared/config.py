@@ -71,7 +71,10 @@ class DataConfig(Section):
         Literal["completion", "assistant", "all"],
         Field(description="completion and assistant: what the model has to say; all: every token"),
     ] = "completion"
-    packing: Literal["auto", "none"] = "auto"
+    packing: Annotated[
+        Literal["auto", "packed", "none"],
+        Field(description="packed: examples end to end, none: sorted by length and padded; never changes the result"),
+    ] = "auto"
 
     @field_validator("packing", mode="before")
     @classmethod

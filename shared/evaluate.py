@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from shared.data.batch import micro_batches
 from shared.data.cut import halve
+from shared.data.layout import Layout
 from shared.errors import is_out_of_memory
 from shared.objectives.sft import sft
 from shared.protocols import Model
@@ -25,10 +26,10 @@ class Evaluation:
     rows: int
 
 
-def evaluate_examples(model: Model, examples: Sequence[Example], *, micro_tokens: int) -> Evaluation:
+def evaluate_examples(model: Model, examples: Sequence[Example], layout: Layout) -> Evaluation:
     """Return the token-weighted loss; sums are taken in float64."""
     total, weight, tokens = 0.0, 0.0, 0
-    waiting = micro_batches(examples, micro_tokens=micro_tokens)[::-1]
+    waiting = micro_batches(examples, layout)[::-1]
     while waiting:
         batch = waiting.pop()
         try:

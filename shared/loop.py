@@ -10,6 +10,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from shared.callbacks import tell
 from shared.config import RunConfig
@@ -57,7 +58,7 @@ def is_due(run: Run, every: int | None) -> bool:
 def do_update(run: Run, schedule: Callable[[int], float]) -> None:
     """Do the next update and log it where a row is due."""
     step = run.state.step + 1
-    micro = update_batches(run.train, run.plan, step, micro_tokens=run.micro_tokens)
+    micro = update_batches(run.train, run.plan, step, run.layout)
     update = build_update(run.config, step, lr=schedule(step))
     run.pending.append((step, step_or_split(run, micro, update)))
     state = run.state
@@ -95,11 +96,11 @@ def step_or_split(run: Run, micro: list[Batch], update: Update) -> Pending[StepS
             return run.trainer.step(micro, update)
         except OutOfMemory:
             micro = halve(micro)
-            run.micro_tokens = max(run.micro_tokens // 2, 1)
+            run.layout = replace(run.layout, micro_tokens=max(run.layout.micro_tokens // 2, 1))
             tell(
                 run.callbacks,
                 "on_note",
-                f"out of memory: micro-batches of at most {run.micro_tokens} tokens from here on",
+                f"out of memory: micro-batches of at most {run.layout.micro_tokens} tokens from here on",
             )
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from shared.adapters.spec import initial_adapter
 from shared.config import RunConfig
-from shared.data.batch import AUTO_MICRO_TOKENS, Plan, update_batches
+from shared.data.batch import Plan, update_batches
+from shared.data.layout import choose_layout
 from shared.folder import end_tokens
 from shared.loop import build_update
 from shared.protocols import Backend, Model, Trainer
@@ -94,10 +95,11 @@ def trace(backend: Backend, prepared: Prepared, *, updates: int) -> Trace:
     plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
     total = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
     schedule = build_schedule(config.schedule, lr=config.optimizer.lr, updates=total)
-    micro = AUTO_MICRO_TOKENS if config.train.micro_tokens == "auto" else config.train.micro_tokens
+    micro = None if config.train.micro_tokens == "auto" else config.train.micro_tokens
+    layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=micro)
     losses, first = [], {}
     for step in range(1, updates + 1):
-        batches = update_batches(prepared.train, plan, step, micro_tokens=micro)
+        batches = update_batches(prepared.train, plan, step, layout)
         losses.append(trainer.step(batches, build_update(config, step, lr=schedule(step))).result().loss)
         first = first or first_gradient(trainer, beta1=config.optimizer.betas[0])
     return Trace(tuple(losses), first, as_arrays(dict(model.tensors("adapter"))), greedy_texts(model, prepared))

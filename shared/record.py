@@ -64,7 +64,7 @@ def evaluate(run: Run) -> None:
     if not run.valid or run.config.evaluation.every is None or run.state.evaluated_step == run.state.step:
         return
     began = time.perf_counter()
-    loss = evaluate_examples(run.model, run.valid, micro_tokens=run.micro_tokens).loss
+    loss = evaluate_examples(run.model, run.valid, run.layout).loss
     run.row_began += time.perf_counter() - began  # evaluation is not training time
     state = run.state
     better = state.best_loss is None or loss < state.best_loss

@@ -10,6 +10,7 @@ from typing import Any
 from shared.callbacks import Callback, Metrics
 from shared.config import RunConfig
 from shared.data.batch import Plan
+from shared.data.layout import Layout
 from shared.protocols import Model, Pending, Trainer
 from shared.types import AdapterSpec, Example, StepStats
 
@@ -44,7 +45,7 @@ class Run:
     valid: Sequence[Example]
     plan: Plan
     updates: int
-    micro_tokens: int
+    layout: Layout
     identity: dict[str, Any]  # what a resume must find unchanged
     callbacks: Sequence[Callback] = ()
     state: LoopState = field(default_factory=LoopState)

@@ -51,12 +51,13 @@ def mix32(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint32(16))
 
 
-def token_keys(*, seed: int, step: int, slots: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-    """Return (B, T) uint32, one word per token of an update, whatever micro-batch it stands in."""
+def token_keys(*, seed: int, step: int, slots_BT: np.ndarray, times_BT: np.ndarray) -> np.ndarray:
+    """Return (B, T) uint32, one word per token of an update, whatever micro-batch it stands in.
+
+    slots_BT: place of the token's example in its update. times_BT: place of the token in its example.
+    """
     base = np.uint32(key64(seed, "dropout", step) & 0xFFFFFFFF)
-    slot_B = np.asarray(slots, dtype=np.uint32) * np.uint32(SLOT_STRIDE)
-    t_T = np.arange(length, dtype=np.uint32)
-    return mix32(mix32(slot_B ^ base)[:, None] + t_T[None, :])
+    return mix32(mix32((slots_BT.astype(np.uint32) * np.uint32(SLOT_STRIDE)) ^ base) + times_BT.astype(np.uint32))
 
 
 def column_keys(*, name: str, width: int) -> np.ndarray:
@@ -74,7 +75,8 @@ def dropout_mask(
     *, seed: int, step: int, name: str, slots: Sequence[int], shape: tuple[int, int], p: float
 ) -> np.ndarray:
     """Return (B, T, D) bool, true where a feature is kept, for `slots` (B) and shape (T, D)."""
-    token_BT = token_keys(seed=seed, step=step, slots=slots, length=shape[0])
+    slots_B1, times_1T = np.asarray(slots)[:, None], np.arange(shape[0])[None]
+    token_BT = token_keys(seed=seed, step=step, slots_BT=slots_B1, times_BT=times_1T)
     column_D = column_keys(name=name, width=shape[1])
     hash_BTD = mix32(token_BT[:, :, None] ^ column_D[None, None, :])
     return (hash_BTD >> np.uint32(32 - KEEP_BITS)) >= np.uint32(keep_threshold(p))

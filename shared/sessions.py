@@ -9,7 +9,7 @@ from typing import Any
 
 from shared.adapters.folder import Adapter, check_fit, read_adapter
 from shared.config import parse_scheme
-from shared.data.batch import AUTO_MICRO_TOKENS
+from shared.data.layout import choose_layout
 from shared.data.rows import Row, find_data, read_rows, split_file
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
 from shared.errors import ConfigError, DataError
@@ -117,14 +117,14 @@ def find_rows(data: str, *, split: str | None = None) -> tuple[list[Row], str]:
 
 
 def evaluate_rows(
-    session: Session, rows: list[Row], *, max_length: int = 2048, train_on: str = "completion",
-    micro_tokens: int = AUTO_MICRO_TOKENS,
-) -> Evaluation:  # fmt: skip
+    session: Session, rows: list[Row], *, max_length: int = 2048, train_on: str = "completion"
+) -> Evaluation:
     """Return the loss on rows: nats per supervised token."""
     examples = tokenize_rows(rows, session.tokenizer, train_on=train_on, max_length=max_length)
     longest = max(examples, key=lambda example: len(example.tokens))
     check_length(session.model.info, len(longest.tokens), what=longest.source)
-    return evaluate_examples(session.model, examples, micro_tokens=micro_tokens)
+    layout = choose_layout(session.model.info, packing="auto", micro_tokens=None)
+    return evaluate_examples(session.model, examples, layout)
 
 
 def prompt_ids(session: Session, prompt: str, *, chat: bool | None, note: Note = lambda text: None) -> list[int]:

@@ -17,7 +17,8 @@ from shared.callbacks import Callback, tell
 from shared.card import write_card
 from shared.checkpoint import Checkpoint
 from shared.config import RunConfig, parse_scheme
-from shared.data.batch import AUTO_MICRO_TOKENS, Plan
+from shared.data.batch import Plan
+from shared.data.layout import choose_layout
 from shared.data.rows import content_hash, find_data, read_rows, split_file
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
 from shared.errors import ModelError, StorageError
@@ -217,10 +218,11 @@ def build_run(
     state = LoopState(**found.state["loop"]) if found else LoopState()
     plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
     updates = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
-    micro = config.train.micro_tokens
+    micro = None if config.train.micro_tokens == "auto" else config.train.micro_tokens
+    layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=micro)
     return Run(
         config=config, folder=folder, model=model, trainer=trainer, train=prepared.train, valid=prepared.valid,
-        plan=plan, updates=updates, micro_tokens=AUTO_MICRO_TOKENS if micro == "auto" else micro,
+        plan=plan, updates=updates, layout=layout,
         identity=identity().as_dict(), callbacks=callbacks, state=state, spec=spec,
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """The nouns that cross the line between shared code and a backend: frozen, NumPy inside.
 
-Shape suffixes: B rows, T tokens, N supervised positions, V vocabulary, D model width, R rank.
+Shape suffixes: B rows, T tokens, S examples, N supervised positions, V vocabulary, D model width, R rank.
 """
 
 from __future__ import annotations
@@ -39,11 +39,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: rows padded on the right, and where its supervised tokens are."""
+    """One micro-batch: its examples one per row and padded on the right, or packed end to end into a single row.
+
+    Packed, an example attends to itself only and its positions start at 0 again: nothing is computed but real tokens.
+    """
 
     tokens_BT: np.ndarray  # int32; what stands behind a row's length is never read
-    lengths_B: np.ndarray  # int32
-    slots_B: np.ndarray  # int32: place of each row in its update, whatever the cut
+    starts_S: np.ndarray  # int32: flat b*T + t of each example's first token, ascending
+    lengths_S: np.ndarray  # int32
+    slots_S: np.ndarray  # int32: place of each example in its update, whatever the cut
     positions_N: np.ndarray  # int32: flat b*T + t of the hidden state that predicts the target
     targets_N: np.ndarray  # int32
     weights_N: np.ndarray  # float32
@@ -51,7 +55,20 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Return the number of tokens that are not padding."""
-        return int(self.lengths_B.sum())
+        return int(self.lengths_S.sum())
+
+    @property
+    def is_packed(self) -> bool:
+        """Return whether a row holds more than one example."""
+        return len(self.lengths_S) != len(self.tokens_BT)
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (B, T) int32 twice: every position's example by its slot, and the position's place in it."""
+        if not self.is_packed:
+            times_BT = np.broadcast_to(np.arange(self.tokens_BT.shape[1], dtype=np.int32), self.tokens_BT.shape)
+            return np.broadcast_to(self.slots_S[:, None], self.tokens_BT.shape), times_BT
+        times = np.arange(self.tokens_BT.size, dtype=np.int32) - np.repeat(self.starts_S, self.lengths_S)
+        return np.repeat(self.slots_S, self.lengths_S)[None], times[None]
 
 
 @dataclass(frozen=True)
@@ -133,6 +150,8 @@ class ModelInfo:
     vocab_size: int
     max_positions: int | None
     max_tokens: int | None  # longer rows would be computed wrongly (a window that the zoo does not apply)
+    can_pack: bool  # examples packed into one row give what they give alone
+    lanes: int  # micro-batches that are computed at the same time
     linears: Mapping[str, tuple[int, int]]  # module name inside the decoder layers -> (out, in)
     num_parameters: int  # of those linears
     quantized: Mapping[str, str]  # module name -> scheme

@@ -1,19 +1,22 @@
 """LoRA: y = base(x) + (alpha/r) * dropout(x) A.T B.T, replacing linear modules in place.
 
 Legend: B rows, T tokens, D input width, O output width, R rank. A is (R, D), B is (O, R), both float32 and
-cast to the activations' dtype where they are used. Source: Hu et al. 2021, section 4.1.
+cast to the activations' dtype where they are used (`lowrank.py`). Source: Hu et al. 2021, section 4.1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from shared import seeds
+from shared.adapters.spec import shared_inputs
 from shared.types import AdapterSpec
+from torch_backend.lowrank import Readers
 
 
 class Dropout:
@@ -27,11 +30,16 @@ class Dropout:
         self.token_BT: torch.Tensor | None = None
         self.columns: dict[str, torch.Tensor] = {}
 
-    def begin(self, *, seed: int, step: int, slots: np.ndarray, length: int, device: torch.device | str) -> None:
-        """Prepare the masks of one micro-batch."""
+    @property
+    def active(self) -> bool:
+        """Return whether anything is dropped now."""
+        return self.p > 0.0 and self.token_BT is not None
+
+    def begin(self, *, seed: int, step: int, places: tuple[np.ndarray, np.ndarray], device: torch.device | str) -> None:
+        """Prepare the masks of one micro-batch; places: `Batch.places`."""
         if self.p == 0.0:
             return
-        keys = seeds.token_keys(seed=seed, step=step, slots=slots, length=length)
+        keys = seeds.token_keys(seed=seed, step=step, slots_BT=places[0], times_BT=places[1])
         self.token_BT = torch.from_numpy(keys.view(np.int32)).to(device)
 
     def end(self) -> None:
@@ -49,7 +57,7 @@ class Dropout:
 
     def __call__(self, x_BTD: torch.Tensor, name: str) -> torch.Tensor:
         """Return x with features dropped and the rest scaled by 1 / (1 - p)."""
-        if self.p == 0.0 or self.token_BT is None:
+        if not self.active:
             return x_BTD
         scaled = self.mask(name, width=x_BTD.shape[-1]).to(x_BTD.dtype) * (1 / (1 - self.p))
         return x_BTD * scaled
@@ -79,20 +87,30 @@ class LoRALinear(nn.Module):
         device = next(iter([*base.parameters(), *base.buffers()])).device
         self.lora_A = nn.Parameter(torch.zeros(spec.rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, spec.rank, device=device))
+        self.readers = Readers([self])
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Return base(x) + scale * dropout(x) A.T B.T."""
-        low_BTR = self.dropout(x_BTD, self.name) @ self.lora_A.to(x_BTD.dtype).T
-        return self.base(x_BTD) + self.scale * (low_BTR @ self.lora_B.to(x_BTD.dtype).T)
+        return self.readers.output_of(self, x_BTD)
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the base's (O, D) weight, decoded where it is quantized."""
+        base: Any = self.base
+        return base.decoded(dtype) if hasattr(base, "decoded") else base.weight
 
 
 def attach_lora(root: nn.Module, spec: AdapterSpec, dropout: Dropout, linears: Mapping[str, tuple[int, int]]) -> None:
     """Replace the spec's modules, in place, by LoRA layers over them."""
+    layers: dict[str, LoRALinear] = {}
     for name in spec.modules:
         parent, _, leaf = name.rpartition(".")
         owner = root.get_submodule(parent)
-        base, shape = getattr(owner, leaf), linears[name]
-        setattr(owner, leaf, LoRALinear(base, name=name, spec=spec, dropout=dropout, shape=shape))
+        layers[name] = LoRALinear(getattr(owner, leaf), name=name, spec=spec, dropout=dropout, shape=linears[name])
+        setattr(owner, leaf, layers[name])
+    for names in shared_inputs(spec) if dropout.p == 0.0 else ():
+        readers = Readers([layers[name] for name in names])
+        for layer in readers.layers:
+            layer.readers = readers
 
 
 def adapter_parameters(root: nn.Module) -> Mapping[str, nn.Parameter]:

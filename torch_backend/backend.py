@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.errors import CapabilityError
-from shared.threads import wait_politely
+from shared.threads import keep_memory, wait_politely
 from shared.types import Capability, Packed, Scheme, Tensor
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ INSTALL = 'pip install "mlxlora[torch]" (CPU or Mac), "mlxlora[cuda]" (GPU serve
 def create() -> TorchBackend:
     """Return the backend; imports torch only when something is loaded."""
     wait_politely()
+    keep_memory()
     return TorchBackend()
 
 
@@ -70,7 +71,8 @@ class TorchBackend:
         from torch_backend.adapters import Dropout
 
         dropout = Dropout(p=p)
-        dropout.begin(seed=seed, step=step, slots=np.asarray(slots), length=shape[0], device="cpu")
+        places = (np.asarray(slots)[:, None], np.arange(shape[0])[None])
+        dropout.begin(seed=seed, step=step, places=places, device="cpu")
         return dropout.mask(name, width=shape[1]).numpy()
 
 

@@ -32,7 +32,7 @@ from shared.folder import PACKED_LEAVES, ModelFolder, check_tensors, nearest_fam
 from shared.registry import find_quantizer
 from shared.strict import check_adapter
 from shared.types import AdapterSpec, Batch, ModelInfo, Part, Sampling, Scheme, Tensor, Token
-from torch_backend import generation, objectives
+from torch_backend import attention, generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
 from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from torch_backend.state import from_torch, to_torch, torch_dtype
@@ -62,8 +62,14 @@ class TorchModel:
         """Return (N, D) last hidden states at the positions that predict supervised tokens."""
         tokens_BT = self.put(batch.tokens_BT, torch.long)
         positions_N = self.put(batch.positions_N, torch.long)  # before the decoder: a copy waits for what is queued
-        h_BTD = self.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        h_BTD = self.decoder(input_ids=tokens_BT, use_cache=False, **self.packing(batch)).last_hidden_state
         return h_BTD.flatten(0, 1)[positions_N]
+
+    def packing(self, batch: Batch) -> dict[str, Any]:
+        """Return what the decoder has to know of a packed batch: positions from 0 in every example, their lengths."""
+        if not batch.is_packed:
+            return {}
+        return {"position_ids": self.put(batch.places()[1], torch.long), "segments": batch.lengths_S.tolist()}
 
     def put(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         """Return an array on the device, without waiting for it on CUDA."""
@@ -137,7 +143,7 @@ def build_empty(folder: ModelFolder, dtype: torch.dtype) -> Any:
     try:
         config = CONFIG_MAPPING[folder.family].from_dict(stripped)
         with init_empty_weights(include_buffers=False):
-            zoo = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            zoo = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.register())
     except CONFIG_FAULTS as error:
         raise ModelError(
             f"{folder.path / 'config.json'}: {error}", fix="config.json does not describe a model"
@@ -239,6 +245,8 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         vocab_size=int(zoo.config.vocab_size),
         max_positions=folder.config.get("max_position_embeddings"),
         max_tokens=None,  # transformers applies its windows
+        can_pack=folder.family in CHECKED,
+        lanes=1,
         linears=linears,
         num_parameters=sum(out * width for out, width in linears.values()),
         quantized={name: str(scheme) for name, scheme in schemes_of(zoo)},

@@ -12,7 +12,8 @@ import torch
 
 from shared.families import HeadFacts
 
-CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in float32
+CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, so that its matmuls have rows enough to be fast
+LEAST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,20 @@ def chunk_logits(
     h_ND: torch.Tensor, weight_VD: torch.Tensor, bias: torch.Tensor | None, facts: HeadFacts
 ) -> torch.Tensor:
     """Return (N, V) float32 logits with the family's scale and soft-cap."""
-    z_NV = h_ND @ weight_VD.T
-    z_NV = (z_NV if bias is None else z_NV + bias).float()
+    return finish(h_ND @ weight_VD.T, bias, facts)
+
+
+def finish(z_NV: torch.Tensor, bias: torch.Tensor | None, facts: HeadFacts) -> torch.Tensor:
+    """Return float32 logits of h W.T: bias, scale and soft-cap, in place where it is float32 already."""
+    z_NV = (z_NV if bias is None else z_NV.add_(bias)).float()
     if facts.scale != 1.0:
-        z_NV = z_NV * facts.scale
-    return z_NV if facts.softcap is None else facts.softcap * torch.tanh(z_NV / facts.softcap)
+        z_NV.mul_(facts.scale)
+    return z_NV if facts.softcap is None else z_NV.div_(facts.softcap).tanh_().mul_(facts.softcap)
 
 
 def chunk_rows(vocabulary: int) -> int:
     """Return how many positions one chunk holds."""
-    return max(CHUNK_ELEMENTS // vocabulary, 16)
+    return max(CHUNK_ELEMENTS // vocabulary, LEAST_ROWS)
 
 
 def log_probs(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor) -> torch.Tensor:
@@ -80,15 +85,18 @@ class _ChunkedSFT(torch.autograd.Function):
         dh_ND = torch.empty_like(h_ND) if wants[0] else None
         dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants[1] else None
         db_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants[2] and bias_V is not None else None
-        rows = chunk_rows(weight_VD.shape[0])
+        rows = min(chunk_rows(weight_VD.shape[0]), len(h_ND))
+        space_CV = torch.empty(rows, weight_VD.shape[0], dtype=h_ND.dtype, device=h_ND.device)
         for start in range(0, h_ND.shape[0], rows):
             at = slice(start, start + rows)
-            chunk, slope_CV = chunk_loss(h_ND[at], weight_VD, bias_V, targets_N[at, None], weights_N[at], facts)
-            total += chunk
+            h_CD = h_ND[at]
+            z_CV = torch.mm(h_CD, weight_VD.T, out=space_CV[: len(h_CD)])
+            chunk, slope_CV = chunk_loss(finish(z_CV, bias_V, facts), targets_N[at, None], weights_N[at], facts)
+            slope_CV, total = slope_CV.to(h_ND.dtype), total.add_(chunk)
             if dh_ND is not None:
-                dh_ND[at] = slope_CV @ weight_VD
+                torch.mm(slope_CV, weight_VD, out=dh_ND[at])
             if dw_VD is not None:
-                dw_VD += slope_CV.T @ h_ND[at]
+                dw_VD += slope_CV.T @ h_CD
             if db_V is not None:
                 db_V += slope_CV.sum(dim=0)
         ctx.save_for_backward(dh_ND, dw_VD, db_V)
@@ -107,37 +115,19 @@ class _ChunkedSFT(torch.autograd.Function):
 
 
 def chunk_loss(
-    h_CD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    bias: torch.Tensor | None,
-    target_C1: torch.Tensor,
-    w_C: torch.Tensor,
-    facts: HeadFacts,
+    z_CV: torch.Tensor, target_C1: torch.Tensor, w_C: torch.Tensor, facts: HeadFacts
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed loss of one chunk and its gradient with respect to h W.T + b, (C, V) in h's dtype."""
-    z_CV = chunk_logits(h_CD, weight_VD, bias, facts)
-    share_CV, norm_C = softmax_and_norm(z_CV)
-    total = ((norm_C - z_CV.gather(1, target_C1)[:, 0]) * w_C).sum()
-    return total, logit_gradient(z_CV, share_CV, target_C1, w_C, facts).to(h_CD.dtype)
+    """Return the summed loss of one chunk and its gradient with respect to h W.T + b, (C, V). Overwrites z.
 
-
-def softmax_and_norm(z_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return softmax (C, V) and log-sum-exp (C,) with one exponential per logit."""
-    top_C1 = z_CV.amax(dim=1, keepdim=True)
-    e_CV = (z_CV - top_C1).exp_()
-    sum_C1 = e_CV.sum(dim=1, keepdim=True)
-    norm_C = (top_C1 + sum_C1.log())[:, 0]
-    return e_CV.div_(sum_C1), norm_C
-
-
-def logit_gradient(
-    z_CV: torch.Tensor, share_CV: torch.Tensor, target_C1: torch.Tensor, w_C: torch.Tensor, facts: HeadFacts
-) -> torch.Tensor:
-    """Return d loss / d (h W.T + b): w * (softmax - onehot), through soft-cap and scale. Overwrites `share`."""
-    curve = None if facts.softcap is None else 1 - (z_CV / facts.softcap) ** 2
+    With p = softmax(z), log-sum-exp is max(z) - log(max(p)): nothing but z is as large as z.
+    """
+    top_C, at_target_C = z_CV.amax(dim=1), z_CV.gather(1, target_C1)[:, 0]
+    curve_CV = None if facts.softcap is None else 1 - (z_CV / facts.softcap) ** 2
+    share_CV = torch.softmax(z_CV, dim=1, out=z_CV)
+    norm_C = top_C - share_CV.amax(dim=1).log()
     slope_CV = share_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=share_CV.dtype))
-    slope_CV *= w_C[:, None] * facts.scale
-    return slope_CV if curve is None else slope_CV * curve
+    slope_CV.mul_((w_C * facts.scale)[:, None])
+    return ((norm_C - at_target_C) * w_C).sum(), slope_CV if curve_CV is None else slope_CV.mul_(curve_CV)
 
 
 def sft(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:

@@ -53,8 +53,7 @@ class TorchTrainer:
         """Add one micro-batch's summed gradient to the flat one; return its summed loss."""
         model = self.model
         targets_N, weights_N = model.put(batch.targets_N, torch.long), model.put(batch.weights_N, torch.float32)
-        length = batch.tokens_BT.shape[1]
-        model.dropout.begin(seed=update.seed, step=update.step, slots=batch.slots_B, length=length, device=model.device)
+        model.dropout.begin(seed=update.seed, step=update.step, places=batch.places(), device=model.device)
         try:
             loss = self.objective(model.hidden(batch), model.head, targets_N, weights_N)
             parameters = list(self.optimizer.parameters.values())

@@ -12,6 +12,7 @@ from shared.errors import ConfigError, did_you_mean
 from shared.seeds import uniform
 from shared.types import AdapterSpec, ModelInfo, Tensor
 
+SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # siblings that read one tensor
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -66,6 +67,21 @@ def is_match(target: str, name: str) -> bool:
     (True, False)
     """
     return name == target or name.endswith("." + target)
+
+
+def shared_inputs(spec: AdapterSpec) -> list[tuple[str, ...]]:
+    """Return groups of modules that read the same input, as far as the spec adapts them.
+
+    >>> shared_inputs(AdapterSpec("lora", 8, 16.0, 0.0, ("a.0.k_proj", "a.0.o_proj", "a.0.q_proj")))
+    [('a.0.k_proj', 'a.0.q_proj')]
+    """
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in spec.modules:
+        parent, _, leaf = name.rpartition(".")
+        for number, leaves in enumerate(SHARED_INPUT):
+            if leaf in leaves:
+                groups.setdefault((parent, number), []).append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
 def layer_of(name: str) -> int | None:

@@ -1,8 +1,7 @@
-"""Which rows an update takes, and how they are cut into micro-batches.
+"""Which rows an update takes, and the micro-batches that they are cut into.
 
-The rows of update u are a pure function of (seed, u): that is the mathematics. The cut is not: rows are
-sorted by length inside the update and cut by a budget of positions, so that hardly any padding remains,
-and every cut gives the same update.
+The rows of update u are a pure function of (seed, u): that is the mathematics. The layout is not: examples are packed
+end to end, or sorted by length and padded, and every layout gives the same update.
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.data.cut import cut
+from shared.data.cut import Segment, cut, join, pack
+from shared.data.layout import Layout
 from shared.seeds import row_order
 from shared.types import Batch, Example
-
-# B rows, T tokens, N supervised positions
-AUTO_MICRO_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -40,34 +37,25 @@ class Plan:
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
 
-def make_batch(examples: Sequence[Example], slots: Sequence[int]) -> Batch:
+def make_batch(examples: Sequence[Example], slots: Sequence[int], *, packed: bool = False) -> Batch:
     """Return the micro-batch of these examples; slots: their places in the update."""
-    lengths_B = np.array([len(example.tokens) for example in examples], dtype=np.int32)
-    T = int(lengths_B.max())
-    tokens_BT = np.zeros((len(examples), T), dtype=np.int32)
-    positions, targets = [], []
-    for b, example in enumerate(examples):
-        tokens_BT[b, : len(example.tokens)] = example.tokens
-        at = np.flatnonzero(example.supervised)
-        positions.append(b * T + at - 1)  # the hidden state one place earlier predicts it
-        targets.append(example.tokens[at])
-    positions_N, targets_N = np.concatenate(positions).astype(np.int32), np.concatenate(targets)
-    return Batch(
-        tokens_BT=tokens_BT,
-        lengths_B=lengths_B,
-        slots_B=np.array(slots, dtype=np.int32),
-        positions_N=positions_N,
-        targets_N=targets_N,
-        weights_N=np.ones(len(targets_N), dtype=np.float32),
-    )
+    return join([make_segment(example, slot) for example, slot in zip(examples, slots, strict=True)], packed=packed)
 
 
-def micro_batches(examples: Sequence[Example], *, micro_tokens: int) -> list[Batch]:
+def make_segment(example: Example, slot: int) -> Segment:
+    """Return an example with its targets, each predicted by the hidden state one place earlier."""
+    at = np.flatnonzero(example.supervised)
+    weights_N = np.ones(len(at), dtype=np.float32)
+    return Segment(example.tokens, slot, positions_N=at - 1, targets_N=example.tokens[at], weights_N=weights_N)
+
+
+def micro_batches(examples: Sequence[Example], layout: Layout) -> list[Batch]:
     """Return the micro-batches of one update's (or a whole evaluation's) examples."""
-    groups = cut([len(example.tokens) for example in examples], micro_tokens=micro_tokens)
-    return [make_batch([examples[place] for place in group], group) for group in groups]
+    divide = pack if layout.packed else cut
+    groups = divide([len(example.tokens) for example in examples], micro_tokens=layout.micro_tokens, lanes=layout.lanes)
+    return [make_batch([examples[place] for place in group], group, packed=layout.packed) for group in groups]
 
 
-def update_batches(examples: Sequence[Example], plan: Plan, step: int, *, micro_tokens: int) -> list[Batch]:
+def update_batches(examples: Sequence[Example], plan: Plan, step: int, layout: Layout) -> list[Batch]:
     """Return the micro-batches of update `step`."""
-    return micro_batches([examples[row] for row in plan.rows(step)], micro_tokens=micro_tokens)
+    return micro_batches([examples[row] for row in plan.rows(step)], layout)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from heapq import heapreplace
 
 import numpy as np
 
@@ -12,11 +14,80 @@ from shared.types import Batch
 MICRO_COST = 64  # positions that a micro-batch's fixed cost is worth: cut where it saves more (benchmarks/LOG.md)
 
 
-def cut(lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class Segment:
+    """One example in a micro-batch."""
+
+    tokens: np.ndarray  # (T,) int32
+    slot: int  # its place in the update
+    positions_N: np.ndarray  # of the hidden states that predict the targets, from 0
+    targets_N: np.ndarray
+    weights_N: np.ndarray
+
+
+def join(segments: Sequence[Segment], *, packed: bool) -> Batch:
+    """Return segments as one micro-batch: end to end in one row, or a row each."""
+    lengths_S = np.array([len(segment.tokens) for segment in segments], dtype=np.int32)
+    width = int(lengths_S.sum() if packed else lengths_S.max())
+    starts_S = np.cumsum(lengths_S) - lengths_S if packed else np.arange(len(segments)) * width
+    tokens = np.zeros((1 if packed else len(segments)) * width, dtype=np.int32)
+    for segment, start in zip(segments, starts_S, strict=True):
+        tokens[start : start + len(segment.tokens)] = segment.tokens
+    positions = [segment.positions_N + start for segment, start in zip(segments, starts_S, strict=True)]
+    return Batch(
+        tokens_BT=tokens.reshape(-1, width),
+        starts_S=starts_S.astype(np.int32),
+        lengths_S=lengths_S,
+        slots_S=np.array([segment.slot for segment in segments], dtype=np.int32),
+        positions_N=np.concatenate(positions).astype(np.int32),
+        targets_N=np.concatenate([segment.targets_N for segment in segments]),
+        weights_N=np.concatenate([segment.weights_N for segment in segments]),
+    )
+
+
+def take_apart(batch: Batch) -> Iterator[Segment]:
+    """Yield the segments that were joined."""
+    tokens = batch.tokens_BT.reshape(-1)
+    for start, length, slot in zip(batch.starts_S, batch.lengths_S, batch.slots_S, strict=True):
+        inside = (batch.positions_N >= start) & (batch.positions_N < start + length)
+        yield Segment(
+            tokens[start : start + length],
+            int(slot),
+            positions_N=batch.positions_N[inside] - start,
+            targets_N=batch.targets_N[inside],
+            weights_N=batch.weights_N[inside],
+        )
+
+
+def pack(lengths: Sequence[int], *, micro_tokens: int, lanes: int = 1) -> list[list[int]]:
+    """Return groups of places of nearly equal sums, each at most `micro_tokens` long or a single example.
+
+    There are as few groups as fit, a multiple of `lanes` where there are examples enough. Longest first, each into the
+    group that is shortest so far.
+
+    >>> pack([3, 9, 4, 8], micro_tokens=12), pack([5, 5], micro_tokens=100, lanes=2)
+    ([[1, 0], [3, 2]], [[0], [1]])
+    """
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    wanted = -(-sum(lengths) // micro_tokens)
+    while True:
+        wanted = min(-(-wanted // lanes) * lanes, len(order))
+        groups: list[list[int]] = [[] for _ in range(wanted)]
+        sums = [(0, number) for number in range(wanted)]  # a heap
+        for place in order:
+            total, number = sums[0]
+            groups[number].append(place)
+            heapreplace(sums, (total + lengths[place], number))
+        if wanted == len(order) or all(total <= micro_tokens or len(groups[number]) == 1 for total, number in sums):
+            return groups
+        wanted += 1
+
+
+def cut(lengths: Sequence[int], *, micro_tokens: int, lanes: int = 1) -> list[list[int]]:
     """Return groups of places, longest rows first, each at most `micro_tokens` positions or a single row.
 
     Of all cuts of the sorted rows it is the one with the fewest positions, padding included, where every group costs
-    another MICRO_COST positions.
+    another MICRO_COST positions. Then groups are halved until they are a multiple of `lanes`.
 
     >>> cut([3, 9, 4, 8], micro_tokens=18), cut([200, 900, 210, 890], micro_tokens=4096)
     ([[1, 3], [2, 0]], [[1, 3], [2, 0]])
@@ -38,12 +109,21 @@ def cut(lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:
     while end:
         groups.append(order[begins[end] : end])
         end = begins[end]
-    return groups[::-1]
+    return share_out(groups[::-1], lengths, lanes=lanes)
+
+
+def share_out(groups: list[list[int]], lengths: Sequence[int], *, lanes: int) -> list[list[int]]:
+    """Return the groups with the largest halved until their number is a multiple of `lanes`, if rows allow."""
+    while len(groups) % lanes and any(len(group) > 1 for group in groups):
+        worst = max(range(len(groups)), key=lambda g: (len(groups[g]) > 1, lengths[groups[g][0]] * len(groups[g]), -g))
+        middle = -(-len(groups[worst]) // 2)
+        groups[worst : worst + 1] = [groups[worst][:middle], groups[worst][middle:]]
+    return groups
 
 
 def halve(micro: Sequence[Batch]) -> list[Batch]:
-    """Return the same rows in micro-batches of half the rows; raises OutOfMemory where all have one row."""
-    if all(len(batch.lengths_B) == 1 for batch in micro):
+    """Return the same rows in micro-batches of half the examples; raises OutOfMemory where all have one."""
+    if all(len(batch.lengths_S) == 1 for batch in micro):
         longest = max(batch.tokens_BT.shape[1] for batch in micro)
         raise OutOfMemory(
             f"out of memory with a single row of {longest} tokens",
@@ -53,19 +133,9 @@ def halve(micro: Sequence[Batch]) -> list[Batch]:
 
 
 def split(batch: Batch) -> Iterator[Batch]:
-    """Yield a micro-batch in two halves, or as it is when it has one row."""
-    rows = len(batch.lengths_B)
-    T = batch.tokens_BT.shape[1]
-    middle = -(-rows // 2)
-    for first, last in ((0, middle), (middle, rows)):
-        if first == last:
-            continue
-        inside = (batch.positions_N >= first * T) & (batch.positions_N < last * T)
-        yield Batch(
-            tokens_BT=batch.tokens_BT[first:last],
-            lengths_B=batch.lengths_B[first:last],
-            slots_B=batch.slots_B[first:last],
-            positions_N=batch.positions_N[inside] - np.int32(first * T),
-            targets_N=batch.targets_N[inside],
-            weights_N=batch.weights_N[inside],
-        )
+    """Yield a micro-batch in two halves, or as it is when it has one example."""
+    segments = list(take_apart(batch))
+    middle = -(-len(segments) // 2)
+    for part in (segments[:middle], segments[middle:]):
+        if part:
+            yield join(part, packed=batch.is_packed)

@@ -96,8 +96,9 @@ def all_log_probs(lab, sequence):
     T = len(sequence)
     batch = Batch(
         tokens_BT=np.array([sequence], dtype=np.int32),
-        lengths_B=np.array([T], dtype=np.int32),
-        slots_B=np.zeros(1, dtype=np.int32),
+        lengths_S=np.array([T], dtype=np.int32),
+        starts_S=np.zeros(1, dtype=np.int32),
+        slots_S=np.zeros(1, dtype=np.int32),
         positions_N=np.full(vocabulary, T - 1, dtype=np.int32),
         targets_N=np.arange(vocabulary, dtype=np.int32),
         weights_N=np.ones(vocabulary, dtype=np.float32),

@@ -11,6 +11,7 @@ import pytest
 from shared import reference
 from shared.config import parse_scheme
 from shared.data.batch import make_batch, micro_batches
+from shared.data.layout import Layout
 from shared.errors import CheckpointError
 from shared.tensors import to_float32
 from shared.types import Scheme, Tensor
@@ -61,7 +62,7 @@ def test_accumulation_of_1_2_4_and_8_micro_batches_gives_the_same_update(
 
 def test_loss_is_nats_per_supervised_token_whatever_the_micro_batches(make_lab, make_examples, make_update):
     lab, examples = make_lab(), make_examples(RAGGED)
-    batches = micro_batches(examples, micro_tokens=40)
+    batches = micro_batches(examples, Layout(40))
     log_probs = np.concatenate([lab.model.log_probs(batch) for batch in batches])
     stats = lab.trainer.step(batches, make_update()).result()
     assert stats.loss == pytest.approx(-log_probs.astype(np.float64).mean(), rel=tolerances.FIRST_LOSS)
@@ -70,7 +71,7 @@ def test_loss_is_nats_per_supervised_token_whatever_the_micro_batches(make_lab, 
 
 def test_update_is_that_of_the_float64_reference(make_lab, make_examples, make_update):
     update = make_update(weight_decay=0.1, max_grad_norm=0.05)
-    lab, batches = make_lab(), micro_batches(make_examples(RAGGED), micro_tokens=64)
+    lab, batches = make_lab(), micro_batches(make_examples(RAGGED), Layout(64))
     before = values(lab.model.tensors("adapter"))
     clipped = gradients(lab, batches, update)
     after = values(lab.model.tensors("adapter"))
@@ -86,7 +87,7 @@ def test_update_is_that_of_the_float64_reference(make_lab, make_examples, make_u
 
 
 def test_gradient_norm_is_reported_before_clipping(make_lab, make_examples, make_update):
-    batches = micro_batches(make_examples(RAGGED), micro_tokens=4096)
+    batches = micro_batches(make_examples(RAGGED), Layout(4096))
     free, tight = make_lab(), make_lab()
     wide = free.trainer.step(batches, make_update(max_grad_norm=None)).result()
     narrow = tight.trainer.step(batches, make_update(max_grad_norm=1e-3)).result()
@@ -95,7 +96,7 @@ def test_gradient_norm_is_reported_before_clipping(make_lab, make_examples, make
 
 def test_non_finite_update_is_skipped_and_changes_nothing(make_lab, make_examples, make_update):
     lab = make_lab()
-    good = micro_batches(make_examples(RAGGED), micro_tokens=4096)
+    good = micro_batches(make_examples(RAGGED), Layout(4096))
     lab.trainer.step(good, make_update()).result()
     before = [*lab.model.tensors("adapter"), *lab.trainer.state()]
     kept = {name: tensor.data.copy() for name, tensor in before}
@@ -107,7 +108,7 @@ def test_non_finite_update_is_skipped_and_changes_nothing(make_lab, make_example
 
 
 def test_state_round_trip_continues_bit_for_bit(make_lab, make_examples, make_update):
-    batches = micro_batches(make_examples(RAGGED), micro_tokens=64)
+    batches = micro_batches(make_examples(RAGGED), Layout(64))
     whole = make_lab(dropout=0.1)
     for step in range(1, 6):
         whole.trainer.step(batches, make_update(step=step)).result()
@@ -126,7 +127,7 @@ def test_state_round_trip_continues_bit_for_bit(make_lab, make_examples, make_up
 
 
 def test_repeated_run_is_bit_identical(make_lab, make_examples, make_update):
-    batches = micro_batches(make_examples(RAGGED), micro_tokens=64)
+    batches = micro_batches(make_examples(RAGGED), Layout(64))
     runs = []
     for _ in range(2):
         lab = make_lab(dropout=0.3)
@@ -143,7 +144,7 @@ def test_optimizer_state_of_another_adapter_is_refused(make_lab):
 
 @pytest.mark.parametrize("quantization", ["none", "affine-4bit-g64"])
 def test_recompute_gives_the_same_update(make_lab, make_examples, make_update, quantization):
-    batches = micro_batches(make_examples(RAGGED), micro_tokens=64)
+    batches = micro_batches(make_examples(RAGGED), Layout(64))
     scheme = parse_scheme(quantization)
     results = []
     for recompute in (False, True):
@@ -157,7 +158,7 @@ def test_recompute_gives_the_same_update(make_lab, make_examples, make_update, q
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_training_never_changes_packed_bytes(make_lab, make_examples, make_update, bits):
     lab = make_lab(quantization=Scheme("affine", bits, 32))
-    batches = micro_batches(make_examples(RAGGED), micro_tokens=64)
+    batches = micro_batches(make_examples(RAGGED), Layout(64))
 
     def digest():
         words = b"".join(tensor.data.tobytes() for _, tensor in sorted(lab.model.tensors("base"), key=lambda p: p[0]))
@@ -182,7 +183,7 @@ def test_full_fine_tuning_trains_every_parameter_as_torch_does(
     folder = tiny_model_folder(tied=tied)
     lab, examples = make_lab(folder, type="none"), make_examples([9, 9, 14])
     update = make_update(max_grad_norm=None, lr=1e-3)
-    batches = micro_batches(examples, micro_tokens=4096)
+    batches = micro_batches(examples, Layout(4096))
     found = gradients(lab, batches, update)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     total, weight = torch.zeros(()), 0
@@ -200,7 +201,7 @@ def test_full_fine_tuning_trains_every_parameter_as_torch_does(
 
 def test_bfloat16_base_trains_float32_adapters(make_lab, make_examples, make_update):
     lab = make_lab(dtype="bfloat16")
-    batches = micro_batches(make_examples(RAGGED), micro_tokens=4096)
+    batches = micro_batches(make_examples(RAGGED), Layout(4096))
     losses = [lab.trainer.step(batches, make_update(step=n, lr=1e-2)).result().loss for n in range(1, 9)]
     assert losses[-1] < losses[0]
     assert {tensor.dtype for _, tensor in lab.model.tensors("adapter")} == {"F32"}
@@ -209,7 +210,7 @@ def test_bfloat16_base_trains_float32_adapters(make_lab, make_examples, make_upd
 
 def test_bfloat16_full_fine_tuning_keeps_float32_masters(make_lab, make_examples, make_update):
     lab = make_lab(dtype="bfloat16", type="none")
-    batches = micro_batches(make_examples([9, 12]), micro_tokens=4096)
+    batches = micro_batches(make_examples([9, 12]), Layout(4096))
     for step in range(1, 5):
         lab.trainer.step(batches, make_update(step=step, lr=1e-5)).result()
     state = dict(lab.trainer.state())
@@ -222,7 +223,7 @@ def test_bfloat16_full_fine_tuning_keeps_float32_masters(make_lab, make_examples
 
 def test_memory_is_reported_in_bytes(make_lab, make_examples, make_update):
     lab = make_lab()
-    lab.trainer.step(micro_batches(make_examples(RAGGED), micro_tokens=64), make_update()).result()
+    lab.trainer.step(micro_batches(make_examples(RAGGED), Layout(64)), make_update()).result()
     memory = lab.trainer.memory()
     assert 0 < memory.active <= max(memory.peak, memory.active)
     assert memory.limit is None or memory.limit > memory.peak
@@ -234,7 +235,7 @@ def test_tensor_is_words_and_a_dtype():
 
 def test_gradients_of_micro_batches_sum_to_that_of_the_whole(make_lab, make_examples, make_update):
     examples, update = make_examples(RAGGED), make_update(max_grad_norm=None)
-    whole = gradients(make_lab(), micro_batches(examples, micro_tokens=4096), update)
+    whole = gradients(make_lab(), micro_batches(examples, Layout(4096)), update)
     for micro_tokens in (1, 33, 64):
-        parts = gradients(make_lab(), micro_batches(examples, micro_tokens=micro_tokens), update)
+        parts = gradients(make_lab(), micro_batches(examples, Layout(micro_tokens)), update)
         assert gap(parts, whole) <= tolerances.MICRO

@@ -67,6 +67,16 @@ def run_mlx(facts, *, biased):
     return float(value), [np.array(grad) for grad in grads], np.array(logp)
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks at a size that a float64 reference can follow."""
+    from mlxlora import objectives as on_mlx
+    from torch_backend import objectives as on_torch
+
+    for module in (on_mlx, on_torch):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2**22)
+
+
 @pytest.mark.parametrize("run", [run_mlx, run_torch], ids=["mlx", "torch"])
 @pytest.mark.parametrize(("facts", "biased"), list(product(FACTS, [False, True])), ids=str)
 def test_loss_and_gradients_over_several_chunks_are_those_of_the_reference(run, facts, biased):

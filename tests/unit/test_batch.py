@@ -9,6 +9,7 @@ import pytest
 
 from shared.data.batch import Plan, make_batch, micro_batches, update_batches
 from shared.data.cut import MICRO_COST, cut, halve, split
+from shared.data.layout import Layout
 from shared.errors import OutOfMemory
 from shared.types import Example
 
@@ -20,16 +21,16 @@ def facts(batches):
         T = batch.tokens_BT.shape[1]
         for position, target, weight in zip(batch.positions_N, batch.targets_N, batch.weights_N, strict=True):
             b, t = divmod(int(position), T)
-            found.append((int(batch.slots_B[b]), t, int(target), float(weight)))
+            found.append((int(batch.slots_S[b]), t, int(target), float(weight)))
     return sorted(found)
 
 
 def contents(batches):
     """Return every row's tokens by slot."""
     return {
-        int(slot): batch.tokens_BT[b, : batch.lengths_B[b]].tolist()
+        int(slot): batch.tokens_BT[b, : batch.lengths_S[b]].tolist()
         for batch in batches
-        for b, slot in enumerate(batch.slots_B)
+        for b, slot in enumerate(batch.slots_S)
     }
 
 
@@ -65,14 +66,14 @@ def test_the_rows_of_an_update_are_a_function_of_seed_and_step():
 
 @pytest.mark.parametrize("budget", [1, 16, 30, 64, 10_000])
 def test_a_cut_respects_its_budget_unless_a_single_row_exceeds_it(examples, budget):
-    batches = micro_batches(examples, micro_tokens=budget)
-    assert all(batch.tokens_BT.size <= budget or len(batch.lengths_B) == 1 for batch in batches)
+    batches = micro_batches(examples, Layout(budget))
+    assert all(batch.tokens_BT.size <= budget or len(batch.lengths_S) == 1 for batch in batches)
 
 
 @pytest.mark.parametrize("budget", [1, 16, 30, 64, 10_000])
 def test_every_cut_teaches_the_same(examples, budget):
     whole = [make_batch(examples, range(len(examples)))]
-    batches = micro_batches(examples, micro_tokens=budget)
+    batches = micro_batches(examples, Layout(budget))
     assert facts(batches) == facts(whole)
     assert contents(batches) == contents(whole)
 
@@ -90,15 +91,15 @@ def test_a_cut_does_not_depend_on_anything_but_lengths():
 
 
 def test_each_supervised_token_is_predicted_from_the_place_before_it(examples):
-    for batch in micro_batches(examples, micro_tokens=64):
+    for batch in micro_batches(examples, Layout(64)):
         flat, T = batch.tokens_BT.reshape(-1), batch.tokens_BT.shape[1]
         assert np.array_equal(flat[batch.positions_N + 1], batch.targets_N)
         assert ((batch.positions_N + 1) % T != 0).all()  # the target stands in the same row
-        assert (batch.positions_N % T + 1 < batch.lengths_B[batch.positions_N // T]).all()
+        assert (batch.positions_N % T + 1 < batch.lengths_S[batch.positions_N // T]).all()
 
 
 def test_each_supervised_token_of_an_update_is_learned_once(examples):
-    batches = micro_batches(examples, micro_tokens=40)
+    batches = micro_batches(examples, Layout(40))
     assert sum(len(batch.targets_N) for batch in batches) == sum(int(example.supervised.sum()) for example in examples)
     assert sum(batch.num_tokens for batch in batches) == sum(len(example.tokens) for example in examples)
 
@@ -108,17 +109,17 @@ def test_a_known_row_gives_the_batch_that_one_writes_down_by_hand():
     other = Example(np.array([5, 6], dtype=np.int32), np.array([False, True]), "x:2")
     batch = make_batch([row, other], [3, 1])
     assert batch.tokens_BT.tolist() == [[7, 8, 9, 4], [5, 6, 0, 0]]
-    assert batch.lengths_B.tolist() == [4, 2]
+    assert batch.lengths_S.tolist() == [4, 2]
     assert batch.positions_N.tolist() == [1, 2, 4]
     assert batch.targets_N.tolist() == [9, 4, 6]
     assert batch.weights_N.tolist() == [1, 1, 1]
-    assert batch.slots_B.tolist() == [3, 1]
+    assert batch.slots_S.tolist() == [3, 1]
 
 
 def test_arrays_have_the_documented_types(examples):
     batch = make_batch(examples, range(len(examples)))
     kinds = {
-        name: getattr(batch, name).dtype for name in ("tokens_BT", "lengths_B", "slots_B", "positions_N", "targets_N")
+        name: getattr(batch, name).dtype for name in ("tokens_BT", "lengths_S", "slots_S", "positions_N", "targets_N")
     }
     assert set(kinds.values()) == {np.dtype(np.int32)}
     assert batch.weights_N.dtype == np.float32
@@ -126,25 +127,25 @@ def test_arrays_have_the_documented_types(examples):
 
 def test_update_batches_are_the_plans_rows(examples):
     plan = Plan(len(examples), 4, seed=5)
-    batches = update_batches(examples, plan, 2, micro_tokens=20)
+    batches = update_batches(examples, plan, 2, Layout(20))
     assert contents(batches) == {slot: examples[row].tokens.tolist() for slot, row in enumerate(plan.rows(2))}
 
 
 def test_splitting_keeps_every_row_and_every_target(examples):
-    for batch in micro_batches(examples, micro_tokens=64):
+    for batch in micro_batches(examples, Layout(64)):
         parts = list(split(batch))
         assert facts(parts) == facts([batch])
         assert contents(parts) == contents([batch])
-        assert [len(part.lengths_B) for part in parts] in (
+        assert [len(part.lengths_S) for part in parts] in (
             [1],
-            [-(-len(batch.lengths_B) // 2), len(batch.lengths_B) // 2],
+            [-(-len(batch.lengths_S) // 2), len(batch.lengths_S) // 2],
         )
 
 
 def test_halving_ends_at_single_rows_and_loses_nothing(examples):
     micro = [make_batch(examples, range(len(examples)))]
     wanted = facts(micro), contents(micro)
-    while max(len(batch.lengths_B) for batch in micro) > 1:
+    while max(len(batch.lengths_S) for batch in micro) > 1:
         micro = halve(micro)
         assert (facts(micro), contents(micro)) == wanted
     assert len(micro) == len(examples)
@@ -172,5 +173,5 @@ def test_a_cut_has_the_least_cost_of_all_cuts():
 
 def test_hardly_any_padding_remains(make_examples):
     lengths = np.random.default_rng(0).integers(20, 400, 64).tolist()
-    batches = micro_batches(make_examples(lengths), micro_tokens=4096)
+    batches = micro_batches(make_examples(lengths), Layout(4096))
     assert 1 - sum(lengths) / sum(batch.tokens_BT.size for batch in batches) < 0.08

@@ -1,0 +1,149 @@
+"""Causal attention over packed rows: every example attends to itself only, so nothing is masked away or wasted.
+
+mlx-lm's models pass a cache to every layer and to the mask; ours says where the examples lie.
+Legend: B rows, T tokens, H heads, K head width, G query heads per key head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlxlora.kernels import exp, on_gpu
+
+BLOCK = 128  # query rows computed at once on a CPU: keys behind a block's last row are left out
+MASKED = -1e30
+
+
+class Segments:
+    """What stands in a layer's cache during training: the lengths of the examples packed into the one row."""
+
+    offset = 0
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
+
+    def make_mask(self, length: int, *, return_array: bool = False, window_size: int | None = None) -> Any:
+        """Return None: the attention knows the segments; raises where a window would cut into one."""
+        if window_size is not None and max(self.lengths) > window_size:
+            raise NotImplementedError(f"a window of {window_size} positions over {max(self.lengths)} packed ones")
+        return None
+
+    def slices(self) -> Iterator[tuple[slice, int]]:
+        """Yield where examples of one length stand side by side, and how many they are."""
+        start = 0
+        for length, same in groupby(self.lengths):
+            count = len(list(same))
+            yield slice(start, start + count * length), count
+            start += count * length
+
+
+@lru_cache(maxsize=16)
+def packing(attention_class: type) -> type:
+    """Return the class of an attention layer that also takes packed rows.
+
+    It is given to single layers of the families where it is proven (`shared.families.CHECKED`); without `Segments`
+    it is the zoo's own.
+    """
+
+    class Packing(attention_class):
+        def __call__(self, x_BTD: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+            if not isinstance(cache, Segments):
+                return super().__call__(x_BTD, mask, cache)
+            q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+            outputs = [
+                attend(self, q[:, at], k[:, at], v[:, at], count=count).reshape(1, at.stop - at.start, -1)
+                for at, count in cache.slices()
+            ]
+            return self.o_proj(outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1))
+
+    Packing.__name__ = Packing.__qualname__ = f"Packing{attention_class.__name__}"
+    return Packing
+
+
+def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, count: int) -> mx.array:
+    """Return (count, T, H, K) of `count` examples of one length that stand side by side in q, k and v."""
+
+    def heads(x: mx.array, number: int) -> mx.array:
+        return x.reshape(count, x.shape[1] // count, number, -1).transpose(0, 2, 1, 3)
+
+    q, k, v = heads(q, layer.n_heads), heads(k, layer.n_kv_heads), heads(v, layer.n_kv_heads)
+    return causal(layer.rope(q), layer.rope(k), v, scale=layer.scale).transpose(0, 2, 1, 3)
+
+
+def causal(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
+    """Return (B, H, T, K): each position attends to itself and what stands before it."""
+    if on_gpu():
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+    B, H, T, K = q.shape
+    groups = H // k.shape[1]
+    wide = [q.reshape(B, -1, groups, T, K), k[:, :, None], v[:, :, None]]
+    return blockwise(scale)(*wide)[0].reshape(B, H, T, K)
+
+
+@lru_cache(maxsize=16)
+def blockwise(scale: float) -> Callable[..., list[mx.array]]:
+    """Return attention of q (B, H/G, G, T, K) over k and v (B, H/G, 1, T, K), gradients written by hand.
+
+    Of the (T, T) probabilities nothing is kept but the log-sum-exp of each row. Source: Dao et al. 2022, appendix B.
+    """
+
+    @mx.custom_function
+    def attention(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
+        return forward(q, k, v, scale=scale)
+
+    @attention.vjp
+    def backward(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
+        return gradients(primals, cotangents[0], outputs, scale=scale)
+
+    return cast(Callable[..., list[mx.array]], attention)
+
+
+def forward(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> list[mx.array]:
+    """Return the output and the log-sum-exp of every row's scores."""
+    outputs, norms = [], []
+    for start, stop in blocks(q.shape[-2]):
+        s = scores(q, k, start, stop, scale=scale)
+        top = s.max(axis=-1, keepdims=True)
+        p = exp(s - top) * kept(start, stop, q.dtype)
+        total = p.sum(axis=-1, keepdims=True)
+        outputs.append((p @ v[..., :stop, :]) / total)
+        norms.append(top + mx.log(total))
+    return [mx.concatenate(outputs, axis=-2), mx.concatenate(norms, axis=-2)]
+
+
+def gradients(
+    primals: Sequence[mx.array], dout: mx.array, outputs: Sequence[mx.array], *, scale: float
+) -> list[mx.array]:
+    """Return the gradients of q, k and v; the probabilities are computed again."""
+    (q, k, v), (out, norm) = primals, outputs
+    delta = (dout * out).sum(axis=-1, keepdims=True)
+    dq, dk, dv = [], mx.zeros_like(k), mx.zeros_like(v)
+    for start, stop in blocks(q.shape[-2]):
+        at = (..., slice(start, stop), slice(None))
+        p = exp(scores(q, k, start, stop, scale=scale) - norm[at]) * kept(start, stop, q.dtype)
+        ds = p * (dout[at] @ v[..., :stop, :].swapaxes(-1, -2) - delta[at]) * scale
+        dq.append(ds @ k[..., :stop, :])
+        dk = dk.at[..., :stop, :].add((ds.swapaxes(-1, -2) @ q[at]).sum(axis=2, keepdims=True))
+        dv = dv.at[..., :stop, :].add((p.swapaxes(-1, -2) @ dout[at]).sum(axis=2, keepdims=True))
+    return [mx.concatenate(dq, axis=-2), dk, dv]
+
+
+def scores(q: mx.array, k: mx.array, start: int, stop: int, *, scale: float) -> mx.array:
+    """Return the scores of rows [start, stop) over columns [0, stop)."""
+    later = (1 - kept(start, stop, q.dtype)) * MASKED
+    return (q[..., start:stop, :] * scale) @ k[..., :stop, :].swapaxes(-1, -2) + later
+
+
+def kept(start: int, stop: int, dtype: mx.Dtype) -> mx.array:
+    """Return (stop - start, stop): 1 where a row sees a column, 0 behind it."""
+    return (mx.arange(stop)[None] <= mx.arange(start, stop)[:, None]).astype(dtype)
+
+
+def blocks(length: int) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) of the blocks of rows."""
+    yield from ((start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
