@@ -72,6 +72,9 @@ class DataConfig(Section):
         Field(description="completion and assistant: what the model has to say; all: every token"),
     ] = "completion"
     packing: Literal["auto", "none"] = "auto"
+    cache: Annotated[bool, Field(strict=True, description="keep tokenized rows between runs; never changes them")] = (
+        True
+    )
 
     @field_validator("packing", mode="before")
     @classmethod

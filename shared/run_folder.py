@@ -28,7 +28,7 @@ from shared.types import Capability
 # Settings that may change between a run and its resume: they change neither the mathematics nor the data.
 FREE = (
     "output", "backend", "device", "log", "checkpoint", "evaluation",
-    "train.micro_tokens", "train.recompute", "model", "data.path",  # the last two by hash, wherever they lie
+    "train.micro_tokens", "train.recompute", "data.cache", "model", "data.path",  # the last two by hash
 )  # fmt: skip
 
 
