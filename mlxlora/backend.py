@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.errors import CapabilityError
+from shared.importing import collector_paused, defer_front
 from shared.threads import cpu_lanes, keep_memory, num_cores, wait_politely
 from shared.types import Capability, Packed, Scheme, Tensor
 
@@ -51,7 +52,9 @@ class MLXBackend:
     ) -> MLXModel:
         """Return the base of a folder; quantization applies where the folder is not quantized already."""
         choose_device(device)
-        from mlxlora.model import load_model
+        defer_front("mlx_lm")  # it imports transformers and torch, which no model of it needs: 2 s
+        with collector_paused():
+            from mlxlora.model import load_model
 
         return load_model(folder, dtype=dtype, quantization=quantization, recompute=recompute)
 

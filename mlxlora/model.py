@@ -38,6 +38,7 @@ from shared.families import (
     with_old_rope_keys,
 )
 from shared.folder import COMPUTED, PACKED_LEAVES, ModelFolder, check_tensors, nearest_family, open_folder
+from shared.importing import defer_front, read_constant
 from shared.registry import find_quantizer
 from shared.strict import check_adapter, check_length
 from shared.types import AdapterSpec, Batch, ModelInfo, Part, Sampling, Scheme, Tensor, Token
@@ -143,11 +144,8 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
 
 def build_empty(folder: ModelFolder) -> Any:
     """Return the zoo's model without values (MLX is lazy); raises ModelError for an unknown family."""
-    from mlx_lm.utils import MODEL_REMAPPING
-
-    family = MODEL_REMAPPING.get(folder.family, folder.family)
     try:
-        module = importlib.import_module(f"mlx_lm.models.{family}")
+        module = importlib.import_module(f"mlx_lm.models.{module_name(folder.family)}")
         args_class, model_class = module.ModelArgs, module.Model
     except (ImportError, AttributeError):
         raise ModelError(
@@ -165,6 +163,17 @@ def build_empty(folder: ModelFolder) -> Any:
     if not all(hasattr(getattr(zoo, "model", None), part) for part in ("embed_tokens", "layers")):
         raise unknown_layout(folder.family)
     return zoo
+
+
+def module_name(family: str) -> str:
+    """Return the name of mlx-lm's module for a model type, e.g. "llama" for "mistral"."""
+    defer_front("mlx_lm")
+    try:
+        return read_constant("mlx_lm.utils", "MODEL_REMAPPING").get(family, family)
+    except LookupError:
+        from mlx_lm.utils import MODEL_REMAPPING
+
+        return MODEL_REMAPPING.get(family, family)
 
 
 def known_families() -> list[str]:

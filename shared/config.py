@@ -75,6 +75,9 @@ class DataConfig(Section):
         Literal["auto", "packed", "none"],
         Field(description="packed: examples end to end, none: sorted by length and padded; never changes the result"),
     ] = "auto"
+    cache: Annotated[bool, Field(strict=True, description="keep tokenized rows between runs; never changes them")] = (
+        True
+    )
 
     @field_validator("packing", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from shared.callbacks import tell
 from shared.config import RunConfig
+from shared.data.ahead import Ahead
 from shared.data.batch import update_batches
 from shared.data.cut import halve
 from shared.errors import Interrupted, OutOfMemory
@@ -28,12 +29,13 @@ from shared.types import Batch, StepStats, Update
 def fit(run: Run) -> None:
     """Train from `run.state.step` to the end; raises Interrupted (after saving) when a signal asks to stop."""
     schedule = build_schedule(run.config.schedule, lr=run.config.optimizer.lr, updates=run.updates)
+    ahead = Ahead(lambda step, layout: update_batches(run.train, run.plan, step, layout))
     with stop_signals() as stop:
         run.row_began = time.perf_counter()
         if is_due(run, run.config.evaluation.every) or run.state.step == 0:
             evaluate(run)
         while run.state.step < run.updates and not stopped_early(run):
-            do_update(run, schedule)
+            do_update(run, schedule, ahead)
             if stop.number:
                 drain(run)
                 checkpoint(run)
@@ -55,10 +57,10 @@ def is_due(run: Run, every: int | None) -> bool:
     return every is not None and run.state.step > 0 and run.state.step % every == 0
 
 
-def do_update(run: Run, schedule: Callable[[int], float]) -> None:
+def do_update(run: Run, schedule: Callable[[int], float], ahead: Ahead) -> None:
     """Do the next update and log it where a row is due."""
     step = run.state.step + 1
-    micro = update_batches(run.train, run.plan, step, run.layout)
+    micro = ahead.take(step, run.layout)
     update = build_update(run.config, step, lr=schedule(step))
     run.pending.append((step, step_or_split(run, micro, update)))
     state = run.state

@@ -28,7 +28,7 @@ from shared.types import Capability
 # Settings that may change between a run and its resume: they change neither the mathematics nor the data.
 FREE = (
     "output", "backend", "device", "log", "checkpoint", "evaluation",
-    "train.micro_tokens", "train.recompute", "data.packing",
+    "train.micro_tokens", "train.recompute", "data.packing", "data.cache",
     "model", "data.path",  # by hash, wherever they lie
 )  # fmt: skip
 

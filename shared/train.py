@@ -16,11 +16,12 @@ from shared.adapters.spec import initial_adapter, resolve
 from shared.callbacks import Callback, tell
 from shared.card import write_card
 from shared.checkpoint import Checkpoint
-from shared.config import RunConfig, parse_scheme
+from shared.config import DataConfig, RunConfig, parse_scheme
 from shared.data.batch import Plan
+from shared.data.cache import tokenize_cached
 from shared.data.layout import choose_layout
-from shared.data.rows import content_hash, find_data, read_rows, split_file
-from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
+from shared.data.rows import Row, content_hash, find_data, read_rows, split_file
+from shared.data.tokenize import Tokenizer, tokenize_rows
 from shared.errors import ModelError, StorageError
 from shared.export import write_model
 from shared.folder import ModelFolder, find_folder, open_folder
@@ -156,9 +157,8 @@ def prepare(config: RunConfig) -> Prepared:
         valid_rows = valid_rows[: config.evaluation.batches * config.train.batch_size]
     seen = {content_hash([row]) for row in rows} if valid_rows else set()
     base = open_folder(find_folder(config.model))
-    tokenizer = load_tokenizer(base.path)
-    options = {"train_on": config.data.train_on, "max_length": config.data.max_length}
-    train_rows, valid = tokenize_rows(rows, tokenizer, **options), tokenize_rows(valid_rows, tokenizer, **options)
+    tokenizer = Tokenizer(base.path)
+    train_rows, valid = (make_examples(some, tokenizer, config.data) for some in (rows, valid_rows))
     check_vocabulary(base, [*train_rows, *valid])
     files = [file] + ([valid_file] if valid_file else [])
     return Prepared(
@@ -172,6 +172,16 @@ def prepare(config: RunConfig) -> Prepared:
         data_files=hash_files(files).result(),
         leaks=sum(content_hash([row]) in seen for row in valid_rows),
     )
+
+
+def make_examples(rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> list[Example]:
+    """Return the rows' examples, from the cache where it has them; then the tokenizer is not even loaded."""
+    options: dict[str, Any] = {"train_on": data.train_on, "max_length": data.max_length}
+
+    def make() -> list[Example]:
+        return tokenize_rows(rows, tokenizer, **options)
+
+    return tokenize_cached(rows, model=tokenizer.folder, make=make, **options) if data.cache else make()
 
 
 def check_vocabulary(base: ModelFolder, examples: Sequence[Example]) -> None:

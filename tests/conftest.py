@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -27,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread 
 wait_politely()
 lend_blas()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network
+os.environ["MLXLORA_CACHE"] = tempfile.mkdtemp(prefix="mlxlora-test-cache-")  # nor the user's cache
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
@@ -58,6 +61,11 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise pytest.UsageError(f"the tests need {', '.join(missing)}: install the [test] extra with the constraints")
+
+
+def pytest_unconfigure() -> None:
+    """Remove what the tests left in their cache."""
+    shutil.rmtree(os.environ["MLXLORA_CACHE"], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.errors import CapabilityError
+from shared.importing import collector_paused
 from shared.threads import keep_memory, wait_politely
 from shared.types import Capability, Packed, Scheme, Tensor
 
@@ -47,7 +48,8 @@ class TorchBackend:
         self, folder: Path, *, dtype: str, quantization: Scheme | None, recompute: bool, device: str | None
     ) -> TorchModel:
         """Return the base of a folder; quantization applies where the folder is not quantized already."""
-        from torch_backend.model import load_model
+        with collector_paused():
+            from torch_backend.model import load_model
 
         place = choose_device(device)
         return load_model(folder, dtype=dtype, quantization=quantization, recompute=recompute, device=place)
@@ -79,7 +81,8 @@ class TorchBackend:
 @lru_cache(maxsize=1)
 def probe_device() -> Capability:
     """Return the capability with the device torch finds."""
-    import torch
+    with collector_paused():
+        import torch
 
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)

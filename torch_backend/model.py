@@ -29,6 +29,7 @@ from shared.families import (
     unknown_layout,
 )
 from shared.folder import PACKED_LEAVES, ModelFolder, check_tensors, nearest_family, open_folder
+from shared.importing import collector_paused
 from shared.registry import find_quantizer
 from shared.strict import check_adapter
 from shared.types import AdapterSpec, Batch, ModelInfo, Part, Sampling, Scheme, Tensor, Token
@@ -128,10 +129,12 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
 
 def build_empty(folder: ModelFolder, dtype: torch.dtype) -> Any:
     """Return the zoo's model without values (buffers are real); raises ModelError for an unknown family."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+    with collector_paused():
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as ZOO
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
     if folder.family not in KNOWN:
         raise ModelError(
@@ -142,6 +145,8 @@ def build_empty(folder: ModelFolder, dtype: torch.dtype) -> Any:
     }
     try:
         config = CONFIG_MAPPING[folder.family].from_dict(stripped)
+        with collector_paused():
+            _ = ZOO[type(config)]  # imports the model's module
         with init_empty_weights(include_buffers=False):
             zoo = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.register())
     except CONFIG_FAULTS as error:

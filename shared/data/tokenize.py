@@ -3,29 +3,61 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from shared.data.rows import Row
 from shared.data.template import Rendered, render_chat, run_template
+from shared.data.tokenizer_class import known_class
 from shared.errors import DataError, ModelError
+from shared.importing import collector_paused
 from shared.types import Example
 
 MAX_PROBLEMS = 100
+ROWS_AT_ONCE = 1000  # enough for every core; what a batch of them holds stays small
+Marked = tuple[list[int], list[bool]]  # ids, and which of them are supervised
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
+
+
+class Encoded(Protocol):
+    """A text as the tokenizers library gives it."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """Return the [start, end) characters of each id; (0, 0) for tokens that stand for no text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a row asks of the tokenizer: texts to encode, with the model's own start token where `special`."""
+
+    texts: tuple[str, ...]
+    special: bool
+    spans: tuple[tuple[int, int], ...] = ()  # [start, end) characters of the assistant turns
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A model's tokenizer: ids, the end token, the chat template, and character offsets."""
+    """A model's tokenizer: ids, the end token, the chat template, and character offsets.
 
-    inner: Any  # a fast tokenizer of transformers
+    The library is imported when the tokenizer is first used.
+    """
+
     folder: Path
+
+    @cached_property
+    def inner(self) -> Any:
+        """Return the fast tokenizer of transformers; raises ModelError."""
+        return load_inner(self.folder)
 
     @property
     def eos(self) -> int | None:
@@ -46,10 +78,10 @@ class Tokenizer:
         """Return the text of ids, without special tokens."""
         return self.inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def offsets(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return ids and the [start, end) characters of each; (0, 0) for tokens that stand for no text."""
-        out = self.inner(text, add_special_tokens=special, return_offsets_mapping=True)
-        return list(out["input_ids"]), [tuple(pair) for pair in out["offset_mapping"]]
+    def encode_all(self, texts: Sequence[str], *, special: bool) -> list[Encoded]:
+        """Return every text's ids and offsets, the same as one by one; uses all cores."""
+        self.inner("", add_special_tokens=special)  # sets the library's state: no padding, no cutting
+        return list(self.inner.backend_tokenizer.encode_batch(list(texts), add_special_tokens=special))
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -83,81 +115,94 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Return the tokenizer of a model folder; raises ModelError. Needs the fast (Rust) kind."""
+    """Return the tokenizer of a model folder, loaded; raises ModelError."""
+    tokenizer = Tokenizer(folder)
+    _ = tokenizer.inner
+    return tokenizer
+
+
+def load_inner(folder: Path) -> Any:
+    """Return the tokenizer of transformers that a folder holds; raises ModelError. Needs the fast (Rust) kind."""
     if not any((folder / name).is_file() for name in FILES):
         raise ModelError(f"{folder} has no tokenizer.json", fix="download the model's tokenizer files")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
+    with collector_paused():
+        from transformers.utils import logging
 
-    logging.set_verbosity_error()  # its warnings on long texts concern training by itself, not ours
-
-    try:
-        inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise bare Exception for a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {reason}", fix="download it again") from None
+        logging.set_verbosity_error()  # its warnings on long texts concern training by itself, not ours
+        try:
+            inner = read_inner(folder)
+        except Exception as error:  # tokenizers raise bare Exception for a damaged file
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"the tokenizer in {folder} cannot be loaded: {reason}", fix="download it again") from None
     if not inner.is_fast:
         raise ModelError(f"{folder} has only a slow tokenizer", fix="save it with tokenizer.json")
-    return Tokenizer(inner, folder)
+    return inner
 
 
-def tokenize_row(row: Row, tokenizer: Tokenizer, *, train_on: str, max_length: int) -> Example:
-    """Return one row's tokens and mask; raises DataError that names a row without supervised tokens."""
-    try:
-        ids, mask = TOKENIZE[row.kind](row.fields, tokenizer, train_on)
-    except DataError as error:
-        raise DataError(f"{row.source}: {error.what}", expected=error.expected, fix=error.fix) from None
-    supervised = np.array(mask[:max_length], dtype=bool)
-    supervised[:1] = False
-    if not supervised.any():
-        cut = f" within data.max_length {max_length}" if any(mask[1:]) else ""
-        raise DataError(
-            f"{row.source}: no supervised token{cut} ({len(ids)} tokens, train_on: {train_on})",
-            fix="raise data.max_length or shorten the prompt" if cut else "give the row an answer, or remove it",
-        )
-    return Example(np.array(ids[:max_length], dtype=np.int32), supervised, row.source)
+def read_inner(folder: Path) -> Any:
+    """Return a folder's tokenizer as AutoTokenizer reads it, without AutoTokenizer where its choice is known."""
+    known = known_class(folder)
+    if known is not None:
+        return known.from_pretrained(str(folder), local_files_only=True)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
-def tokenize_text(fields: dict[str, Any], tokenizer: Tokenizer, train_on: str) -> tuple[list[int], list[bool]]:
+def ask_text(fields: dict[str, Any], tokenizer: Tokenizer) -> Question:
+    """Return a text's question: its ids."""
+    return Question((fields["text"],), special=True)
+
+
+def ask_prompt(fields: dict[str, Any], tokenizer: Tokenizer) -> Question:
+    """Return the question of a prompt and its completion: the prompt alone, and both as one text."""
+    return Question((fields["prompt"], fields["prompt"] + fields["completion"]), special=True)
+
+
+def ask_messages(fields: dict[str, Any], tokenizer: Tokenizer) -> Question:
+    """Return a conversation's question: its text by the chat template; raises DataError."""
+    rendered = tokenizer.chat(fields["messages"], tools=fields.get("tools"))
+    return Question((rendered.text,), special=False, spans=rendered.spans)
+
+
+def mark_text(question: Question, encoded: list[Encoded], row: Row, tokenizer: Tokenizer) -> Marked:
     """Return a text's ids with its end token, all supervised."""
-    ids = with_end(tokenizer.encode(fields["text"]), tokenizer)
+    ids = with_end(encoded[0].ids, tokenizer)
     return ids, [True] * len(ids)
 
 
-def tokenize_prompt(fields: dict[str, Any], tokenizer: Tokenizer, train_on: str) -> tuple[list[int], list[bool]]:
+def mark_prompt(question: Question, encoded: list[Encoded], row: Row, tokenizer: Tokenizer) -> Marked:
     """Return prompt + completion + end token, encoded as one text; the completion is supervised.
 
     Where the prompt alone gives the first ids (nearly always), the rest is the completion. Where a token
     spans both, it carries the completion's first characters and is supervised.
     """
-    prompt = fields["prompt"]
-    alone = tokenizer.encode(prompt)
-    ids, offsets = tokenizer.offsets(prompt + fields["completion"], special=True)
+    alone, ids = encoded[0].ids, encoded[1].ids
     if ids[: len(alone)] == alone:
-        mask = [n >= len(alone) for n in range(len(ids))]
+        mask = [False] * len(alone) + [True] * (len(ids) - len(alone))
     else:
-        mask = [end > len(prompt) for _, end in offsets]
+        mask = [end > len(question.texts[0]) for _, end in encoded[1].offsets]
     ended = with_end(ids, tokenizer)
     mask += [True] * (len(ended) - len(mask))
     if ended == ids and ids and ids[-1] == tokenizer.eos:
         mask[-1] = True
-    return ended, mask if train_on != "all" else [True] * len(ended)
+    return ended, mask
 
 
-def tokenize_messages(fields: dict[str, Any], tokenizer: Tokenizer, train_on: str) -> tuple[list[int], list[bool]]:
+def mark_messages(question: Question, encoded: list[Encoded], row: Row, tokenizer: Tokenizer) -> Marked:
     """Return a conversation's ids; every assistant turn and the token that ends it is supervised."""
-    rendered = tokenizer.chat(fields["messages"], tools=fields.get("tools"))
-    ids, offsets = tokenizer.offsets(rendered.text, special=False)
+    text, ids, offsets = question.texts[0], encoded[0].ids, encoded[0].offsets
     mask = [False] * len(ids)
-    for start, end in rendered.spans:
+    for start, end in question.spans:
         inside = [n for n, (_, b) in enumerate(offsets) if start < b <= end]
-        for n in drop_after_end(inside, ids, offsets, rendered.text, tokenizer):
+        for n in drop_after_end(inside, ids, offsets, text, tokenizer):
             mask[n] = True
-    if fields["messages"][-1]["role"] == "assistant" and not ends_with_special(ids, offsets, rendered.text, tokenizer):
+    said_last = row.fields["messages"][-1]["role"] == "assistant"
+    if said_last and not ends_with_special(ids, offsets, text, tokenizer):
         ids = with_end(ids, tokenizer)
         mask += [True] * (len(ids) - len(mask))
-    return ids, (mask if train_on != "all" else [True] * len(ids))
+    return ids, mask
 
 
 def drop_after_end(
@@ -186,22 +231,73 @@ def with_end(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return ids if tokenizer.eos is None or (ids and ids[-1] == tokenizer.eos) else [*ids, tokenizer.eos]
 
 
-TOKENIZE = {"text": tokenize_text, "prompt": tokenize_prompt, "messages": tokenize_messages}
+ASK = {"text": ask_text, "prompt": ask_prompt, "messages": ask_messages}
+MARK = {"text": mark_text, "prompt": mark_prompt, "messages": mark_messages}
+
+
+def tokenize_row(row: Row, tokenizer: Tokenizer, *, train_on: str, max_length: int) -> Example:
+    """Return one row's tokens and mask; raises DataError that names a row without supervised tokens."""
+    found = next(tokenize_some([row], tokenizer, train_on=train_on, max_length=max_length))
+    if isinstance(found, DataError):
+        raise found
+    return found
 
 
 def tokenize_rows(rows: Sequence[Row], tokenizer: Tokenizer, *, train_on: str, max_length: int) -> list[Example]:
     """Return all examples, in order; a DataError names the first bad row and counts the others."""
     examples: list[Example] = []
     problems: list[DataError] = []
-    for row in rows:
-        try:
-            examples.append(tokenize_row(row, tokenizer, train_on=train_on, max_length=max_length))
-        except DataError as error:
-            problems.append(error)
-            if len(problems) == MAX_PROBLEMS:
-                break
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[start : start + ROWS_AT_ONCE]
+        for found in tokenize_some(some, tokenizer, train_on=train_on, max_length=max_length):
+            if isinstance(found, Example):
+                examples.append(found)
+            elif len(problems) < MAX_PROBLEMS:
+                problems.append(found)
+        if len(problems) == MAX_PROBLEMS:
+            break
     if not problems:
         return examples
     first = problems[0]
     others = f" ({len(problems) - 1} more rows have a problem)" if len(problems) > 1 else ""
     raise DataError(f"{first.what}{others}", expected=first.expected, fix=first.fix)
+
+
+def tokenize_some(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, train_on: str, max_length: int
+) -> Iterator[Example | DataError]:
+    """Yield the example of every row, or what is wrong with it; the texts of all are encoded together."""
+    questions = [ask(row, tokenizer) for row in rows]
+    encoded: dict[bool, Iterator[Encoded]] = {}
+    for special in (False, True):
+        asked = [found for found in questions if isinstance(found, Question) and found.special == special]
+        texts = [text for question in asked for text in question.texts]
+        encoded[special] = iter(tokenizer.encode_all(texts, special=special))
+    for row, question in zip(rows, questions, strict=True):
+        if isinstance(question, DataError):
+            yield question
+            continue
+        answers = [next(encoded[question.special]) for _ in question.texts]
+        ids, mask = MARK[row.kind](question, answers, row, tokenizer)
+        yield make_example(row, ids, mask if train_on != "all" else [True] * len(ids), train_on, max_length)
+
+
+def ask(row: Row, tokenizer: Tokenizer) -> Question | DataError:
+    """Return a row's question, or what is wrong with it under the row's name."""
+    try:
+        return ASK[row.kind](row.fields, tokenizer)
+    except DataError as error:
+        return DataError(f"{row.source}: {error.what}", expected=error.expected, fix=error.fix)
+
+
+def make_example(row: Row, ids: list[int], mask: list[bool], train_on: str, max_length: int) -> Example | DataError:
+    """Return a row's example, cut at `max_length`; a DataError where nothing of it is supervised."""
+    supervised = np.array(mask[:max_length], dtype=bool)
+    supervised[:1] = False
+    if not supervised.any():
+        cut = f" within data.max_length {max_length}" if any(mask[1:]) else ""
+        return DataError(
+            f"{row.source}: no supervised token{cut} ({len(ids)} tokens, train_on: {train_on})",
+            fix="raise data.max_length or shorten the prompt" if cut else "give the row an answer, or remove it",
+        )
+    return Example(np.array(ids[:max_length], dtype=np.int32), supervised, row.source)

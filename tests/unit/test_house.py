@@ -30,6 +30,7 @@ FIRST = {
     "threads",
     "reference",
     "config_file",
+    "importing",
 }
 FIRST_FOLDERS = {"data", "objectives", "quant", "adapters", "convert"}
 # Third-party packages per floor: at the top of a file, and inside functions.
