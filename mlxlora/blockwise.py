@@ -15,6 +15,7 @@ class Tables:
     """The tables of one map as MLX arrays."""
 
     code: mx.array  # (256,) float32
+    decoded: mx.array  # (256,) float32
     midpoints: mx.array  # (255,) float32
     starts: mx.array  # (65536,) uint8, by a float32's upper 16 bits
 
@@ -23,7 +24,7 @@ class Tables:
 def load_tables(*, signed: bool) -> Tables:
     """Return the tables of the signed or the unsigned map."""
     tables = make_tables(signed=signed)
-    return Tables(mx.array(tables.code), mx.array(tables.midpoints), mx.array(tables.starts))
+    return Tables(*map(mx.array, (tables.code, tables.decoded, tables.midpoints, tables.starts)))
 
 
 def encode(values: mx.array, *, signed: bool) -> tuple[mx.array, mx.array]:
@@ -41,7 +42,7 @@ def encode(values: mx.array, *, signed: bool) -> tuple[mx.array, mx.array]:
 
 def decode(codes: mx.array, absmax: mx.array, *, signed: bool) -> mx.array:
     """Return the float32 vector that codes and scales stand for."""
-    rows = look_up(load_tables(signed=signed).code, codes).reshape(-1, BLOCK)
+    rows = look_up(load_tables(signed=signed).decoded, codes).reshape(-1, BLOCK)
     return (rows * absmax[:, None]).reshape(-1)
 
 

@@ -16,6 +16,7 @@ class Tables:
     """The tables of one map on one device."""
 
     code: torch.Tensor  # (256,) float32
+    decoded: torch.Tensor  # (256,) float32
     midpoints: torch.Tensor  # (255,) float32
     starts: torch.Tensor  # (65536,) uint8, by a float32's upper 16 bits as a signed number, plus 32768
 
@@ -24,8 +25,9 @@ class Tables:
 def load_tables(*, signed: bool, device: torch.device) -> Tables:
     """Return the tables of the signed or the unsigned map, copied to a device once."""
     tables = make_tables(signed=signed)
-    starts = torch.tensor(tables.starts, device=device).roll(2**15)
-    return Tables(torch.tensor(tables.code, device=device), torch.tensor(tables.midpoints, device=device), starts)
+    arrays = (tables.code, tables.decoded, tables.midpoints, tables.starts)
+    code, decoded, midpoints, starts = (torch.tensor(array, device=device) for array in arrays)
+    return Tables(code, decoded, midpoints, starts.roll(2**15))
 
 
 def encode(values: torch.Tensor, *, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,8 +50,8 @@ def decode(codes: torch.Tensor, absmax: torch.Tensor, *, signed: bool) -> torch.
     """Return the float32 vector that codes and scales stand for."""
     tables = load_tables(signed=signed, device=codes.device)
     if has_kernels(codes.device):
-        return torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax, tables.code, BLOCK, torch.float32)
-    values = tables.code.index_select(0, codes.int())
+        return torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax, tables.decoded, BLOCK, torch.float32)
+    values = tables.decoded.index_select(0, codes.int())
     values.view(-1, BLOCK).mul_(absmax[:, None])
     return values
 

@@ -238,6 +238,39 @@ def test_full_fine_tuning_resumes_bit_for_bit(settings, tmp_path):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize(("backend", "other"), [("mlx", "torch"), ("torch", "mlx")])
+def test_moments_in_8bit_resume_bit_for_bit_and_on_the_other_backend(settings, tmp_path, backend, other):
+    arguments = [settings(tmp_path / n, f"backend={backend}", "optimizer.state=8bit") for n in ("whole", "killed")]
+    assert finish(arguments[0])[0] == 0
+    process = command(arguments[1])
+    wait_for_step(tmp_path / "killed", 8, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert finish(arguments[1])[0] == 0
+    assert result_of(tmp_path / "killed") == result_of(tmp_path / "whole")
+    saved = checkpoint.step_dirs(tmp_path / "whole/checkpoints")[1]
+    assert checkpoint.load(saved).optimizer["m.model.layers.0.self_attn.q_proj.lora_A"].dtype == "U8"
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "whole", moved)
+    for name in ("adapter", "checkpoints/step-000014"):
+        shutil.rmtree(moved / name)
+    code, err = finish(settings(moved, f"backend={other}", "optimizer.state=8bit"))
+    assert code == 0, err
+    assert "going on after update 12" in err
+    ours, wanted = (
+        [row["loss"] for row in result_of(tmp_path / name)[1] if "loss" in row] for name in ("moved", "whole")
+    )
+    print("CURVE", max(abs(a - b) / b for a, b in zip(ours, wanted, strict=True)))
+    assert ours == pytest.approx(wanted, rel=tolerances.CURVE_8BIT)
+
+
+def test_moments_of_the_other_format_are_refused(settings, whole, tmp_path):
+    shutil.copytree(whole("torch"), tmp_path / "run")
+    code, err = finish(settings(tmp_path / "run", "backend=torch", "optimizer.state=8bit"))
+    assert code == 3
+    assert "optimizer.state: 'float32' -> '8bit'" in err
+
+
 def test_patience_stops_early_and_the_same_after_a_resume(tiny_model_folder, tmp_path):
     rows = "".join(json.dumps({"text": f"hello {n}"}) + "\n" for n in range(12))
     for name in ("train", "valid"):

@@ -66,12 +66,16 @@ def test_codes_are_those_of_bitsandbytes_definition(signed, cut):
 def test_decoded_values_are_those_of_bitsandbytes(signed, cut):
     flat = values(signed=signed)
     packed = encode(flat[: len(flat) - cut], signed=signed)
+    table = make_tables(signed=signed).decoded
     state = functional.QuantState(
-        torch.from_numpy(packed.absmax), code=functional.create_dynamic_map(signed=signed), blocksize=BLOCK,
+        torch.from_numpy(packed.absmax), code=torch.from_numpy(table.copy()), blocksize=BLOCK,
         dtype=torch.float32,
     )  # fmt: skip
     theirs = functional.dequantize_blockwise(torch.from_numpy(packed.codes), state)
     assert np.array_equal(decode(packed, signed=signed), theirs.numpy())
+    other = np.flatnonzero(table != make_tables(signed=signed).code)
+    assert other.tolist() == ([] if signed else [0])
+    assert table[0] == table[int(not signed)]
 
 
 @pytest.mark.parametrize("signed", SIGNED)
