@@ -29,9 +29,6 @@ OPTIMIZER = 1e-5  # measured: 1.0e-6
 # The same with moments in 8 bits: MLX, PyTorch, and the float64 reference with the codec.
 OPTIMIZER_8BIT = 1e-3  # measured: 2.9e-4 where one code in 7,000 differs, 4.4e-6 where none does
 
-# Loss of the updates behind a resume on the other backend with moments in 8 bits, relative.
-CURVE_8BIT = 1e-3
-
 # Share of 8-bit codes that differ behind them, each by one step: values within a rounding of a midpoint.
 CODES = 1e-3  # measured: 1.4e-4
 
