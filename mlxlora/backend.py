@@ -18,7 +18,7 @@ import numpy as np
 from shared.errors import CapabilityError
 from shared.importing import collector_paused, defer_front
 from shared.threads import cpu_lanes, keep_memory, num_cores, wait_politely
-from shared.types import Capability, Packed, Scheme, Tensor
+from shared.types import Capability, MomentFormat, Packed, Scheme, Tensor
 
 if TYPE_CHECKING:
     from mlxlora.model import MLXModel
@@ -58,11 +58,11 @@ class MLXBackend:
 
         return load_model(folder, dtype=dtype, quantization=quantization, recompute=recompute)
 
-    def trainer(self, model: MLXModel, *, objective: str) -> MLXTrainer:
+    def trainer(self, model: MLXModel, *, objective: str, state: MomentFormat) -> MLXTrainer:
         """Return a trainer for what `model.attach` made trainable."""
         from mlxlora.trainer import MLXTrainer
 
-        return MLXTrainer(model, objective=objective)
+        return MLXTrainer(model, objective=objective, state=state)
 
     def decode(self, packed: Packed) -> Tensor:
         """Return a quantized weight as our kernels decode it."""

@@ -17,7 +17,7 @@ from mlxlora.objectives import OBJECTIVES
 from mlxlora.optim import AdamW
 from mlxlora.state import from_mlx, to_mlx
 from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
-from shared.types import Batch, Memory, StepStats, Tensor, Update
+from shared.types import Batch, Memory, MomentFormat, StepStats, Tensor, Update
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class PendingStats:
 class MLXTrainer:
     """One model, one objective, one optimizer."""
 
-    def __init__(self, model: MLXModel, *, objective: str) -> None:
+    def __init__(self, model: MLXModel, *, objective: str, state: MomentFormat) -> None:
         self.model, self.objective = model, OBJECTIVES[objective]
-        self.optimizer = AdamW(model.parameters)
+        self.optimizer = AdamW(model.parameters, state=state)
         self.lanes = ThreadPoolExecutor(model.info.lanes) if model.info.lanes > 1 else None
         self.tracing = Lock()
         self.loss_and_grad = value_and_grad(model.zoo, self.loss)
@@ -60,7 +60,7 @@ class MLXTrainer:
         named = {self.model.canonical(name): grad for name, grad in flatten(grads)}
         parameters, norm, applied = self.optimizer.step(self.model.parameters, named, update, loss=total, weight=weight)
         self.model.put_parameters(parameters)
-        mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.m, self.optimizer.v, norm)
+        mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.arrays(), norm)
         return PendingStats(total / weight, norm, applied)
 
     def parts(self, micro: Sequence[Batch], update: Update) -> Iterator[tuple[mx.array, dict]]:

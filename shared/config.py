@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from shared.errors import CapabilityError, ConfigError, did_you_mean
-from shared.types import Scheme
+from shared.types import MomentFormat, Scheme
 
 AFFINE = re.compile(r"affine-(2|3|4|5|6|8)bit-g(32|64|128)")
 NAMED_SCHEMES = re.compile(
@@ -113,6 +113,7 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     weight_decay: Annotated[NotNegative, Field(description="decoupled, on tensors of two or more dimensions")] = 0.0
     max_grad_norm: Positive | None = 1.0
+    state: Annotated[MomentFormat, Field(description="8bit keeps the moments in a quarter of the memory")] = "float32"
 
 
 class ScheduleConfig(Section):

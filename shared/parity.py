@@ -78,6 +78,10 @@ def parity(config: RunConfig, *, updates: int = 50, note: Callable[[str], None] 
     one, two = (find_backend(name) for name in BACKENDS)
     if config.train.dtype != "float32":
         note(f"compared in float32 (the config trains in {config.train.dtype}): the bounds are those of float32")
+    if config.optimizer.state != "float32":
+        note(
+            f"compared with float32 moments (the config keeps them in {config.optimizer.state}): the bounds are theirs"
+        )
     traces = []
     for backend in (one, two):
         note(f"{updates} updates on {backend.name} ({backend.probe().reason})")
@@ -91,7 +95,7 @@ def trace(backend: Backend, prepared: Prepared, *, updates: int) -> Trace:
     model, spec = load_trainable(prepared, backend, dtype="float32")
     if spec.kind == "lora":
         model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=config.train.seed))
-    trainer = backend.trainer(model, objective="sft")
+    trainer = backend.trainer(model, objective="sft", state="float32")
     plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
     total = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
     schedule = build_schedule(config.schedule, lr=config.optimizer.lr, updates=total)

@@ -20,6 +20,7 @@ from shared.types import (
     Capability,
     Memory,
     ModelInfo,
+    MomentFormat,
     Packed,
     Part,
     Sampling,
@@ -74,7 +75,11 @@ class Trainer(Protocol):
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the optimizer's tensors: `m.<name>`, `v.<name>`, and `master.<name>` where kept."""
+        """Yield the optimizer's tensors: `m.<name>`, `v.<name>`, and `master.<name>` where kept.
+
+        With moments in 8 bits `m.<name>` and `v.<name>` are codes (U8), `m_absmax.<name>` and `v_absmax.<name>` the
+        scales of their blocks (F32), as in shared/quant/blockwise.py.
+        """
         ...
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -118,7 +123,7 @@ class Backend(Protocol):
         """Return the base of a folder, quantized at load where asked; raises ModelError."""
         ...
 
-    def trainer(self, model: Model, *, objective: str) -> Trainer: ...
+    def trainer(self, model: Model, *, objective: str, state: MomentFormat) -> Trainer: ...
 
     def decode(self, packed: Packed) -> Tensor:
         """Return the weight a packed array stands for, as this backend's kernels see it."""

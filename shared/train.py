@@ -222,7 +222,7 @@ def build_run(
         model.load_tensors("adapter", found.adapter)
     elif spec.kind == "lora":
         model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=config.train.seed))
-    trainer = backend.trainer(model, objective="sft")
+    trainer = backend.trainer(model, objective="sft", state=config.optimizer.state)
     if found is not None:
         trainer.load_state(found.optimizer)
     state = LoopState(**found.state["loop"]) if found else LoopState()

@@ -13,6 +13,7 @@ import numpy as np
 
 Part = Literal["base", "adapter"]
 BackendName = Literal["mlx", "torch"]
+MomentFormat = Literal["float32", "8bit"]  # how AdamW's two moments are kept between updates
 
 
 @dataclass(frozen=True)

@@ -22,3 +22,18 @@ LOGITS = 2e-5  # measured: 0 to PEFT (bit-equal), 1.5e-5 between our backends, 1
 
 # Summed loss of the chunked head against float64, relative, over 3 chunks of a vocabulary of 40,000.
 LOSS_LAYER = 2e-6  # measured: 1.4e-6 (MLX, soft-cap 10: its float32 tanh and exp), 3e-7 without a soft-cap
+
+# Ten AdamW updates on the same gradients, |one - other| / |movement|, MLX against PyTorch.
+OPTIMIZER = 1e-5  # measured: 1.0e-6
+
+# The same with moments in 8 bits: MLX, PyTorch, and the float64 reference with the codec.
+OPTIMIZER_8BIT = 1e-3  # measured: 2.9e-4 where one code in 7,000 differs, 4.4e-6 where none does
+
+# Share of 8-bit codes that differ behind them, each by one step: values within a rounding of a midpoint.
+CODES = 1e-3  # measured: 1.4e-4
+
+# The same distance from 8-bit AdamW to bitsandbytes' on a CPU, gradients within a decade.
+BITSANDBYTES = 0.01  # measured: 4.1e-3; both are 1.9e-2 from float32
+
+# The same distance from 8-bit to float32 moments, gradients of three decades.
+EIGHT_BITS = 0.1  # measured: 6.9e-2; bitsandbytes on a CPU: 0.24

@@ -14,7 +14,7 @@ import numpy as np
 from shared.errors import CapabilityError
 from shared.importing import collector_paused
 from shared.threads import keep_memory, wait_politely
-from shared.types import Capability, Packed, Scheme, Tensor
+from shared.types import Capability, MomentFormat, Packed, Scheme, Tensor
 
 if TYPE_CHECKING:
     from torch_backend.model import TorchModel
@@ -54,11 +54,11 @@ class TorchBackend:
         place = choose_device(device)
         return load_model(folder, dtype=dtype, quantization=quantization, recompute=recompute, device=place)
 
-    def trainer(self, model: TorchModel, *, objective: str) -> TorchTrainer:
+    def trainer(self, model: TorchModel, *, objective: str, state: MomentFormat) -> TorchTrainer:
         """Return a trainer for what `model.attach` made trainable."""
         from torch_backend.trainer import TorchTrainer
 
-        return TorchTrainer(model, objective=objective)
+        return TorchTrainer(model, objective=objective, state=state)
 
     def decode(self, packed: Packed) -> Tensor:
         """Return a quantized weight as our kernels decode it."""

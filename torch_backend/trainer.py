@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
-from shared.types import Batch, Memory, StepStats, Tensor, Update
+from shared.types import Batch, Memory, MomentFormat, StepStats, Tensor, Update
 from torch_backend.memory import read_memory
 from torch_backend.model import TorchModel
 from torch_backend.objectives import OBJECTIVES
@@ -32,9 +32,9 @@ class PendingStats:
 class TorchTrainer:
     """One model, one objective, one optimizer."""
 
-    def __init__(self, model: TorchModel, *, objective: str) -> None:
+    def __init__(self, model: TorchModel, *, objective: str, state: MomentFormat) -> None:
         self.model, self.objective = model, OBJECTIVES[objective]
-        self.optimizer = AdamW(model.parameters)
+        self.optimizer = AdamW(model.parameters, state=state)
 
     def step(self, micro: Sequence[Batch], update: Update) -> PendingStats:
         """Do exactly one update; on OutOfMemory nothing has changed."""

@@ -94,8 +94,9 @@ def test_gradient_norm_is_reported_before_clipping(make_lab, make_examples, make
     assert wide.grad_norm == pytest.approx(narrow.grad_norm, rel=1e-6)
 
 
-def test_non_finite_update_is_skipped_and_changes_nothing(make_lab, make_examples, make_update):
-    lab = make_lab()
+@pytest.mark.parametrize("state", ["float32", "8bit"])
+def test_non_finite_update_is_skipped_and_changes_nothing(make_lab, make_examples, make_update, state):
+    lab = make_lab(state=state)
     good = micro_batches(make_examples(RAGGED), Layout(4096))
     lab.trainer.step(good, make_update()).result()
     before = [*lab.model.tensors("adapter"), *lab.trainer.state()]
@@ -107,17 +108,18 @@ def test_non_finite_update_is_skipped_and_changes_nothing(make_lab, make_example
     assert not lab.trainer.step(good, make_update(step=3)).result().skipped
 
 
-def test_state_round_trip_continues_bit_for_bit(make_lab, make_examples, make_update):
+@pytest.mark.parametrize("state", ["float32", "8bit"])
+def test_state_round_trip_continues_bit_for_bit(make_lab, make_examples, make_update, state):
     batches = micro_batches(make_examples(RAGGED), Layout(64))
-    whole = make_lab(dropout=0.1)
+    whole = make_lab(dropout=0.1, state=state)
     for step in range(1, 6):
         whole.trainer.step(batches, make_update(step=step)).result()
-    first = make_lab(dropout=0.1)
+    first = make_lab(dropout=0.1, state=state)
     for step in range(1, 4):
         first.trainer.step(batches, make_update(step=step)).result()
     second = make_lab(dropout=0.1, seed=7)
     second.model.load_tensors("adapter", dict(first.model.tensors("adapter")))
-    trainer = second.backend.trainer(second.model, objective="sft")
+    trainer = second.backend.trainer(second.model, objective="sft", state=state)
     trainer.load_state(dict(first.trainer.state()))
     for step in range(4, 6):
         trainer.step(batches, make_update(step=step)).result()
@@ -134,6 +136,17 @@ def test_repeated_run_is_bit_identical(make_lab, make_examples, make_update):
         losses = [lab.trainer.step(batches, make_update(step=step)).result().loss for step in (1, 2, 3)]
         runs.append((losses, {n: t.data.tobytes() for n, t in lab.model.tensors("adapter")}))
     assert runs[0] == runs[1]
+
+
+def test_moments_of_the_other_format_are_refused_and_leave_no_trace(make_lab, make_examples, make_update):
+    labs = [make_lab(state=state) for state in ("float32", "8bit")]
+    batches = micro_batches(make_examples(RAGGED), Layout(64))
+    for lab, other in (labs, labs[::-1]):
+        lab.trainer.step(batches, make_update()).result()
+        before = dict(lab.trainer.state())
+        with pytest.raises(CheckpointError, match="another model or adapter"):
+            lab.trainer.load_state(dict(other.trainer.state()))
+        assert all(np.array_equal(tensor.data, before[name].data) for name, tensor in lab.trainer.state())
 
 
 def test_optimizer_state_of_another_adapter_is_refused(make_lab):

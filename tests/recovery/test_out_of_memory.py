@@ -31,7 +31,7 @@ model = find_backend(name).load_model(folder, dtype="float32", quantization=None
 spec = resolve(AdapterConfig(), model.info)
 model.attach(spec)
 model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=0))
-trainer = find_backend(name).trainer(model, objective="sft")
+trainer = find_backend(name).trainer(model, objective="sft", state="float32")
 random = np.random.default_rng(0)
 update = Update(1, 0, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0, True)
 def rows(count, length):

@@ -24,6 +24,7 @@ from shared.train import train
 from tests import tolerances
 
 UPDATES = 14
+EIGHT_BITS = "optimizer.state=8bit"
 COMPARED = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "padding_share", "eval_loss")
 
 
@@ -79,17 +80,17 @@ def result_of(folder: Path) -> tuple[bytes, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def whole(settings, tmp_path_factory) -> Callable[[str], Path]:
-    """Return the folder of an uninterrupted run on a backend, made once."""
-    made: dict[str, Path] = {}
+def whole(settings, tmp_path_factory) -> Callable[..., Path]:
+    """Return the folder of an uninterrupted run on a backend, with further settings, made once."""
+    made: dict[tuple[str, ...], Path] = {}
 
-    def get(backend: str) -> Path:
-        if backend not in made:
+    def get(backend: str, *more: str) -> Path:
+        if (backend, *more) not in made:
             folder = tmp_path_factory.mktemp(f"whole-{backend}")
-            code, err = finish(settings(folder, f"backend={backend}"))
+            code, err = finish(settings(folder, f"backend={backend}", *more))
             assert code == 0, err
-            made[backend] = folder
-        return made[backend]
+            made[backend, *more] = folder
+        return made[backend, *more]
 
     return get
 
@@ -236,6 +237,44 @@ def test_full_fine_tuning_resumes_bit_for_bit(settings, tmp_path):
         assert finish(arguments)[0] == 0
         results.append((folder / "model/model.safetensors").read_bytes())
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_moments_in_8bit_resume_bit_for_bit_after_kill_9(settings, whole, tmp_path, backend):
+    arguments = settings(tmp_path / "run", f"backend={backend}", EIGHT_BITS)
+    process = command(arguments)
+    wait_for_step(tmp_path / "run", 8, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, err = finish(arguments)
+    assert code == 0, err
+    assert "going on after update" in err
+    assert result_of(tmp_path / "run") == result_of(whole(backend, EIGHT_BITS))
+    saved = checkpoint.load(checkpoint.step_dirs(tmp_path / "run/checkpoints")[0]).optimizer
+    assert {tensor.dtype for name, tensor in saved.items() if name.startswith(("m.", "v."))} == {"U8"}
+    assert {tensor.dtype for name, tensor in saved.items() if "absmax" in name} == {"F32"}
+
+
+@pytest.mark.parametrize(("first", "second"), [("mlx", "torch"), ("torch", "mlx")])
+def test_moments_in_8bit_go_on_on_the_other_backend(settings, whole, tmp_path, first, second):
+    folder = tmp_path / "run"
+    shutil.copytree(whole(first, EIGHT_BITS), folder)
+    for name in ("adapter", "checkpoints/step-000014"):
+        shutil.rmtree(folder / name)
+    code, err = finish(settings(folder, f"backend={second}", EIGHT_BITS))
+    assert code == 0, err
+    assert "going on after update 12" in err
+    ours, wanted = (
+        [row["loss"] for row in result_of(run)[1] if "loss" in row] for run in (folder, whole(first, EIGHT_BITS))
+    )
+    assert ours == pytest.approx(wanted, rel=tolerances.CURVE)
+
+
+def test_moments_of_the_other_format_are_refused(settings, whole, tmp_path):
+    shutil.copytree(whole("torch"), tmp_path / "run")
+    code, err = finish(settings(tmp_path / "run", "backend=torch", EIGHT_BITS))
+    assert code == 3
+    assert "optimizer.state: 'float32' -> '8bit'" in err
 
 
 def test_patience_stops_early_and_the_same_after_a_resume(tiny_model_folder, tmp_path):

@@ -17,7 +17,7 @@ from shared.seeds import row_order
 def make(make_examples):
     """Return the micro-batches of a step of a run."""
     examples, plan = make_examples([5, 9, 40, 7, 12, 30, 8]), Plan(num_rows=7, batch_size=3, seed=4)
-    return lambda step, micro_tokens: update_batches(examples, plan, step, micro_tokens=micro_tokens)
+    return lambda step, micro_tokens: update_batches(examples, plan, step, Layout(micro_tokens))
 
 
 def same(some, others):

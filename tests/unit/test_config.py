@@ -84,7 +84,7 @@ def test_a_loaded_config_cannot_be_changed():
         ),
         (
             "optimizer: {zzz: 1}",
-            'unknown key "optimizer.zzz"\nfix: known: betas, eps, lr, max_grad_norm, name, weight_decay',
+            'unknown key "optimizer.zzz"\nfix: known: betas, eps, lr, max_grad_norm, name, state, weight_decay',
         ),
     ],
 )
