@@ -13,6 +13,7 @@ import torch
 from shared.families import HeadFacts
 
 CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in float32
+CHUNK_ELEMENTS_CUDA = 2**26  # every chunk reads the whole head: a GPU needs some 500 rows to be busy meanwhile
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,17 @@ def chunk_logits(
     return z_NV if facts.softcap is None else facts.softcap * torch.tanh(z_NV / facts.softcap)
 
 
-def chunk_rows(vocabulary: int) -> int:
+def chunk_rows(weight_VD: torch.Tensor) -> int:
     """Return how many positions one chunk holds."""
-    return max(CHUNK_ELEMENTS // vocabulary, 16)
+    elements = CHUNK_ELEMENTS_CUDA if weight_VD.is_cuda else CHUNK_ELEMENTS
+    return max(elements // weight_VD.shape[0], 16)
 
 
 def log_probs(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor) -> torch.Tensor:
     """Return (N,) float32 log-probabilities of the targets, without gradients."""
     weight_VD = head.weight(h_ND.dtype)
     out = []
-    for h_CD, target_C in zip(h_ND.split(rows := chunk_rows(weight_VD.shape[0])), targets_N.split(rows), strict=True):
+    for h_CD, target_C in zip(h_ND.split(rows := chunk_rows(weight_VD)), targets_N.split(rows), strict=True):
         z_CV = chunk_logits(h_CD, weight_VD, head.bias, head.facts)
         out.append(z_CV.gather(1, target_C[:, None])[:, 0] - z_CV.logsumexp(dim=1))
     return torch.cat(out)
@@ -80,7 +82,7 @@ class _ChunkedSFT(torch.autograd.Function):
         dh_ND = torch.empty_like(h_ND) if wants[0] else None
         dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants[1] else None
         db_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants[2] and bias_V is not None else None
-        rows = chunk_rows(weight_VD.shape[0])
+        rows = chunk_rows(weight_VD)
         for start in range(0, h_ND.shape[0], rows):
             at = slice(start, start + rows)
             chunk, slope_CV = chunk_loss(h_ND[at], weight_VD, bias_V, targets_N[at, None], weights_N[at], facts)
