@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.errors import CapabilityError
+from shared.strict import check_recompute
 from shared.threads import wait_politely
-from shared.types import Capability, Packed, Scheme, Tensor
+from shared.types import Capability, Packed, Recompute, Scheme, Tensor
 
 if TYPE_CHECKING:
     from mlxlora.model import MLXModel
@@ -47,13 +48,14 @@ class MLXBackend:
         return probe_device()
 
     def load_model(
-        self, folder: Path, *, dtype: str, quantization: Scheme | None, recompute: bool, device: str | None
+        self, folder: Path, *, dtype: str, quantization: Scheme | None, recompute: Recompute, device: str | None
     ) -> MLXModel:
         """Return the base of a folder; quantization applies where the folder is not quantized already."""
+        check_recompute(recompute, place="MLX", cuda=False)
         choose_device(device)
         from mlxlora.model import load_model
 
-        return load_model(folder, dtype=dtype, quantization=quantization, recompute=recompute)
+        return load_model(folder, dtype=dtype, quantization=quantization, recompute=bool(recompute))
 
     def trainer(self, model: MLXModel, *, objective: str) -> MLXTrainer:
         """Return a trainer for what `model.attach` made trainable."""

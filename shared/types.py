@@ -13,6 +13,7 @@ import numpy as np
 
 Part = Literal["base", "adapter"]
 BackendName = Literal["mlx", "torch"]
+Recompute = bool | Literal["offload"]  # true: layers keep their input only; offload: in host memory
 
 
 @dataclass(frozen=True)
