@@ -14,6 +14,7 @@ from torch import nn
 
 from shared import seeds
 from shared.types import AdapterSpec
+from torch_backend.state import send
 
 
 class Dropout:
@@ -32,7 +33,7 @@ class Dropout:
         if self.p == 0.0:
             return
         keys = seeds.token_keys(seed=seed, step=step, slots=slots, length=length)
-        self.token_BT = torch.from_numpy(keys.view(np.int32)).to(device)
+        self.token_BT = send(torch.from_numpy(keys.view(np.int32)), device)
 
     def end(self) -> None:
         """Stop dropping."""

@@ -36,7 +36,7 @@ from torch_backend import generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
 from torch_backend.offload import offload_layers
 from torch_backend.quantized import PLAIN_DECODE, QuantizedEmbedding, QuantizedLinear, has_triton
-from torch_backend.state import from_torch, to_torch, torch_dtype
+from torch_backend.state import from_torch, send, to_torch, torch_dtype
 
 
 class TorchModel:
@@ -68,8 +68,7 @@ class TorchModel:
 
     def put(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         """Return an array on the device, without waiting for it on CUDA."""
-        host = torch.from_numpy(array).to(dtype)
-        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+        return send(torch.from_numpy(array).to(dtype), self.device)
 
     @torch.no_grad()
     def log_probs(self, batch: Batch) -> np.ndarray:
