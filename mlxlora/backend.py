@@ -17,8 +17,9 @@ import numpy as np
 
 from shared.errors import CapabilityError
 from shared.importing import collector_paused, defer_front
+from shared.strict import check_recompute
 from shared.threads import cpu_lanes, keep_memory, num_cores, wait_politely
-from shared.types import Capability, MomentFormat, Packed, Scheme, Tensor
+from shared.types import Capability, MomentFormat, Packed, Recompute, Scheme, Tensor
 
 if TYPE_CHECKING:
     from mlxlora.model import MLXModel
@@ -48,15 +49,16 @@ class MLXBackend:
         return probe_device()
 
     def load_model(
-        self, folder: Path, *, dtype: str, quantization: Scheme | None, recompute: bool, device: str | None
+        self, folder: Path, *, dtype: str, quantization: Scheme | None, recompute: Recompute, device: str | None
     ) -> MLXModel:
         """Return the base of a folder; quantization applies where the folder is not quantized already."""
+        check_recompute(recompute, place="MLX", cuda=False)
         choose_device(device)
         defer_front("mlx_lm")  # it imports transformers and torch, which no model of it needs: 2 s
         with collector_paused():
             from mlxlora.model import load_model
 
-        return load_model(folder, dtype=dtype, quantization=quantization, recompute=recompute)
+        return load_model(folder, dtype=dtype, quantization=quantization, recompute=bool(recompute))
 
     def trainer(self, model: MLXModel, *, objective: str, state: MomentFormat) -> MLXTrainer:
         """Return a trainer for what `model.attach` made trainable."""

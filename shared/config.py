@@ -134,7 +134,10 @@ class TrainConfig(Section):
         Field(description="positions per micro-batch; changes memory and speed, never the result"),
     ] = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    recompute: Literal["auto"] | bool = "auto"
+    recompute: Annotated[
+        Literal["auto", "offload"] | bool,
+        Field(description="layers keep their input only and run again; offload keeps it in host memory (CUDA only)"),
+    ] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
 
     @model_validator(mode="before")

@@ -23,6 +23,7 @@ from shared.types import (
     MomentFormat,
     Packed,
     Part,
+    Recompute,
     Sampling,
     Scheme,
     StepStats,
@@ -118,9 +119,12 @@ class Backend(Protocol):
     def probe(self) -> Capability: ...
 
     def load_model(
-        self, folder: Path, *, dtype: str, quantization: Scheme | None, recompute: bool, device: str | None
+        self, folder: Path, *, dtype: str, quantization: Scheme | None, recompute: Recompute, device: str | None
     ) -> Model:
-        """Return the base of a folder, quantized at load where asked; raises ModelError."""
+        """Return the base of a folder, quantized at load where asked; raises ModelError.
+
+        Raises CapabilityError for recompute "offload" where no second memory is.
+        """
         ...
 
     def trainer(self, model: Model, *, objective: str, state: MomentFormat) -> Trainer: ...

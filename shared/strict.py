@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shared.errors import AdapterError, ModelError
+from shared.errors import AdapterError, CapabilityError, ModelError
 from shared.folder import others
 from shared.tensors import is_finite
-from shared.types import ModelInfo, Tensor
+from shared.types import ModelInfo, Recompute, Tensor
 
 
 def check_adapter(tensors: Mapping[str, Tensor], *, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -34,4 +34,14 @@ def check_length(info: ModelInfo, tokens: int, *, what: str) -> None:
             f"{what}: {tokens} tokens, but the {info.family} model has a sliding window of {info.max_tokens} tokens, "
             "which mlx-lm does not apply",
             fix=f"data.max_length: {info.max_tokens} (or fewer tokens to generate), or the torch backend",
+        )
+
+
+def check_recompute(recompute: Recompute, *, place: str, cuda: bool) -> None:
+    """Raise CapabilityError for offload where activations have no second memory to go to."""
+    if recompute == "offload" and not cuda:
+        raise CapabilityError(
+            f"train.recompute: offload moves activations from a GPU to the host, but {place} has one memory only",
+            expected="the torch backend on a CUDA device",
+            fix="train.recompute: true",
         )

@@ -46,7 +46,7 @@ from shared.run_folder import (
 )
 from shared.samples import take_samples
 from shared.strict import check_length
-from shared.types import AdapterSpec, Capability, Example
+from shared.types import AdapterSpec, Capability, Example, Recompute
 
 RECOMPUTE_FROM = 500_000_000  # matmul weights from which recompute: auto keeps layer inputs only
 
@@ -264,9 +264,9 @@ def check_trainable(prepared: Prepared) -> None:
         )
 
 
-def choose_recompute(config: RunConfig, base: ModelFolder) -> bool:
-    """Return whether layers keep their input only; "auto" does from 500 million weights on."""
-    if isinstance(config.train.recompute, bool):
+def choose_recompute(config: RunConfig, base: ModelFolder) -> Recompute:
+    """Return whether layers keep their input only, and where; "auto" does from 500 million weights on."""
+    if config.train.recompute != "auto":
         return config.train.recompute
     return sum(math.prod(entry.shape) for entry in base.entries.values()) >= RECOMPUTE_FROM
 

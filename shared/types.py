@@ -14,6 +14,7 @@ import numpy as np
 Part = Literal["base", "adapter"]
 BackendName = Literal["mlx", "torch"]
 MomentFormat = Literal["float32", "8bit"]  # how AdamW's two moments are kept between updates
+Recompute = bool | Literal["offload"]  # true: layers keep their input only; offload: in host memory
 
 
 @dataclass(frozen=True)

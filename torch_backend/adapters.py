@@ -17,6 +17,7 @@ from shared import seeds
 from shared.adapters.spec import shared_inputs
 from shared.types import AdapterSpec
 from torch_backend.lowrank import Readers
+from torch_backend.state import send
 
 
 class Dropout:
@@ -40,7 +41,7 @@ class Dropout:
         if self.p == 0.0:
             return
         keys = seeds.token_keys(seed=seed, step=step, slots_BT=places[0], times_BT=places[1])
-        self.token_BT = torch.from_numpy(keys.view(np.int32)).to(device)
+        self.token_BT = send(torch.from_numpy(keys.view(np.int32)), device)
 
     def end(self) -> None:
         """Stop dropping."""

@@ -13,8 +13,9 @@ import numpy as np
 
 from shared.errors import CapabilityError
 from shared.importing import collector_paused
+from shared.strict import check_recompute
 from shared.threads import keep_memory, wait_politely
-from shared.types import Capability, MomentFormat, Packed, Scheme, Tensor
+from shared.types import Capability, MomentFormat, Packed, Recompute, Scheme, Tensor
 
 if TYPE_CHECKING:
     from torch_backend.model import TorchModel
@@ -45,13 +46,14 @@ class TorchBackend:
         return probe_device()
 
     def load_model(
-        self, folder: Path, *, dtype: str, quantization: Scheme | None, recompute: bool, device: str | None
+        self, folder: Path, *, dtype: str, quantization: Scheme | None, recompute: Recompute, device: str | None
     ) -> TorchModel:
         """Return the base of a folder; quantization applies where the folder is not quantized already."""
+        place = choose_device(device)
+        check_recompute(recompute, place="torch on a CPU", cuda=place == "cuda")
         with collector_paused():
             from torch_backend.model import load_model
 
-        place = choose_device(device)
         return load_model(folder, dtype=dtype, quantization=quantization, recompute=recompute, device=place)
 
     def trainer(self, model: TorchModel, *, objective: str, state: MomentFormat) -> TorchTrainer:

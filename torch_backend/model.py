@@ -32,11 +32,12 @@ from shared.folder import PACKED_LEAVES, ModelFolder, check_tensors, nearest_fam
 from shared.importing import collector_paused
 from shared.registry import find_quantizer
 from shared.strict import check_adapter
-from shared.types import AdapterSpec, Batch, ModelInfo, Part, Sampling, Scheme, Tensor, Token
+from shared.types import AdapterSpec, Batch, ModelInfo, Part, Recompute, Sampling, Scheme, Tensor, Token
 from torch_backend import attention, generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
-from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
-from torch_backend.state import from_torch, to_torch, torch_dtype
+from torch_backend.offload import offload_layers
+from torch_backend.quantized import PLAIN_DECODE, QuantizedEmbedding, QuantizedLinear, has_triton
+from torch_backend.state import from_torch, send, to_torch, torch_dtype
 
 
 class TorchModel:
@@ -74,8 +75,7 @@ class TorchModel:
 
     def put(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         """Return an array on the device, without waiting for it on CUDA."""
-        host = torch.from_numpy(array).to(dtype)
-        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+        return send(torch.from_numpy(array).to(dtype), self.device)
 
     @torch.no_grad()
     def log_probs(self, batch: Batch) -> np.ndarray:
@@ -106,7 +106,7 @@ class TorchModel:
         return generation.generate(self.zoo, self.head, prompts, sampling)
 
 
-def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute: bool, device: str) -> TorchModel:
+def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute: Recompute, device: str) -> TorchModel:
     """Return the base of a folder, in `dtype`, on `device`; raises ModelError where anything does not fit."""
     folder = open_folder(path)
     zoo = build_empty(folder, torch_dtype(dtype))
@@ -115,9 +115,9 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     zoo.eval().requires_grad_(False).to(device)
     if tied:
         tie_head(zoo)
-    if recompute:
-        for layer in zoo.get_decoder().layers:
-            layer.forward = partial(recomputed, layer.forward)
+    set_recompute(zoo.get_decoder().layers, recompute, device=torch.device(device))
+    if device == "cuda" and any(schemes_of(zoo)) and not has_triton():
+        notes = (*notes, PLAIN_DECODE)
     head = objectives.Head(zoo.get_output_embeddings(), head_facts(folder.config))
     verified = folder.family in CHECKED
     notes = notes if verified else (*notes, UNVERIFIED.format(family=folder.family))
@@ -228,6 +228,15 @@ def tie_head(zoo: Any) -> None:
     head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
     head.weight = embedding.weight
     zoo.set_output_embeddings(head)
+
+
+def set_recompute(layers: nn.ModuleList, recompute: Recompute, *, device: torch.device) -> None:
+    """Have the decoder layers keep their input only, where asked."""
+    if recompute == "offload":
+        offload_layers(list(layers), device)
+    elif recompute:
+        for layer in layers:
+            layer.forward = partial(recomputed, layer.forward)
 
 
 def recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:

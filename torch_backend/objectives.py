@@ -13,6 +13,7 @@ import torch
 from shared.families import HeadFacts
 
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, so that its matmuls have rows enough to be fast
+CHUNK_ELEMENTS_CUDA = 2**26  # every chunk reads the whole head: a GPU needs some 500 rows to be busy meanwhile
 LEAST_ROWS = 64
 
 
@@ -52,16 +53,17 @@ def finish(z_NV: torch.Tensor, bias: torch.Tensor | None, facts: HeadFacts) -> t
     return z_NV if facts.softcap is None else z_NV.div_(facts.softcap).tanh_().mul_(facts.softcap)
 
 
-def chunk_rows(vocabulary: int) -> int:
+def chunk_rows(weight_VD: torch.Tensor) -> int:
     """Return how many positions one chunk holds."""
-    return max(CHUNK_ELEMENTS // vocabulary, LEAST_ROWS)
+    elements = CHUNK_ELEMENTS_CUDA if weight_VD.is_cuda else CHUNK_ELEMENTS
+    return max(elements // weight_VD.shape[0], LEAST_ROWS)
 
 
 def log_probs(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor) -> torch.Tensor:
     """Return (N,) float32 log-probabilities of the targets, without gradients."""
     weight_VD = head.weight(h_ND.dtype)
     out = []
-    for h_CD, target_C in zip(h_ND.split(rows := chunk_rows(weight_VD.shape[0])), targets_N.split(rows), strict=True):
+    for h_CD, target_C in zip(h_ND.split(rows := chunk_rows(weight_VD)), targets_N.split(rows), strict=True):
         z_CV = chunk_logits(h_CD, weight_VD, head.bias, head.facts)
         out.append(z_CV.gather(1, target_C[:, None])[:, 0] - z_CV.logsumexp(dim=1))
     return torch.cat(out)
@@ -85,7 +87,7 @@ class _ChunkedSFT(torch.autograd.Function):
         dh_ND = torch.empty_like(h_ND) if wants[0] else None
         dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants[1] else None
         db_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants[2] and bias_V is not None else None
-        rows = min(chunk_rows(weight_VD.shape[0]), len(h_ND))
+        rows = min(chunk_rows(weight_VD), len(h_ND))
         space_CV = torch.empty(rows, weight_VD.shape[0], dtype=h_ND.dtype, device=h_ND.device)
         for start in range(0, h_ND.shape[0], rows):
             at = slice(start, start + rows)

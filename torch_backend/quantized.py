@@ -5,6 +5,8 @@ Legend: N rows of activations, I input width, O output width, G groups.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import nn
 
 from shared.types import Packed, Scheme, Tensor
 from torch_backend.state import from_torch, to_torch
+
+PLAIN_DECODE = "triton is not installed: quantized weights are decoded by many small kernels (pip install triton)"
 
 
 def unpack(raw: torch.Tensor, bits: int) -> torch.Tensor:
@@ -32,8 +36,18 @@ def unpack(raw: torch.Tensor, bits: int) -> torch.Tensor:
     return ((word[..., None] >> shifts) & (2**bits - 1)).reshape(rows, -1)
 
 
+@cache
+def has_triton() -> bool:
+    """Return whether triton is installed: torch brings it on Linux, not everywhere else."""
+    return find_spec("triton") is not None
+
+
 def decode(raw: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Return the weight (O, I): a product, then a sum, each rounded in the scales' dtype."""
+    if raw.device.type == "cuda" and has_triton():
+        from torch_backend.kernels import decode_affine
+
+        return decode_affine(raw.view(torch.int32), scales, biases, scheme)
     codes = unpack(raw, scheme.bits).to(scales.dtype)
     grouped = codes.view(codes.shape[0], -1, scheme.group_size)
     return grouped.mul_(scales[..., None]).add_(biases[..., None]).view(codes.shape[0], -1)

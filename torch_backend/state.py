@@ -31,6 +31,13 @@ def from_torch(value: torch.Tensor) -> Tensor:
     return Tensor(FROM_TORCH[host.dtype], host.numpy().copy())
 
 
+def send(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return a host tensor on the device; from pinned memory, so that nobody waits for what is queued on CUDA."""
+    if torch.device(device).type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """Return the torch dtype called "float32" or "bfloat16"."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

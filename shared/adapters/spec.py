@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.config import AdapterConfig
 from shared.errors import ConfigError, did_you_mean
 from shared.seeds import uniform
 from shared.types import AdapterSpec, ModelInfo, Tensor
+
+if TYPE_CHECKING:
+    from shared.config import AdapterConfig
 
 SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # siblings that read one tensor
 LAYER = re.compile(r"\.(\d+)\.")

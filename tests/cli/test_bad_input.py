@@ -482,6 +482,8 @@ COMMANDS = [
     case("parity: no config", lambda w: ["parity", str(w.folder / "no.yaml")], 2, "no.yaml does not exist"),
     case("parity: no model", lambda w: ["parity", str(w.config(model=w.folder / "no"))], 3, "no model folder at"),
     case("parity: --updates 0", lambda w: ["parity", str(w.config()), "--updates", "0"], 2, "--updates", "1"),
+    case("offload without a second memory", training("{recompute: offload}"), 4, "train.recompute: offload", "CUDA",
+         "recompute: true", both=True),
     case("a GPU where none is", section("device: gpu"), 4, "gpu", "device: auto", both=True),
     case("output is a file", output_is_file, 2, "output: .*taken is a file", "folder"),
     case("output below a file", output_below_file, 7, "output: cannot write in .*taken", "--output"),

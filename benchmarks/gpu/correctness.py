@@ -1,0 +1,272 @@
+"""A tiny model on the device against the same on a CPU in float32, and against float64 NumPy where there is a formula.
+
+Legend: N positions, D width, O output width, R rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shared import reference, seeds
+from shared.adapters.spec import initial_adapter
+from shared.data.batch import make_batch, micro_batches
+from shared.families import HeadFacts
+from shared.quant.affine import AffineQuantizer
+from shared.registry import find_backend
+from shared.tensors import from_float32, to_float32
+from shared.types import AdapterSpec, Example, Recompute, Sampling, Scheme, Tensor, Update
+from torch_backend import objectives
+from torch_backend.adapters import Dropout, LoRALinear
+from torch_backend.model import TorchModel
+from torch_backend.offload import offload_layers
+from torch_backend.optim import AdamW
+from torch_backend.quantized import decode
+from torch_backend.state import from_torch, to_torch
+from torch_backend.trainer import TorchTrainer
+
+# The bounds of tests/tolerances.py, which holds the measurements behind them (CPU, float32).
+FIRST_LOSS, GRADIENTS, CURVE, MICRO, LOSS_LAYER = 1e-6, 2e-5, 1e-4, 1e-6, 2e-6
+LENGTHS = [5, 19, 8, 31, 12, 12, 3, 27]
+VOCABULARY = 512
+Checks = Iterable[tuple[str, float, float]]  # what, gap, bound
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A tiny model on one device, ready to train."""
+
+    model: TorchModel
+    trainer: TorchTrainer
+
+
+def run(check: Callable[[str], Checks], device: str) -> dict[str, Any]:
+    """Return every gap of a check with its bound; NaN is outside of every bound."""
+    found = {what: {"gap": gap, "bound": bound, "ok": gap <= bound} for what, gap, bound in check(device)}
+    return {"checks": found}
+
+
+@cache
+def folder() -> Path:
+    """Return the folder of a random 4-layer Llama in float32."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    path = Path(tempfile.mkdtemp(prefix="gpu-suite-"))
+    config = LlamaConfig(
+        hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256, num_hidden_layers=4,
+        vocab_size=VOCABULARY, max_position_embeddings=256, tie_word_embeddings=False,
+    )  # fmt: skip
+    zoo, random = AutoModelForCausalLM.from_config(config, dtype=torch.float32), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in zoo.named_parameters():
+            noise = torch.randn(parameter.shape, generator=random) * 0.1
+            parameter.copy_(noise + 1 if "norm" in name else noise)
+    zoo.save_pretrained(path)
+    return path
+
+
+def lab(device: str, *, dropout: float = 0.0, recompute: Recompute = False, scheme: Scheme | None = None) -> Lab:
+    """Return the model with LoRA of rank 8 on all linear layers, B different from zero."""
+    place = "gpu" if device == "cuda" else "cpu"
+    options: dict[str, Any] = {"dtype": "float32", "quantization": scheme, "device": place}
+    model = find_backend("torch").load_model(folder(), recompute=recompute is True, **options)
+    if recompute == "offload":
+        offload_layers(list(model.decoder.layers), model.device)
+    spec = AdapterSpec("lora", rank=8, alpha=16.0, dropout=dropout, modules=tuple(model.info.linears))
+    model.attach(spec)
+    tensors = initial_adapter(spec, model.info.linears, seed=0)
+    for name, tensor in tensors.items():
+        if name.endswith("lora_B"):
+            values = seeds.uniform(seed=1, name=name, shape=tensor.shape, bound=0.02)
+            tensors[name] = Tensor("F32", values)
+    model.load_tensors("adapter", tensors)
+    return Lab(model, TorchTrainer(model, objective="sft"))
+
+
+def update(step: int, **changes: Any) -> Update:
+    """Return AdamW's usual numbers."""
+    usual: dict[str, Any] = {
+        "seed": 0, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0,
+        "bias_correction": True,
+    }  # fmt: skip
+    return Update(step=step, **{**usual, **changes})
+
+
+@cache
+def examples() -> list[Example]:
+    """Return eight random rows, the first third of each a prompt."""
+    random = np.random.default_rng(0)
+    return [
+        Example(random.integers(0, VOCABULARY, n, dtype=np.int32), np.arange(n) >= max(1, n // 3), f"row:{n}")
+        for n in LENGTHS
+    ]
+
+
+def batches() -> list[Any]:
+    """Return the rows in the micro-batches that a run would make of them."""
+    return micro_batches(examples(), micro_tokens=64)
+
+
+def arrays(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
+    """Return float64 arrays by name."""
+    return {name: to_float32(tensor).astype(np.float64) for name, tensor in tensors}
+
+
+def gap(one: Mapping[str, np.ndarray], two: Mapping[str, np.ndarray]) -> float:
+    """Return the largest difference, relative to the largest element of the second."""
+    return max(np.abs(one[name] - two[name]).max() for name in two) / max(np.abs(v).max() for v in two.values())
+
+
+def first_gradient(one: Lab, micro: list[Any]) -> tuple[float, dict[str, np.ndarray]]:
+    """Return loss and gradient of a first update; AdamW's first moment holds (1 - beta1) of it."""
+    loss = one.trainer.step(micro, update(1, max_grad_norm=None)).result().loss
+    return loss, {n[2:]: a / 0.1 for n, a in arrays(one.trainer.state()).items() if n.startswith("m.")}
+
+
+def check_first_update(device: str) -> Checks:
+    """Compare loss and gradients of the first update with a CPU's, float and quantized, recompute on and off."""
+    for what, options in {
+        "lora": {}, "dropout": {"dropout": 0.1}, "qlora": {"scheme": Scheme("affine", 4, 64)},
+        "recompute": {"recompute": True, "dropout": 0.1}, "offload": {"recompute": "offload", "dropout": 0.1},
+    }.items():  # fmt: skip
+        ours, theirs = (first_gradient(lab(place, **options), batches()) for place in (device, "cpu"))
+        yield f"{what}: first loss", abs(ours[0] / theirs[0] - 1), FIRST_LOSS
+        yield f"{what}: gradients", gap(ours[1], theirs[1]), GRADIENTS
+
+
+def check_formulas(device: str) -> Checks:
+    """Compare head and loss, a LoRA layer and AdamW with float64 NumPy."""
+    random = np.random.default_rng(1)
+    h, w = (random.standard_normal(shape).astype(np.float32) for shape in ((60, 32), (4000, 32)))
+    targets, weights = random.integers(0, 4000, 60).astype(np.int32), np.ones(60, dtype=np.float32)
+    for facts in (HeadFacts(), HeadFacts(scale=0.5, softcap=10.0)):
+        wanted = reference.sft_loss(h, w, None, targets, weights, facts)
+        leaf = torch.tensor(h, device=device, requires_grad=True)
+        head = objectives.Head(SimpleNamespace(weight=torch.tensor(w, device=device), bias=None), facts)
+        loss = objectives.sft(leaf, head, torch.tensor(targets, device=device).long(), torch.tensor(weights).to(device))
+        (slope,) = torch.autograd.grad(loss, [leaf])
+        yield f"{facts}: loss", abs(float(loss.detach()) / wanted.loss - 1), LOSS_LAYER
+        yield f"{facts}: gradient", gap({"h": slope.cpu().double().numpy()}, {"h": wanted.hidden}), GRADIENTS
+    yield from check_lora(device, random)
+    yield from check_adamw(device, random)
+
+
+def check_lora(device: str, random: np.random.Generator) -> Checks:
+    """Compare a LoRA layer's output and gradients with float64."""
+    x, base, A, B, dy = (random.standard_normal(s) for s in ((20, 64), (48, 64), (8, 64), (48, 8), (20, 48)))
+    spec = AdapterSpec("lora", rank=8, alpha=16.0, dropout=0.0, modules=())
+    linear = nn.Linear(64, 48, bias=False, device=device).requires_grad_(False)
+    linear.weight.copy_(torch.tensor(base))
+    layer = LoRALinear(linear, name="layer", spec=spec, dropout=Dropout(p=0.0), shape=(48, 64))
+    layer.lora_A.data.copy_(torch.tensor(A))
+    layer.lora_B.data.copy_(torch.tensor(B))
+    leaf = torch.tensor(x, dtype=torch.float32, device=device)[None].requires_grad_()
+    y = layer(leaf)
+    found = torch.autograd.grad(
+        y, [leaf, layer.lora_A, layer.lora_B], torch.tensor(dy, dtype=torch.float32, device=device)[None]
+    )
+    wanted = reference.lora_backward(dy, x, base, A, B, 2.0)
+    output = {"y": y.detach()[0].cpu().double().numpy()}
+    yield "LoRA layer: output", gap(output, {"y": reference.lora(x, base, None, A, B, 2.0)}), GRADIENTS
+    for name, value in zip(("x", "A", "B"), found, strict=True):
+        own = value.cpu().double().numpy().reshape(getattr(wanted, name).shape)
+        yield f"LoRA layer: d{name}", gap({name: own}, {name: getattr(wanted, name)}), GRADIENTS
+
+
+def check_adamw(device: str, random: np.random.Generator) -> Checks:
+    """Compare an AdamW update with float64."""
+    start, slope = random.standard_normal((30, 20)), random.standard_normal((30, 20))
+    parameter = nn.Parameter(torch.tensor(start, dtype=torch.float32, device=device))
+    own = AdamW({"p": parameter})
+    own.grad.copy_(torch.tensor(slope).flatten())
+    numbers = update(1, max_grad_norm=None)
+    own.step(numbers, loss=torch.zeros((), device=device), weight=1.0)
+    wanted = reference.adamw(start, slope, np.zeros_like(start), np.zeros_like(start), numbers)
+    moved = np.abs(wanted.param - start).max()
+    worst = np.abs(parameter.detach().cpu().double().numpy() - wanted.param).max()
+    yield "AdamW: step, relative to how far it moves", worst / moved, 1e-3
+
+
+def check_bits(device: str) -> Checks:
+    """Compare dropout masks and decoded weights with NumPy, bit for bit: a gap is a number of wrong elements."""
+    slots = np.arange(3)
+    for p in (0.05, 0.5):
+        dropout = Dropout(p=p)
+        dropout.begin(seed=5, step=2, slots=slots, length=40, device=device)
+        wanted = seeds.dropout_mask(seed=5, step=2, name="layer", slots=slots, shape=(40, 96), p=p)
+        yield f"dropout mask, p = {p}", float((dropout.mask("layer", width=96).cpu().numpy() != wanted).sum()), 0
+    random = np.random.default_rng(2)
+    values = random.standard_normal((33, 640)) * np.exp2(random.integers(-12, 4, (33, 1)))
+    for dtype in ("F32", "BF16", "F16"):
+        weight = from_float32(values.astype(np.float32), dtype)
+        for scheme in (Scheme("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)):
+            packed = AffineQuantizer(scheme).quantize(weight)
+            there = {key: to_torch(tensor).to(device) for key, tensor in packed.arrays.items()}
+            found = decode(there["weight"].view(torch.uint8), there["scales"], there["biases"], scheme)
+            words = [t.data.view(np.uint8) for t in (from_torch(found), AffineQuantizer(scheme).dequantize(packed))]
+            yield f"decode {scheme} {dtype}", float((words[0] != words[1]).sum()), 0
+
+
+def check_training(device: str) -> Checks:
+    """Compare 20 updates with a CPU's, 1 x 8 rows with 8 x 1, and a resumed run with a whole one."""
+    labs = [lab(place, dropout=0.1) for place in (device, "cpu")]
+    curves = [[one.trainer.step(batches(), update(n)).result().loss for n in range(1, 21)] for one in labs]
+    yield "20 losses, the worst", max(abs(a / b - 1) for a, b in zip(*curves, strict=True)), CURVE
+    rows = examples()
+    whole = first_gradient(lab(device, dropout=0.1), [make_batch(rows, range(8))])
+    parts = first_gradient(lab(device, dropout=0.1), [make_batch([row], [n]) for n, row in enumerate(rows)])
+    yield "1 x 8 against 8 x 1 rows: loss", abs(parts[0] / whole[0] - 1), MICRO
+    change = sum(np.square(parts[1][name] - value).sum() for name, value in whole[1].items()) ** 0.5
+    size = sum(np.square(value).sum() for value in whole[1].values()) ** 0.5
+    yield "1 x 8 against 8 x 1 rows: norm of the gradient's change", change / size, MICRO
+    first = lab(device, dropout=0.1)
+    for n in (1, 2, 3):
+        first.trainer.step(batches(), update(n))
+    second = lab(device, dropout=0.1)
+    second.model.load_tensors("adapter", dict(first.model.tensors("adapter")))
+    second.trainer.load_state(dict(first.trainer.state()))
+    for one in (first, second):
+        for n in (4, 5):
+            one.trainer.step(batches(), update(n)).result()
+    wanted = dict(first.model.tensors("adapter"))
+    wrong = sum((t.data != wanted[name].data).sum() for name, t in second.model.tensors("adapter"))
+    yield "resumed against whole: wrong elements", float(wrong), 0
+
+
+def check_generation(device: str) -> Checks:
+    """Compare greedy tokens with a CPU's."""
+    prompts = [row.tokens.tolist() for row in examples()[:3]]
+    greedy = Sampling(24, 0.0, 0, ())
+    ours, theirs = ([t.token for t in lab(place).model.generate(prompts, greedy)] for place in (device, "cpu"))
+    yield "greedy tokens that differ", float(sum(a != b for a, b in zip(ours, theirs, strict=True))), 0
+
+
+CHECKS: dict[str, Callable[[str], Checks]] = {
+    "first update": check_first_update,
+    "formulas in float64": check_formulas,
+    "masks and decoded weights": check_bits,
+    "training": check_training,
+    "generation": check_generation,
+}
+
+
+def run_pytest(root: Path, device: str) -> dict[str, Any]:
+    """Return how `pytest -m cuda` ends, or why it does not run here."""
+    missing = [name for name in ("pytest", "pydantic", "hypothesis", "mlx", "mlx_lm", "peft") if not find_spec(name)]
+    if missing or device != "cuda":
+        return {"left_out": f"not installed: {', '.join(missing)}" if missing else "no CUDA device"}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/conformance", "tests/unit/test_offload.py"]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=70, check=False)
+    return {"exit_code": found.returncode, "end": found.stdout[-2000:]}
