@@ -60,6 +60,7 @@ AXES: dict[str, tuple[Callable[[int], Point], tuple[int, ...]]] = {
     "layers": (lambda n: Point(shape=replace(BASE, layers=n)), (2, 4, 8, 16)),
     "recompute": (lambda n: replace(WIDE, shape=replace(WIDE.shape, layers=n)), (2, 4, 8, 16)),  # against layers
 }
+EFFORTS = {False: Effort(least=3, most=9, time_s=2.0), True: Effort(least=1, most=1, time_s=0.0)}  # by recompute
 LOSSES = ((1024, 8192), (2048, 16384), (4096, 32768), (8192, 65536))  # supervised tokens, vocabulary
 FEW = {"rows": (2, 4), "recompute": (2, 4)}  # --quick
 FEW_LOSSES = ((512, 16384), (1024, 16384))
@@ -101,13 +102,20 @@ def measure(backend: str, arguments: argparse.Namespace) -> dict[str, Any]:
     for axis in [name for name in AXES if name in arguments.only and (name in FEW or not arguments.quick)]:
         make, sizes = AXES[axis]
         sizes = FEW[axis] if arguments.quick else sizes
-        points = [{"size": n, **run_point(backend, make(n), clock=found["clock"])} for n in sizes]
+        points = [tell(backend, axis, {"size": n, **run_point(backend, make(n), clock=found["clock"])}) for n in sizes]
         found[axis] = {"points": points, **fit(points, ("time_s", "added_bytes"))}
     if "loss" in arguments.only:
         sizes = FEW_LOSSES if arguments.quick else LOSSES
-        points = [{"size": n * v, **ask_loss(backend, tokens=n, vocabulary=v)} for n, v in sizes]
+        points = [tell(backend, "loss", {"size": n * v, **ask_loss(backend, tokens=n, vocabulary=v)}) for n, v in sizes]
         found["loss"] = {"points": points, **fit(points, ("time_s", "added_bytes"))}
     return {**found, "claims": [asdict(claim) for claim in claims(found)]}
+
+
+def tell(backend: str, axis: str, point: dict[str, Any]) -> dict[str, Any]:
+    """Return a point after saying on stderr that it is done: a whole run takes minutes."""
+    cost = f"{point['time_s']:.3f} s, {point['added_bytes'] / 2**20:.1f} MiB"
+    print(f"{backend} {axis} {point['size']}: {cost}", file=sys.stderr, flush=True)
+    return point
 
 
 def run_point(backend: str, point: Point, *, clock: str) -> dict[str, Any]:
@@ -122,7 +130,7 @@ def run_point(backend: str, point: Point, *, clock: str) -> dict[str, Any]:
             "folder": folder, "rank": point.rank, "quantization": "none", "dtype": "float32",
             "recompute": point.recompute,
         }  # fmt: skip
-        done = ask_updates(backend, config=config, rows=rows, effort=Effort(least=3, most=9, time_s=2.0))
+        done = ask_updates(backend, config=config, rows=rows, effort=EFFORTS[point.recompute])
     held = done.positions // done.micro_batches * point.shape.hidden * FLOAT * point.shape.layers
     return {
         "time_s": statistics.median(done.cpu_s if clock == "processor" else done.times_s),

@@ -240,10 +240,11 @@ def summarize(samples: Sequence[Sample], subject: Subject) -> dict[str, Any]:
 
 def print_table(result: dict[str, Any], backend: str) -> None:
     """Print the parts."""
-    print(f"{backend}, {result['devices'][backend]}: {result['update_s'] * 1e3:.1f} ms ", end="")
-    print(
-        f"({result['clock']} time) an update, {result['tokens_per_s']:,.0f} tokens/s\n\n| part | ms | share of the update |\n|---|---|---|"
+    speed = (
+        f"{result['update_s'] * 1e3:.1f} ms ({result['clock']} time) an update, {result['tokens_per_s']:,.0f} tokens/s"
     )
+    print(f"{backend}, {result['devices'][backend]}: {speed}\n")
+    print("| part | ms | share of the update |\n|---|---|---|")
     for part, found in result["parts"].items():
         print(f"| {part} | {found['median_s'] * 1e3:.2f} | {found['share']:.1%} |")
     print(f"\n{result['note']}")
