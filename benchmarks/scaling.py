@@ -6,7 +6,8 @@
 Every point is measured in a process of its own on a random Llama. Exponents are slopes of log cost against log size,
 with their standard errors. Time is processor time on a CPU, where other programs then do not count, and wall time on a
 GPU. Memory is what training adds to the loaded model: as MLX counts it, as CUDA's allocator does, or the resident size
-of the process where PyTorch computes on a CPU. Three claims are checked:
+of the process where PyTorch computes on a CPU. For the two claims on memory, the C library on Linux is told to give
+freed blocks back at once: what it would keep in fragments is no part of the claim. Three claims are checked:
 
 1. time is linear in the number of tokens at fixed length
 2. memory of the loss is flat in vocabulary x tokens, beyond the hidden states, their gradient and the head's weight
@@ -17,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ TOLERANCE = 0.1  # of an exponent
 FLOAT = 4  # bytes
 LOSS_WIDTH = 32  # narrow, so that hidden states weigh nothing beside logits
 SEED = 0
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # of glibc, in bytes
 BASE = Shape(layers=4, hidden=128, intermediate=384, heads=4, kv_heads=2, vocabulary=2048, tied=False)
 
 
@@ -101,21 +105,40 @@ def measure(backend: str, arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"clock": "processor" if find_backend(backend).probe().device == "cpu" else "wall"}
     for axis in [name for name in AXES if name in arguments.only and (name in FEW or not arguments.quick)]:
         make, sizes = AXES[axis]
-        sizes = FEW[axis] if arguments.quick else sizes
-        points = [tell(backend, axis, {"size": n, **run_point(backend, make(n), clock=found["clock"])}) for n in sizes]
-        found[axis] = {"points": points, **fit(points, ("time_s", "added_bytes"))}
+        points = []
+        for n in FEW[axis] if arguments.quick else sizes:
+            with freed_at_once(make(n).recompute):
+                points.append({"size": n, **run_point(backend, make(n), clock=found["clock"])})
+            tell(backend, axis, points[-1])
+        found[axis] = {"points": points, **fit(points)}
     if "loss" in arguments.only:
-        sizes = FEW_LOSSES if arguments.quick else LOSSES
-        points = [tell(backend, "loss", {"size": n * v, **ask_loss(backend, tokens=n, vocabulary=v)}) for n, v in sizes]
-        found["loss"] = {"points": points, **fit(points, ("time_s", "added_bytes"))}
+        points = []
+        for n, v in FEW_LOSSES if arguments.quick else LOSSES:
+            with freed_at_once(True):
+                points.append({"size": n * v, **ask_loss(backend, tokens=n, vocabulary=v)})
+            tell(backend, "loss", points[-1])
+        found["loss"] = {"points": points, **fit(points)}
     return {**found, "claims": [asdict(claim) for claim in claims(found)]}
 
 
-def tell(backend: str, axis: str, point: dict[str, Any]) -> dict[str, Any]:
-    """Return a point after saying on stderr that it is done: a whole run takes minutes."""
+@contextmanager
+def freed_at_once(wanted: bool) -> Iterator[None]:
+    """Make glibc, in processes started meanwhile, map every large block apart, so that freed ones leave the process.
+
+    It raises its own threshold with every block that is freed, up to 32 MiB, and keeps smaller ones in fragments.
+    """
+    if wanted:
+        os.environ[THRESHOLD] = "65536"
+    try:
+        yield
+    finally:
+        os.environ.pop(THRESHOLD, None)
+
+
+def tell(backend: str, axis: str, point: dict[str, Any]) -> None:
+    """Say on stderr that a point is done: a whole run takes minutes."""
     cost = f"{point['time_s']:.3f} s, {point['added_bytes'] / 2**20:.1f} MiB"
     print(f"{backend} {axis} {point['size']}: {cost}", file=sys.stderr, flush=True)
-    return point
 
 
 def run_point(backend: str, point: Point, *, clock: str) -> dict[str, Any]:
@@ -208,13 +231,15 @@ def torch_loss(tokens: int, vocabulary: int) -> Any:
     return run, lambda: (read_memory(device).active, read_memory(device).peak), reset
 
 
-def fit(points: Sequence[dict[str, Any]], costs: Sequence[str]) -> dict[str, Any]:
-    """Return the power law of every cost against size; None where a cost does not grow out of the noise."""
-    x = [point["size"] for point in points]
-    return {
-        cost: asdict(fit_power(x, [point[cost] for point in points])) if min(p[cost] for p in points) > 0 else None
-        for cost in costs
-    }
+def fit(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the power laws of time and memory against size."""
+    return {cost: law(points, cost) for cost in ("time_s", "added_bytes")}
+
+
+def law(points: Sequence[dict[str, Any]], cost: str) -> dict[str, Any] | None:
+    """Return the power law of a cost against size, None where it does not stand out of the noise."""
+    costs = [point[cost] for point in points]
+    return asdict(fit_power([point["size"] for point in points], costs)) if min(costs) > 0 else None
 
 
 @dataclass(frozen=True)
@@ -239,15 +264,15 @@ def claims(found: dict[str, Any]) -> Iterator[Claim]:
             {"size": point["size"], "beyond_bytes": point["added_bytes"] - point["layer_inputs_bytes"]}
             for point in found["recompute"]["points"]
         ]
-        law = fit(beyond, ("beyond_bytes",))["beyond_bytes"]
-        yield judge("memory with recompute is flat in layers beyond one row of activations each", law, wanted=0.0)
+        text = "memory with recompute is flat in layers beyond one row of activations each"
+        yield judge(text, law(beyond, "beyond_bytes"), wanted=0.0)
 
 
-def judge(text: str, law: dict[str, Any] | None, *, wanted: float) -> Claim:
+def judge(text: str, power: dict[str, Any] | None, *, wanted: float) -> Claim:
     """Return a claim: the exponent is as wanted, give or take the tolerance."""
-    if law is None:
+    if power is None:
         return Claim(text, None, None, wanted, ok=False)
-    return Claim(text, law["exponent"], law["standard_error"], wanted, abs(law["exponent"] - wanted) <= TOLERANCE)
+    return Claim(text, power["exponent"], power["standard_error"], wanted, abs(power["exponent"] - wanted) <= TOLERANCE)
 
 
 def print_table(name: str, found: dict[str, Any]) -> None:
@@ -259,17 +284,19 @@ def print_table(name: str, found: dict[str, Any]) -> None:
         print(f"| {axis} | {sizes} | {cells} |")
     print()
     for claim in found["claims"]:
-        law = law_text(claim if claim["exponent"] is not None else None)
-        print(f"{'PASS' if claim['ok'] else 'FAIL'}  {claim['text']}: {law}, wanted {claim['wanted']:g} +- {TOLERANCE}")
+        power = law_text(claim if claim["exponent"] is not None else None)
+        print(
+            f"{'PASS' if claim['ok'] else 'FAIL'}  {claim['text']}: {power}, wanted {claim['wanted']:g} +- {TOLERANCE}"
+        )
     print(flush=True)
 
 
-def law_text(law: dict[str, Any] | None) -> str:
+def law_text(power: dict[str, Any] | None) -> str:
     """Return an exponent with its standard error."""
-    if law is None:
+    if power is None:
         return "not above the noise"
-    error = law["standard_error"]
-    return f"size^{law['exponent']:.2f}" + (f" +- {error:.2f}" if error is not None else "")
+    error = power["standard_error"]
+    return f"size^{power['exponent']:.2f}" + (f" +- {error:.2f}" if error is not None else "")
 
 
 if __name__ == "__main__":

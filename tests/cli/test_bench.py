@@ -18,6 +18,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.timeout(900)  # eight processes, each loading a framework: 30 s of processor time
 def test_bench_measures_both_backends_and_appends_a_row_for_each_kind(cache, capfd):
     file = cache / "bench.md"
     assert run(["bench", "--size", "tiny", "--backend", "both", "--output", str(file), "--json"]) == 0
@@ -49,14 +50,6 @@ def test_bench_measures_both_backends_and_appends_a_row_for_each_kind(cache, cap
     assert all(line.count("|") == len(COLUMNS) + 1 for line in text.splitlines())
     assert "mlxlora bench --backend both --size tiny" in text
     assert "note: tiny: writing a random Llama" in said
-
-
-def test_bench_without_json_prints_figures_and_the_table(cache, capfd):
-    assert run(["bench", "--size", "tiny", "--backend", "torch"]) == 0
-    out, _ = capfd.readouterr()
-    assert "tokens/s" in out
-    assert header()[0] in out
-    assert out.rstrip().endswith("to report it, copy the table")
 
 
 @pytest.mark.parametrize(

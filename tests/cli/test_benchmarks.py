@@ -51,6 +51,7 @@ def test_step_takes_a_real_model_and_real_rows(tiny_model_folder, tmp_path):
     assert (found["dtype"], found["rows_per_update"], found["updates"]) == ("float32", 2, 2)
 
 
+@pytest.mark.timeout(900)  # six processes, each loading a framework: 25 s of processor time
 @pytest.mark.parametrize(("backend", "axes"), [("torch", "rows,recompute,loss"), ("mlx", "loss")])
 def test_scaling_fits_exponents_and_judges_its_claims(backend, axes, tmp_path):
     file = tmp_path / "scaling.json"

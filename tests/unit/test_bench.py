@@ -22,6 +22,7 @@ from shared.bench import (
     choose_size,
     markdown_row,
     read_ceilings,
+    report,
     weight_traffic,
 )
 from shared.ceilings import Ceilings, time_of, write_ceilings
@@ -86,6 +87,14 @@ def test_rows_are_appended_under_one_head_and_nothing_else_is_touched(tmp_path):
     fresh = tmp_path / "fresh.md"
     append(fresh, RESULT)
     assert fresh.read_text() == RESULT.table
+
+
+def test_the_terminal_shows_figures_then_the_table_to_copy():
+    text = report(RESULT)
+    assert "mlx   QLoRA bfloat16 medium: 4,321 tokens/s, peak memory 1.5 GiB, 41% of the matmul ceiling" in text
+    assert RESULT.table in text
+    assert text.endswith("to report it, copy the table")
+    assert report(replace(RESULT, output="bench.md")).endswith("appended to bench.md")
 
 
 def test_what_can_be_known_beforehand_is_refused_at_once(tmp_path):
