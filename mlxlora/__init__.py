@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shared.bench import BenchResult
     from shared.callbacks import Callback
     from shared.config import RunConfig
     from shared.doctor import Check
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from shared.train import TrainResult
 
 __version__ = "0.1.0"
-__all__ = ["doctor", "evaluate", "generate", "load_config", "parity", "quickstart", "schema", "train"]
+__all__ = ["bench", "doctor", "evaluate", "generate", "load_config", "parity", "quickstart", "schema", "train"]
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -143,6 +144,20 @@ def quickstart(output: str | Path = "runs/quickstart", *, backend: str = "auto",
     from shared.quickstart import quickstart as run
 
     return run(DEMO, Path(output), backend=backend, **options)
+
+
+def bench(
+    *, size: str = "auto", backend: str = "auto", dtype: str = "auto", output: str | Path | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> BenchResult:  # fmt: skip
+    """Return how fast this machine fine-tunes, against its own ceilings.
+
+    `.table` of the result is Markdown; its rows are appended to `output`. size: auto, tiny, small, medium, large, huge.
+    """
+    from shared.bench import bench as run
+
+    file = None if output is None else Path(output).expanduser()
+    return run(size=size, backend=backend, dtype=dtype, output=file, note=note)
 
 
 def schema() -> dict[str, Any]:

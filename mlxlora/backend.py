@@ -7,7 +7,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -84,6 +84,13 @@ class MLXBackend:
         places = (np.asarray(slots)[:, None], np.arange(shape[0])[None])
         dropout.begin(seed=seed, step=step, places=places)
         return np.array(dropout.mask(name, width=shape[1]))
+
+    def workload(self, kind: str, *, size: int, dtype: str, device: str | None) -> Callable[[int], None]:
+        """Return a function that does a "matmul" or a "copy" so many times and waits."""
+        choose_device(device)
+        from mlxlora.workloads import WORKLOADS
+
+        return WORKLOADS[kind](size, dtype)
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ Rules, each one a conformance test for every registered backend:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -137,4 +137,11 @@ class Backend(Protocol):
         self, *, seed: int, step: int, name: str, slots: Sequence[int], shape: tuple[int, int], p: float
     ) -> np.ndarray:
         """Return (B, T, D) bool as the adapter layers use it, B = len(slots), shape = (T, D)."""
+        ...
+
+    def workload(self, kind: str, *, size: int, dtype: str, device: str | None) -> Callable[[int], None]:
+        """Return a function that does a workload n times and waits: what `shared/ceilings.py` times.
+
+        kind: "matmul" of two (size, size) matrices, or "copy" of size bytes.
+        """
         ...

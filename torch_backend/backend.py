@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -78,6 +78,12 @@ class TorchBackend:
         places = (np.asarray(slots)[:, None], np.arange(shape[0])[None])
         dropout.begin(seed=seed, step=step, places=places, device="cpu")
         return dropout.mask(name, width=shape[1]).numpy()
+
+    def workload(self, kind: str, *, size: int, dtype: str, device: str | None) -> Callable[[int], None]:
+        """Return a function that does a "matmul" or a "copy" so many times and waits."""
+        from torch_backend.workloads import WORKLOADS
+
+        return WORKLOADS[kind](size, dtype, choose_device(device))
 
 
 @lru_cache(maxsize=1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -16,6 +18,16 @@ def read_memory(device: torch.device) -> Memory:
     if device.type == "cuda":
         limit = torch.cuda.get_device_properties(device).total_memory
         return Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device), limit)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return Memory(psutil.Process().memory_info().rss, peak, psutil.virtual_memory().total)
+    return Memory(psutil.Process().memory_info().rss, peak_resident(), psutil.virtual_memory().total)
+
+
+def peak_resident() -> int:
+    """Return the largest resident size of this program so far, in bytes."""
+    try:  # on Linux ru_maxrss begins with the size of the program that started this one
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        found = None
+    if found:
+        return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # in bytes on macOS, in KiB elsewhere

@@ -1,0 +1,75 @@
+"""The benchmark scripts run from the command line and write what they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = {"data", "forward", "head", "backward", "optimizer", "waiting"}
+
+
+def script(name: str, *arguments: object, code: int = 0) -> str:
+    """Return what a benchmark prints."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_step_gives_the_time_of_every_part(backend, tmp_path):
+    file = tmp_path / "results" / "step.json"
+    out = script("step.py", "--quick", "--backend", backend, "--updates", 3, "--output", file)
+    found = json.loads(file.read_text())
+    assert set(found["parts"]) == PARTS
+    assert all(f"| {part} |" in out for part in PARTS)
+    assert found["update_s"] > 0
+    assert found["tokens_per_s"] > 0
+    assert all(found["parts"][part]["median_s"] > 0 for part in ("data", "forward"))
+    assert (found["updates"], found["clock"], set(found["devices"])) == (3, "wall", {backend})
+    assert found["command"] == f"python benchmarks/step.py --quick --backend {backend} --updates 3 --output step.json"
+    assert "need not add up" in out
+
+
+def test_step_takes_a_real_model_and_real_rows(tiny_model_folder, tmp_path):
+    rows = [{"prompt": f"{n} and {n}? ", "completion": "hello"} for n in range(4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "step.json"
+    script(
+        "step.py", "--model", tiny_model_folder(), "--data", tmp_path, "--set", "train.dtype=float32", "--set",
+        "train.batch_size=2", "--backend", "torch", "--updates", 2, "--warmup", 1, "--output", file,
+    )  # fmt: skip
+    found = json.loads(file.read_text())
+    assert (found["dtype"], found["rows_per_update"], found["updates"]) == ("float32", 2, 2)
+
+
+@pytest.mark.timeout(900)  # six processes, each loading a framework: 25 s of processor time
+@pytest.mark.parametrize(("backend", "axes"), [("torch", "rows,recompute,loss"), ("mlx", "loss")])
+def test_scaling_fits_exponents_and_judges_its_claims(backend, axes, tmp_path):
+    file = tmp_path / "scaling.json"
+    out = script("scaling.py", "--quick", "--backend", backend, "--only", axes, "--output", file)
+    found = json.loads(file.read_text())["results"][backend]
+    for axis in axes.split(","):
+        assert len(found[axis]["points"]) == 2
+        assert all(point["time_s"] > 0 for point in found[axis]["points"])
+        assert f"| {axis} |" in out
+    assert len(found["claims"]) == len(axes.split(","))
+    for claim in found["claims"]:
+        assert f"{'PASS' if claim['ok'] else 'FAIL'}  {claim['text']}" in out
+    loss = found["loss"]["points"]
+    whole_logits = [point["size"] * 4 for point in loss]
+    assert all(0 < point["added_bytes"] < 3 * 2**26 for point in loss)
+    assert loss[1]["added_bytes"] < whole_logits[1] * 3, "less than the logits, their softmax and their gradient"
+
+
+def test_a_mistake_is_told_at_once():
+    assert "one of --config" in script("step.py", "--backend", "mlx", code=2)
+    assert "unknown width" in script("scaling.py", "--only", "width", code=2)
