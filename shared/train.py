@@ -17,10 +17,11 @@ from shared.callbacks import Callback, tell
 from shared.card import write_card
 from shared.checkpoint import Checkpoint
 from shared.config import RunConfig, parse_scheme
-from shared.data.batch import AUTO_MICRO_TOKENS, Plan
+from shared.data.batch import Plan
 from shared.data.rows import content_hash, find_data, read_rows, split_file
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
 from shared.errors import ModelError, StorageError
+from shared.estimate_report import decide_run
 from shared.export import write_model
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.loop import fit
@@ -45,8 +46,6 @@ from shared.run_folder import (
 from shared.samples import take_samples
 from shared.strict import check_length
 from shared.types import AdapterSpec, Capability, Example
-
-RECOMPUTE_FROM = 500_000_000  # matmul weights from which recompute: auto keeps layer inputs only
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,10 @@ def build_run(
 ) -> Run:  # fmt: skip
     """Load the model, attach the adapter, and put both where the checkpoint says."""
     config = prepared.config
-    model, spec = load_trainable(prepared, backend)
+    chosen = decide_run(config, prepared.base, prepared.train, backend=backend.name, device=backend.probe().device)
+    if "auto" in (config.train.micro_tokens, config.train.recompute):
+        tell(callbacks, "on_note", chosen.note)
+    model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
     for text in model.info.notes:
         tell(callbacks, "on_note", text)
     if found is not None:
@@ -217,23 +219,24 @@ def build_run(
     state = LoopState(**found.state["loop"]) if found else LoopState()
     plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
     updates = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
-    micro = config.train.micro_tokens
     return Run(
         config=config, folder=folder, model=model, trainer=trainer, train=prepared.train, valid=prepared.valid,
-        plan=plan, updates=updates, micro_tokens=AUTO_MICRO_TOKENS if micro == "auto" else micro,
+        plan=plan, updates=updates, micro_tokens=chosen.micro_tokens,
         identity=identity().as_dict(), callbacks=callbacks, state=state, spec=spec,
     )  # fmt: skip
 
 
-def load_trainable(prepared: Prepared, backend: Backend, *, dtype: str | None = None) -> tuple[Model, AdapterSpec]:
-    """Return the base with what the config makes trainable."""
+def load_trainable(
+    prepared: Prepared, backend: Backend, *, dtype: str | None = None, recompute: bool | None = None
+) -> tuple[Model, AdapterSpec]:
+    """Return the base with what the config makes trainable; recompute None: as the config says, "auto" is off."""
     config = prepared.config
     check_trainable(prepared)
     model = backend.load_model(
         prepared.base.path,
         dtype=dtype or config.train.dtype,
         quantization=parse_scheme(config.quantization),
-        recompute=choose_recompute(config, prepared.base),
+        recompute=config.train.recompute is True if recompute is None else recompute,
         device=None if config.device == "auto" else config.device,
     )
     longest = max([*prepared.train, *prepared.valid], key=lambda example: len(example.tokens))
@@ -250,13 +253,6 @@ def check_trainable(prepared: Prepared) -> None:
             f"{prepared.base.path} is quantized, so its weights cannot be trained (adapter.type: none)",
             fix="set adapter.type: lora, or use the unquantized model",
         )
-
-
-def choose_recompute(config: RunConfig, base: ModelFolder) -> bool:
-    """Return whether layers keep their input only; "auto" does from 500 million weights on."""
-    if isinstance(config.train.recompute, bool):
-        return config.train.recompute
-    return sum(math.prod(entry.shape) for entry in base.entries.values()) >= RECOMPUTE_FROM
 
 
 def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:

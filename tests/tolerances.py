@@ -22,3 +22,6 @@ LOGITS = 2e-5  # measured: 0 to PEFT (bit-equal), 1.5e-5 between our backends, 1
 
 # Summed loss of the chunked head against float64, relative, over 3 chunks of a vocabulary of 40,000.
 LOSS_LAYER = 2e-6  # measured: 1.4e-6 (MLX, soft-cap 10: its float32 tanh and exp), 3e-7 without a soft-cap
+
+# Estimated peak of a run against the real one, relative: MLX's own count, and the size of the process with torch.
+ESTIMATE = 0.10  # measured: benchmarks/results/, benchmarks/memory.py

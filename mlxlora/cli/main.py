@@ -11,6 +11,9 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from mlxlora.cli.app import app
+from mlxlora.cli.planning import estimate
+
+app.command()(estimate)
 
 
 def main() -> None:
