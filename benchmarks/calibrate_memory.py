@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from memory import STEADY, Case, largest, recipe, write_model
+from memory import STEADY, Case, largest, measure_fresh, recipe, write_model
 
 from shared import estimate as model
 from shared.adapters.spec import initial_adapter, resolve
@@ -135,6 +135,9 @@ def add_rest(costs: Costs, base: Case, *, lora: Costs | None) -> Costs:
     found, shape = rest(big)
     costs = replace(costs, update=ratio(found, model.WORD * model.num_trained(shape, spec_of(big, shape))))
     if lora is None:
+        if base.backend == "torch":
+            peak, _, shape = measure_fresh(replace(few, supervised=1.0), plain=False)
+            costs = replace(costs, framework=round(peak - known_bytes(few, shape, costs)))
         masked = replace(base, layers=4, dropout=0.1)
         found, shape = rest(masked)
         work = largest(masked)

@@ -156,9 +156,9 @@ def recipe(case: Case, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(arguments: argparse.Namespace, case: Case) -> tuple[int, RunConfig, model.Shape]:
+def measure_fresh(case: Case, *, plain: bool) -> tuple[int, RunConfig, model.Shape]:
     """Return the peak of a case in bytes, its config, and the shape of its model."""
-    environment = {**os.environ, **({} if arguments.plain else STEADY), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **({} if plain else STEADY), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         run_child({"do": "write", "folder": place, "case": asdict(case)}, environment)
@@ -188,7 +188,7 @@ def compare(arguments: argparse.Namespace, cases: Sequence[Case]) -> None:
     results = []
     print("| case | backend | parameters | estimated | measured | error |\n|---|---|---|---|---|---|")
     for case in cases:
-        peak, config, shape = measure(arguments, case)
+        peak, config, shape = measure_fresh(case, plain=arguments.plain)
         place = here(case.backend).place
         found = model.estimate(config, shape, largest(case), place=place, recompute=case.recompute)
         error = found.peak / peak - 1
