@@ -124,6 +124,8 @@ def add_rest(costs: Costs, base: Case, *, lora: Costs | None) -> Costs:
     big = replace(few, hidden=512, heads=8, key_heads=8, mlp=2048, rank=512)
     table = replace(few, vocabulary=65536, hidden=128, heads=2, key_heads=2, mlp=64)
     loss = replace(table, hidden=64, heads=1, key_heads=1, length=512, micro_tokens=512, supervised=1.0)
+    chunk = replace(loss, length=64, micro_tokens=64)
+    logits = model.WORD * 64 * 65536
     packed = replace(big, rank=8, quantization="affine-4bit-g64")
 
     def rest(case: Case, **options: Any) -> tuple[float, model.Shape]:
@@ -147,11 +149,10 @@ def add_rest(costs: Costs, base: Case, *, lora: Costs | None) -> Costs:
         costs = replace(costs, quantizing=ratio(found, big.hidden * big.mlp))
         found, shape = rest(packed)
         costs = replace(costs, decodes=ratio(found, big.hidden * big.mlp * model.SIZES[base.dtype]))
-        found, shape = rest(loss)
-        return replace(costs, logits=ratio(found, model.WORD * 64 * 65536))
-    costs = replace(costs, logits=lora.logits, framework=lora.framework)
-    found, shape = rest(loss)
-    return replace(costs, head=ratio(found, model.WORD * 64 * 65536))
+        costs = replace(costs, logits=ratio(rest(chunk)[0], logits))
+        return replace(costs, queued=ratio(rest(loss)[0], logits))
+    costs = replace(costs, logits=lora.logits, queued=lora.queued, framework=lora.framework)
+    return replace(costs, head=ratio(rest(chunk)[0], logits))
 
 
 def ratio(found: float, unit: float) -> float:

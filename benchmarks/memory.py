@@ -31,6 +31,7 @@ import numpy as np
 
 from mlxlora import DEMO
 from shared import estimate as model
+from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import build_config
 from shared.estimate_machines import here
@@ -96,13 +97,8 @@ def child(task: dict[str, Any]) -> None:
         return
     import mlxlora
 
-    rows: list[dict[str, Any]] = []
-
-    class Note:
-        def on_step(self, row: dict[str, Any]) -> None:
-            rows.append(dict(row))
-
-    mlxlora.train(build_config(task["config"]), callbacks=[Note()])
+    result = mlxlora.train(build_config(task["config"]))
+    rows = Metrics(result.output / "metrics.jsonl").read()
     print("\n" + json.dumps({"peak": rows[-1]["peak_memory_bytes"]}))
 
 

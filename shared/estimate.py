@@ -281,7 +281,8 @@ def packed_bytes(shape: tuple[int, int], scheme: Scheme, *, scale_bytes: int) ->
 def loss_bytes(shape: Shape, work: Work, costs: Costs, *, size: int) -> float:
     """Return the bytes of one chunk's logits, and of the hidden states at supervised positions with their gradient."""
     rows = min(max(CHUNK_ELEMENTS // shape.info.vocab_size, CHUNK_ROWS), work.supervised)
-    return costs.logits * WORD * rows * shape.info.vocab_size + 2 * work.supervised * shape.width * size
+    arrays = costs.logits + (costs.queued if rows < work.supervised else 0)
+    return arrays * WORD * rows * shape.info.vocab_size + 2 * work.supervised * shape.width * size
 
 
 def decode_bytes(config: RunConfig, shape: Shape, costs: Costs, *, place: str) -> float:

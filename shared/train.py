@@ -204,10 +204,9 @@ def build_run(
     """Load the model, attach the adapter, and put both where the checkpoint says."""
     config = prepared.config
     chosen = decide_run(config, prepared.base, prepared.train, backend=backend.name, device=backend.probe().device)
-    if "auto" in (config.train.micro_tokens, config.train.recompute):
-        tell(callbacks, "on_note", chosen.note)
     model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
-    for text in model.info.notes:
+    free = "auto" in (config.train.micro_tokens, config.train.recompute)
+    for text in (*model.info.notes, *([chosen.note] if free else [])):
         tell(callbacks, "on_note", text)
     if found is not None:
         model.load_tensors("adapter", found.adapter)
