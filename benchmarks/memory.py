@@ -176,7 +176,7 @@ def largest(case: Case) -> model.Work:
     """Return the largest micro-batch of a case; all its rows have the same length."""
     rows = min(case.rows, max(1, case.micro_tokens // case.length))
     positions = rows * case.length
-    return model.Work(positions, case.length, round(positions * case.supervised))
+    return model.Work(positions, case.length, round(positions * case.supervised), -(-case.rows // rows))
 
 
 def compare(arguments: argparse.Namespace, cases: Sequence[Case]) -> None:

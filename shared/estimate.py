@@ -62,6 +62,7 @@ class Work:
     positions: int  # P, padding included
     length: int  # T
     supervised: int
+    count: int = 1  # micro-batches of an update
 
 
 @dataclass(frozen=True)
@@ -192,15 +193,16 @@ def running_bytes(
         work.positions * size * (kept_inputs(shape, None) / shape.info.num_layers - kept_inputs(shape, spec) / active)
     )
     kept, working = (kept, working + masks) if recompute else (kept + masks - unused, working)
-    activations = {"activations": kept * active, "layer": working}
-    decode = decode_bytes(config, shape, costs, place=place)
-    head = head_decode_bytes(config, shape)
-    loss = loss_bytes(shape, work, costs, size=size)
+    lanes = min(costs.at_once, work.count)
+    activations = {"activations": lanes * kept * active, "layer": lanes * working}
+    decode = lanes * decode_bytes(config, shape, costs, place=place)
+    head = lanes * head_decode_bytes(config, shape)
+    loss = lanes * loss_bytes(shape, work, costs, size=size)
     trained_head = WORD * costs.head * shape.info.vocab_size * shape.width if full else 0
     held = WORD * shape.info.vocab_size * shape.width if full else 0  # the head's gradient waits for the others
     return {
         "backward": {**activations, "decode": decode, "head gradient": held},
-        "loss": {"activations": kept * active, "loss": loss, "head": head, "head work": trained_head},
+        "loss": {"activations": activations["activations"], "loss": loss, "head": head, "head work": trained_head},
     }
 
 

@@ -71,7 +71,8 @@ def largest_work(config: RunConfig, lengths: Lengths, *, micro_tokens: int) -> W
     share = max(n / total for n, total in zip(lengths.supervised, lengths.tokens, strict=True))
     short = min(micro_tokens, config.train.batch_size * longest)  # what rows that divide it better would fill
     positions = max(rows * longest, short if lengths.known and len(set(lengths.tokens)) > 1 else 0)
-    return Work(positions, longest, round(positions * share))
+    count = -(-config.train.batch_size // rows)
+    return Work(positions, longest, round(positions * share), count)
 
 
 def settings(config: RunConfig, lengths: Lengths) -> Iterator[tuple[int, bool]]:

@@ -258,11 +258,11 @@ def test_nothing_fits_into_nothing(shape):
 
 def test_the_largest_micro_batch_is_bounded_by_rows_and_budget():
     lengths = Lengths([100, 100, 100], [50, 50, 50], known=True)
-    assert largest_work(make_config(train__batch_size=2), lengths, micro_tokens=4096) == Work(200, 100, 100)
-    assert largest_work(make_config(), lengths, micro_tokens=250) == Work(200, 100, 100)
-    assert largest_work(make_config(), lengths, micro_tokens=10) == Work(100, 100, 50)  # a row is never cut
+    assert largest_work(make_config(train__batch_size=2), lengths, micro_tokens=4096) == Work(200, 100, 100, 1)
+    assert largest_work(make_config(), lengths, micro_tokens=250) == Work(200, 100, 100, 4)
+    assert largest_work(make_config(), lengths, micro_tokens=10) == Work(100, 100, 50, 8)  # a row is never cut
     mixed = Lengths([100, 30], [10, 30], known=True)
-    assert largest_work(make_config(), mixed, micro_tokens=250) == Work(250, 100, 250)
+    assert largest_work(make_config(), mixed, micro_tokens=250) == Work(250, 100, 250, 4)
 
 
 def test_a_mac_gives_what_metal_recommends():
