@@ -26,7 +26,7 @@ from shared.estimate import (
     read_shape,
     weight_bytes,
 )
-from shared.estimate_costs import BORROWED, MEASURED, is_measured
+from shared.estimate_costs import ASSUMED, BORROWED, MEASURED, is_measured
 from shared.estimate_machines import GIB, Machine, gpu, here, mac, machines, parse_memory, physical_memory
 from shared.estimate_plan import (
     COMFORT,
@@ -180,8 +180,9 @@ def test_layers_below_the_first_adapted_one_keep_nothing(shape):
 
 def test_every_place_has_factors_for_every_dtype_and_kind():
     sources = {place.split("-")[0] + "-cpu" for place in PLACES}
-    assert {(source, "float32", full) for source in sources for full in (False, True)} <= set(MEASURED)
+    assert {(source, "float32", full) for source in sources for full in (False, True)} <= {*MEASURED, *ASSUMED}
     assert {source for source, _ in BORROWED.values()} == sources
+    assert not set(MEASURED) & set(ASSUMED)
     assert is_measured("mlx-cpu", "float32", full=False)
     assert not is_measured("torch-gpu", "float32", full=False)
 
