@@ -195,6 +195,9 @@ def running_bytes(
     kept, working = (kept, working + masks) if recompute else (kept + masks - unused, working)
     lanes = min(costs.at_once, work.count)
     activations = {"activations": lanes * kept * active, "layer": lanes * working}
+    # With recompute only the layers' inputs are there at the loss; MLX keeps more once the backward pass has begun.
+    inputs = lanes * active * work.positions * shape.width * size
+    before = min(inputs, activations["activations"]) if recompute else activations["activations"]
     decode = lanes * decode_bytes(config, shape, costs, place=place)
     head = lanes * head_decode_bytes(config, shape)
     loss = lanes * loss_bytes(shape, work, costs, size=size)
@@ -202,7 +205,7 @@ def running_bytes(
     held = WORD * shape.info.vocab_size * shape.width if full else 0  # the head's gradient waits for the others
     return {
         "backward": {**activations, "decode": decode, "head gradient": held},
-        "loss": {"activations": activations["activations"], "loss": loss, "head": head, "head work": trained_head},
+        "loss": {"held activations": before, "loss": loss, "head": head, "head work": trained_head},
     }
 
 
