@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from shared.callbacks import Callback
     from shared.config import RunConfig
     from shared.doctor import Check
+    from shared.estimate_report import Report
     from shared.evaluate import Evaluation
     from shared.parity import ParityResult
     from shared.quickstart import QuickstartResult
     from shared.train import TrainResult
 
 __version__ = "0.1.0"
-__all__ = ["bench", "doctor", "evaluate", "generate", "load_config", "parity", "quickstart", "schema", "train"]
+__all__ = [
+    "bench", "doctor", "estimate", "evaluate", "generate", "load_config", "parity", "quickstart", "schema", "train",
+]  # fmt: skip
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -76,6 +79,20 @@ def train(
 
     checked = config if isinstance(config, RunConfig) else load_config(config, **values)
     return run(checked, resume=resume, callbacks=callbacks)
+
+
+def estimate(
+    config: str | Path | RunConfig, *, memory: str | None = None, tflops: float | None = None, **values: Any
+) -> Report:
+    """Return bytes by part, time per update and the largest settings that fit; loads no weights.
+
+    memory: one size, e.g. "16GB" or "here", instead of the usual ones. tflops: the matmul rate to predict times from.
+    """
+    from shared.config import RunConfig
+    from shared.estimate_report import make_report
+
+    checked = config if isinstance(config, RunConfig) else load_config(config, **values)
+    return make_report(checked, memory=memory, tflops=tflops)
 
 
 def evaluate(model: str, *, data: str, adapter: str | None = None, backend: str = "auto", **options: Any) -> Evaluation:

@@ -23,6 +23,7 @@ from shared.data.layout import choose_layout
 from shared.data.rows import Row, content_hash, find_data, read_rows, split_file
 from shared.data.tokenize import Tokenizer, tokenize_rows
 from shared.errors import ModelError, StorageError
+from shared.estimate_report import decide_run
 from shared.export import write_model
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.loop import fit
@@ -47,8 +48,6 @@ from shared.run_folder import (
 from shared.samples import take_samples
 from shared.strict import check_length
 from shared.types import AdapterSpec, Capability, Example, Recompute
-
-RECOMPUTE_FROM = 500_000_000  # matmul weights from which recompute: auto keeps layer inputs only
 
 
 @dataclass(frozen=True)
@@ -215,8 +214,10 @@ def build_run(
 ) -> Run:  # fmt: skip
     """Load the model, attach the adapter, and put both where the checkpoint says."""
     config = prepared.config
-    model, spec = load_trainable(prepared, backend)
-    for text in model.info.notes:
+    chosen = decide_run(config, prepared.base, prepared.train, backend=backend.name, device=backend.probe().device)
+    model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
+    free = "auto" in (config.train.micro_tokens, config.train.recompute)
+    for text in (*model.info.notes, *([chosen.note] if free else [])):
         tell(callbacks, "on_note", text)
     if found is not None:
         model.load_tensors("adapter", found.adapter)
@@ -228,8 +229,7 @@ def build_run(
     state = LoopState(**found.state["loop"]) if found else LoopState()
     plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
     updates = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
-    micro = None if config.train.micro_tokens == "auto" else config.train.micro_tokens
-    layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=micro)
+    layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=chosen.micro_tokens)
     return Run(
         config=config, folder=folder, model=model, trainer=trainer, train=prepared.train, valid=prepared.valid,
         plan=plan, updates=updates, layout=layout,
@@ -237,15 +237,17 @@ def build_run(
     )  # fmt: skip
 
 
-def load_trainable(prepared: Prepared, backend: Backend, *, dtype: str | None = None) -> tuple[Model, AdapterSpec]:
-    """Return the base with what the config makes trainable."""
+def load_trainable(
+    prepared: Prepared, backend: Backend, *, dtype: str | None = None, recompute: bool | None = None
+) -> tuple[Model, AdapterSpec]:
+    """Return the base with what the config makes trainable; recompute None: as the config says, "auto" is off."""
     config = prepared.config
     check_trainable(prepared)
     model = backend.load_model(
         prepared.base.path,
         dtype=dtype or config.train.dtype,
         quantization=parse_scheme(config.quantization),
-        recompute=choose_recompute(config, prepared.base),
+        recompute=config.train.recompute is True if recompute is None else recompute,
         device=None if config.device == "auto" else config.device,
     )
     longest = max([*prepared.train, *prepared.valid], key=lambda example: len(example.tokens))
@@ -262,13 +264,6 @@ def check_trainable(prepared: Prepared) -> None:
             f"{prepared.base.path} is quantized, so its weights cannot be trained (adapter.type: none)",
             fix="set adapter.type: lora, or use the unquantized model",
         )
-
-
-def choose_recompute(config: RunConfig, base: ModelFolder) -> Recompute:
-    """Return whether layers keep their input only, and where; "auto" does from 500 million weights on."""
-    if config.train.recompute != "auto":
-        return config.train.recompute
-    return sum(math.prod(entry.shape) for entry in base.entries.values()) >= RECOMPUTE_FROM
 
 
 def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:

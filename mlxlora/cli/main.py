@@ -12,8 +12,10 @@ from typer.main import get_command
 
 from mlxlora.cli.app import app
 from mlxlora.cli.measuring import bench
+from mlxlora.cli.planning import estimate
 
 app.command()(bench)
+app.command()(estimate)
 
 
 def main() -> None:

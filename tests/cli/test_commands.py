@@ -149,7 +149,7 @@ def test_no_framework_is_loaded_to_say_what_there_is(words):
 
 def test_every_command_is_listed_and_explains_itself(capsys):
     listed = call(capsys, "--help")
-    for name in ("train", "evaluate", "generate", "parity", "doctor", "quickstart", "schema", "version"):
+    for name in ("train", "estimate", "evaluate", "generate", "parity", "doctor", "quickstart", "schema", "version"):
         assert re.search(rf"^\s+{name}\s+\w", listed, re.MULTILINE)
         assert "--json" in call(capsys, name, "--help")
 
@@ -213,7 +213,8 @@ def test_train_prints_one_object_on_stdout_and_plain_lines_on_stderr(trained):
     assert "\x1b" not in run_.error
     assert "\r" not in run_.error
     lines = run_.error.splitlines()
-    assert re.match(r"llama on torch \(.*\): LoRA on 14 modules, .* 9 rows, .* 6 updates", lines[0])
+    assert lines[0].startswith("note: micro-batches of 4096 tokens, recompute off: ")
+    assert re.match(r"llama on torch \(.*\): LoRA on 14 modules, .* 9 rows, .* 6 updates", lines[1])
     assert sum(bool(re.match(r"update \d/6  loss \d+\.\d+  lr ", line)) for line in lines) == 3
     assert sum(bool(re.match(r"update \d  validation loss", line)) for line in lines) == 3
     assert lines[-1] == "done"

@@ -1,0 +1,316 @@
+"""The memory of a training run, from a model's headers alone: bytes by part, and the peak.
+
+The peak is what stands all the time (weights, adapter, optimizer state, summed gradients, the framework itself) and the
+largest of these moments:
+
+  backward   every layer's kept rows, one layer's working set, a decoded weight
+  loss       every layer's kept rows, a chunk of logits, a decoded head
+  update     new gradients of all trained tensors and the optimizer's temporaries, no activations
+
+or, where it is higher, the loading of the weights. What a layer keeps is linear in its widths per position; the factors
+stand in `shared.estimate_costs`, measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shared.adapters.spec import layer_of, natural, resolve, short_name
+from shared.config import RunConfig, parse_scheme
+from shared.estimate_costs import Costs, Rows, find_costs, is_measured
+from shared.families import is_tied
+from shared.folder import COMPUTED, ModelFolder
+from shared.types import AdapterSpec, ModelInfo, Scheme
+
+SIZES = {"float32": 4, "bfloat16": 2}
+STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+CHUNK_ELEMENTS, CHUNK_ROWS = 2**22, 16  # logits of one chunk, as both backends' objectives cut it; rows at least
+WORD = 4  # bytes of a float32
+STATE_BYTES = {"float32": 4.0, "8bit": 1.0 + 4 / 256}  # of one moment: a code, and a float32 scale per block of 256
+MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj")  # modules that read the same input, and so keep it once
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model, as its headers and config give them."""
+
+    info: ModelInfo
+    width: int  # D
+    attention: int  # heads * head size
+    keys: int  # key heads * head size, once
+    mlp: int
+    heads: int
+    floats: Mapping[str, tuple[int, int]]  # tensors that are not packed -> (elements, bytes of each as stored)
+    packed: Mapping[str, int]  # packed arrays -> bytes
+    schemes: Mapping[str, Scheme]  # of modules stored quantized
+    tied: bool
+
+    @property
+    def scale_bytes(self) -> int:
+        """Return the bytes of a scale: it has the dtype the folder stores."""
+        return max((size for _, size in self.floats.values()), default=WORD)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest micro-batch of a run, in positions."""
+
+    positions: int  # P, padding included
+    length: int  # T
+    supervised: int
+    count: int = 1  # micro-batches of an update
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one part, and whether they are in memory at the peak."""
+
+    name: str
+    bytes: int
+    at_peak: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by part; the peak is the sum of the parts that are there at the peak."""
+
+    place: str  # a backend with its device: mlx-cpu, mlx-gpu, torch-cpu, torch-gpu
+    parts: tuple[Part, ...]
+    moment: str  # when the peak is: loading, backward, loss or update
+    recompute: bool
+    work: Work
+    measured: bool  # false: factors of activations are borrowed from another device or dtype
+
+    @property
+    def peak(self) -> int:
+        """Return the bytes at the highest moment."""
+        return sum(part.bytes for part in self.parts if part.at_peak)
+
+    def __getitem__(self, name: str) -> int:
+        """Return the bytes of a part."""
+        return next(part.bytes for part in self.parts if part.name == name)
+
+
+def estimate(config: RunConfig, shape: Shape, work: Work, *, place: str, recompute: bool) -> Estimate:
+    """Return the bytes of a run's parts on a backend, `work` being its largest micro-batch."""
+    spec = resolve(config.adapter, shape.info)
+    costs = find_costs(place, config.train.dtype, full=spec.kind == "none")
+    standing = standing_bytes(config, shape, spec, costs)
+    moments = {
+        **running_bytes(config, shape, spec, work, costs, place=place, recompute=recompute),
+        "update": {"update": WORD * costs.update * num_trained(shape, spec)},
+    }
+    loading = loading_bytes(config, shape, costs)
+    highest = max(moments, key=lambda name: sum(moments[name].values()))
+    here = set(standing) | set(moments[highest])
+    if standing["weights"] + standing["framework"] + loading > sum(standing.values()) + sum(moments[highest].values()):
+        highest, here = "loading", {"weights", "framework", "loading"}
+    all_parts = {**standing, "loading": loading}
+    for parts in moments.values():
+        all_parts.update(parts)
+    found = tuple(Part(name, round(size), name in here) for name, size in all_parts.items())
+    measured = is_measured(place, config.train.dtype, full=spec.kind == "none")
+    return Estimate(place, found, highest, recompute, work, measured)
+
+
+def read_shape(folder: ModelFolder) -> Shape:
+    """Return a model's sizes from its headers; no tensor is read."""
+    config = folder.config.get("text_config", folder.config) if "hidden_size" not in folder.config else folder.config
+    tied = is_tied(folder.config, has_head="lm_head.weight" in folder.entries)
+    floats, packed = {}, {}
+    for name, entry in folder.entries.items():
+        module = name.rpartition(".")[0]
+        if COMPUTED.search(name) or (tied and module == "lm_head"):
+            continue
+        if module in folder.schemes:
+            packed[name] = entry.end - entry.start
+        else:
+            floats[name] = (math.prod(entry.shape), STORED.get(entry.dtype, WORD))
+    info = describe(folder, config)
+    heads = int(config.get("num_attention_heads") or 1)
+    width = int(config.get("hidden_size") or max((shape[1] for shape in info.linears.values()), default=1))
+    head_size = int(config.get("head_dim") or width // heads)
+    return Shape(
+        info=info, width=width, attention=heads * head_size, heads=heads,
+        keys=int(config.get("num_key_value_heads") or heads) * head_size,
+        mlp=int(config.get("intermediate_size") or 4 * width),
+        floats=floats, packed=packed, schemes=folder.schemes, tied=tied,
+    )  # fmt: skip
+
+
+def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
+    """Return a model's facts from its headers: matrices inside the decoder layers are its linear modules."""
+    linears: dict[str, tuple[int, int]] = {}
+    for name in sorted(folder.entries, key=natural):
+        module, _, leaf = name.rpartition(".")
+        scheme, shape = folder.schemes.get(module), folder.entries[name].shape
+        if leaf != ("scales" if scheme else "weight") or len(shape) != 2 or layer_of(name) is None:
+            continue
+        linears[module] = (shape[0], shape[1] * scheme.group_size if scheme else shape[1])
+    return ModelInfo(
+        family=folder.family,
+        num_layers=len({layer_of(name) for name in linears}),
+        vocab_size=int(config.get("vocab_size") or 1),
+        max_positions=config.get("max_position_embeddings"),
+        max_tokens=None,
+        linears=linears,
+        num_parameters=sum(out * wide for out, wide in linears.values()),
+        quantized={name: str(scheme) for name, scheme in folder.schemes.items()},
+        notes=(),
+    )
+
+
+def standing_bytes(config: RunConfig, shape: Shape, spec: AdapterSpec, costs: Costs) -> dict[str, float]:
+    """Return the bytes of what lives from the first update to the last."""
+    trained, full = num_trained(shape, spec), spec.kind == "none"
+    moments = 2 * STATE_BYTES[getattr(config.optimizer, "state", "float32")] * trained
+    master = WORD * trained if full and config.train.dtype != "float32" else 0
+    return {
+        "weights": weight_bytes(shape, dtype=config.train.dtype, scheme=load_scheme(config, shape)),
+        "adapter": 0 if full else WORD * trained,
+        "optimizer": moments + master,
+        "gradients": WORD * trained,
+        "framework": costs.framework,
+    }
+
+
+def running_bytes(
+    config: RunConfig, shape: Shape, spec: AdapterSpec, work: Work, costs: Costs, *, place: str, recompute: bool
+) -> dict[str, dict[str, float]]:
+    """Return the parts of the two moments that hold activations."""
+    size, full = SIZES[config.train.dtype], spec.kind == "none"
+    active = shape.info.num_layers - min((layer_of(name) or 0 for name in spec.modules), default=0)
+    rank = spec.rank * len(spec.modules) / active
+    kept_rows, working_rows = (costs.kept_inputs, costs.recomputed) if recompute else (costs.kept, costs.working)
+    kept = layer_bytes(kept_rows, shape, work, rank=rank, size=size)
+    working = layer_bytes(working_rows, shape, work, rank=rank, size=size)
+    masks = work.positions * size * costs.dropout * dropped_inputs(shape, spec) / active if spec.dropout else 0
+    unused = (
+        work.positions * size * (kept_inputs(shape, None) / shape.info.num_layers - kept_inputs(shape, spec) / active)
+    )
+    kept, working = (kept, working + masks) if recompute else (kept + masks - unused, working)
+    lanes = min(costs.at_once, work.count)
+    activations = {"activations": lanes * kept * active, "layer": lanes * working}
+    # With recompute only the layers' inputs are there at the loss; MLX keeps more once the backward pass has begun.
+    inputs = lanes * active * work.positions * shape.width * size
+    before = min(inputs, activations["activations"]) if recompute else activations["activations"]
+    decode = lanes * decode_bytes(config, shape, costs, place=place)
+    head = lanes * head_decode_bytes(config, shape)
+    loss = lanes * loss_bytes(shape, work, costs, size=size)
+    trained_head = WORD * costs.head * shape.info.vocab_size * shape.width if full else 0
+    held = WORD * shape.info.vocab_size * shape.width if full else 0  # the head's gradient waits for the others
+    return {
+        "backward": {**activations, "decode": decode, "head gradient": held},
+        "loss": {"held activations": before, "loss": loss, "head": head, "head work": trained_head},
+    }
+
+
+def layer_bytes(rows: Rows, shape: Shape, work: Work, *, rank: float, size: int) -> float:
+    """Return the bytes of a layer's rows for a micro-batch; linear in its positions at a fixed length."""
+    widths = layer_widths(shape, work, rank=rank)
+    return work.positions * size * sum(getattr(rows, name) * width for name, width in widths.items())
+
+
+def layer_widths(shape: Shape, work: Work, *, rank: float) -> dict[str, float]:
+    """Return how wide a row of each kind is, in elements; rank: of a layer's adapted modules together."""
+    return {
+        "hidden": shape.width,
+        "attention": shape.attention,
+        "keys": shape.keys,
+        "mlp": shape.mlp,
+        "rank": rank,
+        "scores": shape.heads * work.length,
+    }
+
+
+def kept_inputs(shape: Shape, spec: AdapterSpec | None) -> int:
+    """Return the summed widths of what trained modules (None: all) read and keep, the same thing once."""
+    modules = spec.modules if spec and spec.modules else tuple(shape.info.linears)
+    return sum({input_of(name): shape.info.linears[name][1] for name in modules}.values())
+
+
+def input_of(module: str) -> str:
+    """Return a name for what a module reads.
+
+    >>> input_of("model.layers.0.self_attn.k_proj") == input_of("model.layers.0.self_attn.v_proj")
+    True
+    """
+    place, name = module.rpartition(".")[0], short_name(module)
+    shared = next((group[0] for group in (ATTENTION_INPUTS, MLP_INPUTS) if name in group), name)
+    return f"{place}.{shared}"
+
+
+def dropped_inputs(shape: Shape, spec: AdapterSpec) -> int:
+    """Return the summed input widths of the adapted modules: each has a dropout mask of its own."""
+    return sum(shape.info.linears[name][1] for name in spec.modules)
+
+
+def num_trained(shape: Shape, spec: AdapterSpec) -> int:
+    """Return the number of trained parameters."""
+    if spec.kind == "none":
+        return sum(elements for elements, _ in shape.floats.values())
+    return sum(spec.rank * sum(shape.info.linears[name]) for name in spec.modules)
+
+
+def load_scheme(config: RunConfig, shape: Shape) -> Scheme | None:
+    """Return the scheme that the base is quantized to at load; a folder that is quantized keeps its own."""
+    return None if shape.schemes else parse_scheme(config.quantization)
+
+
+def weight_bytes(shape: Shape, *, dtype: str, scheme: Scheme | None) -> int:
+    """Return the bytes of the base's weights in memory."""
+    total = sum(shape.packed.values())
+    for name, (elements, stored) in shape.floats.items():
+        linear = shape.info.linears.get(name.rpartition(".")[0]) if name.endswith(".weight") else None
+        if scheme is not None and linear is not None and linear[1] % scheme.group_size == 0:
+            total += packed_bytes(linear, scheme, scale_bytes=stored)
+        else:
+            total += elements * SIZES[dtype]
+    return total
+
+
+def packed_bytes(shape: tuple[int, int], scheme: Scheme, *, scale_bytes: int) -> int:
+    """Return the bytes of an affine-quantized weight: codes, and a scale and a bias per group.
+
+    >>> packed_bytes((64, 128), Scheme("affine", 4, 64), scale_bytes=2)
+    4608
+    """
+    elements = shape[0] * shape[1]
+    return elements * scheme.bits // 8 + 2 * (elements // scheme.group_size) * scale_bytes
+
+
+def loss_bytes(shape: Shape, work: Work, costs: Costs, *, size: int) -> float:
+    """Return the bytes of one chunk's logits, and of the hidden states at supervised positions with their gradient."""
+    rows = min(max(CHUNK_ELEMENTS // shape.info.vocab_size, CHUNK_ROWS), work.supervised)
+    arrays = costs.logits + (costs.queued if rows < work.supervised else 0)
+    return arrays * WORD * rows * shape.info.vocab_size + 2 * work.supervised * shape.width * size
+
+
+def decode_bytes(config: RunConfig, shape: Shape, costs: Costs, *, place: str) -> float:
+    """Return the bytes of the largest quantized weight, decoded in the scales' dtype and cast to the activations'."""
+    if not (shape.schemes or load_scheme(config, shape)):
+        return 0
+    same = shape.scale_bytes == SIZES[config.train.dtype]
+    if place == "mlx-gpu" and same:
+        return 0  # quantized_matmul decodes in its kernel
+    largest = max((out * wide for out, wide in shape.info.linears.values()), default=0)
+    return costs.decodes * largest * (shape.scale_bytes + (0 if same else SIZES[config.train.dtype]))
+
+
+def head_decode_bytes(config: RunConfig, shape: Shape) -> int:
+    """Return the bytes of a quantized head, decoded whole for the loss."""
+    name = "model.embed_tokens" if shape.tied else "lm_head"
+    return shape.info.vocab_size * shape.width * SIZES[config.train.dtype] if name in shape.schemes else 0
+
+
+def loading_bytes(config: RunConfig, shape: Shape, costs: Costs) -> float:
+    """Return the bytes that reading, and where asked quantizing, the largest tensor takes for a moment."""
+    reading = costs.load * max((elements for elements, _ in shape.floats.values()), default=0)
+    if load_scheme(config, shape) is None:
+        return reading
+    largest = max((out * wide for out, wide in shape.info.linears.values()), default=0)
+    return max(reading, costs.quantizing * largest)

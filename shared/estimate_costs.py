@@ -1,0 +1,122 @@
+"""What a run costs in memory on each backend: the one table behind `shared.estimate`.
+
+The entries of `MEASURED` are printed by `python benchmarks/calibrate_memory.py`: least squares over the real peaks of
+small models in which one size after the other is doubled. Rerun it when a backend's layers, loss or optimizer change,
+and `benchmarks/memory.py` after it, which compares the estimate with runs that the factors were not made from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that one position costs in one layer, by their width, in elements of the activations' dtype."""
+
+    hidden: float = 0.0  # of the model's width: residual stream, norms
+    attention: float = 0.0  # heads * head size: queries, attention's output
+    keys: float = 0.0  # key heads * head size: keys and values
+    mlp: float = 0.0  # gate, up, their product
+    rank: float = 0.0  # rank * adapted modules: x A.T
+    scores: float = 0.0  # heads * T: attention probabilities, where attention is not one kernel
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The factors of one backend and dtype, for LoRA or for full fine-tuning."""
+
+    kept: Rows  # by every layer until its backward pass
+    working: Rows  # by the running layer on top of that
+    kept_inputs: Rows  # as kept, with recompute
+    recomputed: Rows  # as working, with recompute
+    dropout: float  # rows of an adapted module's input width that its mask costs
+    logits: float  # float32 (chunk, V) arrays during the loss
+    queued: float  # more of them where there are several chunks: MLX begins one before the last is done
+    head: float  # float32 (V, D) arrays during the loss where the head is trained
+    decodes: float  # decoded copies of the largest quantized weight
+    update: float  # float32 words per trained parameter: new gradients and the optimizer's temporaries
+    load: float  # bytes per element of the largest tensor while it is read
+    quantizing: float  # bytes per element of the largest weight while it is quantized at load
+    framework: int  # bytes of the process before a model is loaded, where the device counts them
+    at_once: int = 1  # micro-batches of an update that run at the same time
+
+
+NOTHING = Costs(
+    kept=Rows(), working=Rows(), kept_inputs=Rows(), recomputed=Rows(), dropout=0, logits=0, queued=0, head=0,
+    decodes=0, update=0, load=0, quantizing=0, framework=0,
+)  # fmt: skip
+# Of full fine-tuning the rows with recompute are taken over from LoRA.
+MEASURED: dict[tuple[str, str, bool], Costs] = {
+    ("torch-cpu", "float32", False): Costs(
+        kept=Rows(hidden=4.1, attention=1.9, keys=1.88, mlp=4.12, rank=0.91),
+        working=Rows(hidden=4.12, mlp=0.77),
+        kept_inputs=Rows(hidden=0.87, attention=0.07, rank=0.03),
+        recomputed=Rows(hidden=4.67, attention=1.73, keys=2.33, mlp=6.13, rank=0.83),
+        dropout=1.32, logits=3.1, queued=0, head=0, decodes=1.36,
+        update=5.98, load=3.98, quantizing=11.31, framework=370 * 2**20,
+    ),
+    ("torch-cpu", "float32", True): Costs(
+        kept=Rows(hidden=6.19, attention=1.91, keys=1.79, mlp=4.08),
+        working=Rows(hidden=4.83, mlp=1.21),
+        kept_inputs=Rows(hidden=0.87, attention=0.07),
+        recomputed=Rows(hidden=6.8, attention=1.73, keys=2.33, mlp=6.13),
+        dropout=0, logits=3.1, queued=0, head=1, decodes=0,
+        update=5.98, load=3.98, quantizing=0, framework=370 * 2**20,
+    ),
+    ("mlx-cpu", "float32", False): Costs(
+        kept=Rows(hidden=3.85, attention=1.97, keys=1.9, mlp=5.26, scores=1.01),
+        working=Rows(hidden=3.69, attention=8.57, keys=6.71, mlp=2.78, scores=1.83),
+        kept_inputs=Rows(hidden=4.22, keys=1.93, mlp=3.9, scores=0.6),
+        recomputed=Rows(hidden=4.73, attention=14.34, keys=2.03, mlp=7.99, scores=0.59),
+        dropout=0.45, logits=3.9, queued=5.9, head=0, decodes=3.92,
+        update=2.4, load=2.95, quantizing=0, framework=0,
+    ),
+}  # fmt: skip
+# Measured in part (what layers keep without recompute), the rest is taken over from above; to be calibrated next.
+ASSUMED: dict[tuple[str, str, bool], Costs] = {
+    ("torch-cpu", "bfloat16", False): Costs(
+        kept=Rows(hidden=6.58, attention=1.95, keys=1.87, mlp=3.49, rank=0.16, scores=0.02),
+        working=Rows(hidden=8.21, mlp=2.26, rank=5.28),
+        kept_inputs=Rows(hidden=0.87, attention=0.07, rank=0.03),
+        recomputed=Rows(hidden=9.0, attention=1.95, keys=2.33, mlp=6.13, rank=5),
+        dropout=2.0, logits=3.1, queued=0, head=0, decodes=1.36,
+        update=5.98, load=3.98, quantizing=11.31, framework=370 * 2**20,
+    ),
+    ("torch-cpu", "bfloat16", True): Costs(
+        kept=Rows(hidden=8.7, attention=1.95, keys=1.87, mlp=3.49),
+        working=Rows(hidden=8.9, mlp=2.7),
+        kept_inputs=Rows(hidden=0.87, attention=0.07),
+        recomputed=Rows(hidden=11, attention=1.95, keys=2.33, mlp=6.13),
+        dropout=0, logits=3.1, queued=0, head=1, decodes=0,
+        update=5.98, load=3.98, quantizing=0, framework=370 * 2**20,
+    ),
+    ("mlx-cpu", "float32", True): Costs(
+        kept=Rows(hidden=5.9, attention=1.97, keys=1.9, mlp=5.26, scores=1.01),
+        working=Rows(hidden=3.69, attention=8.57, keys=6.71, mlp=2.78, scores=1.83),
+        kept_inputs=Rows(hidden=4.22, keys=1.93, mlp=3.9, scores=0.6),
+        recomputed=Rows(hidden=4.73, attention=14.34, keys=2.03, mlp=7.99, scores=0.59),
+        dropout=0, logits=3.9, queued=5.9, head=1, decodes=0,
+        update=2.4, load=2.95, quantizing=0, framework=0,
+    ),
+}  # fmt: skip
+# A GPU runs the same layers as the CPU, so it borrows the factors until they are measured there. What differs: the
+# process is not on the device (but a CUDA context is: about half a GiB), and quantizing happens in the host's memory.
+BORROWED = {"mlx-gpu": ("mlx-cpu", 0), "torch-gpu": ("torch-cpu", 2**29)}
+
+
+def is_measured(place: str, dtype: str, *, full: bool) -> bool:
+    """Return whether the factors of a backend on a device were measured there, in this dtype."""
+    return (place, dtype, full) in MEASURED
+
+
+def find_costs(place: str, dtype: str, *, full: bool) -> Costs:
+    """Return the factors of a backend on a device, e.g. "mlx-cpu", for LoRA or for full fine-tuning.
+
+    Those that were not measured are borrowed: from the CPU for a GPU, from float32 for bfloat16.
+    """
+    if place in BORROWED:
+        source, framework = BORROWED[place]
+        return replace(find_costs(source, dtype, full=full), framework=framework, quantizing=0)
+    known = {**ASSUMED, **MEASURED}
+    return known.get((place, dtype, full)) or known[place, "float32", full]

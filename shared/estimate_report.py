@@ -1,0 +1,212 @@
+"""`mlxlora estimate`: a config against this machine and the usual ones, without loading a weight or a framework."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.adapters.spec import resolve
+from shared.config import RunConfig
+from shared.config_file import to_yaml
+from shared.data.rows import Row, find_data, read_rows, split_file
+from shared.data.tokenize import load_tokenizer, tokenize_rows
+from shared.errors import ConfigError, DataError, ModelError, OutOfMemory, StorageError
+from shared.estimate import Part, Shape, num_trained, read_shape
+from shared.estimate_machines import Machine, here, machines, parse_memory
+from shared.estimate_plan import (
+    Decision,
+    Lengths,
+    check_fits,
+    decide,
+    fit_changes,
+    longest_length,
+    made_lengths,
+    most_micro_tokens,
+    with_settings,
+)
+from shared.estimate_time import Time, operations, update_time
+from shared.folder import ModelFolder, find_folder, open_folder
+from shared.registry import BACKENDS
+from shared.types import Example
+
+MOST_ROWS = 1000  # rows that are tokenized: the longest texts, and an even choice of the others
+
+
+@dataclass(frozen=True)
+class Line:
+    """One machine: what the run takes there by itself, and the largest settings that fit."""
+
+    machine: str
+    limit_bytes: int
+    peak_bytes: int
+    fits: bool
+    micro_tokens: int
+    recompute: bool
+    longest_max_length: int | None
+    largest_micro_tokens: int | None
+    changes: dict[str, Any] | None  # that make it fit; {} where nothing must change, None where nothing helps
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """A config on one backend: bytes by part on this machine, and a line for each machine."""
+
+    backend: str
+    place: str
+    measured: bool
+    peak_bytes: int
+    moment: str
+    recompute: bool
+    micro_tokens: int
+    parts: tuple[Part, ...]
+    time: Time
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A config's estimate on one or more backends."""
+
+    model: str
+    parameters: int
+    trained_parameters: int
+    longest_row: int
+    rows_known: bool
+    backends: tuple[BackendReport, ...]
+    notes: tuple[str, ...]
+
+
+def make_report(config: RunConfig, *, memory: str | None = None, tflops: float | None = None) -> Report:
+    """Return the estimate of a config, on its backend or on all; memory: one size instead of the table."""
+    base = open_folder(find_folder(config.model))
+    shape = read_shape(base)
+    lengths, notes = read_lengths(config, base)
+    names = list(BACKENDS) if config.backend == "auto" else [config.backend]
+    found = tuple(backend_report(name, config, shape, lengths, memory=memory, tflops=tflops) for name in names)
+    return Report(
+        model=config.model,
+        parameters=sum(elements for elements, _ in shape.floats.values())
+        + sum(out * wide for name, (out, wide) in shape.info.linears.items() if name in shape.schemes),
+        trained_parameters=num_trained(shape, resolve(config.adapter, shape.info)),
+        longest_row=lengths.longest,
+        rows_known=lengths.known,
+        backends=found,
+        notes=notes,
+    )
+
+
+def backend_report(
+    name: str, config: RunConfig, shape: Shape, lengths: Lengths, *, memory: str | None, tflops: float | None
+) -> BackendReport:
+    """Return the estimate on one backend."""
+    device = None if config.device == "auto" else config.device
+    own = parse_memory(memory, backend=name) if memory and memory != "here" else here(name, device=device)
+    every = [own] if memory else [own, *machines(name)]
+    first = decide(config, shape, lengths, own)
+    amount = operations(config, shape, lengths, recompute=first.recompute)
+    return BackendReport(
+        backend=name,
+        place=own.place,
+        measured=first.estimate.measured,
+        peak_bytes=first.estimate.peak,
+        moment=first.estimate.moment,
+        recompute=first.recompute,
+        micro_tokens=first.micro_tokens,
+        parts=first.estimate.parts,
+        time=update_time(amount, backend=name, place=own.place, dtype=config.train.dtype, tflops=tflops),
+        lines=tuple(machine_line(config, shape, lengths, machine) for machine in every),
+    )
+
+
+def machine_line(config: RunConfig, shape: Shape, lengths: Lengths, machine: Machine) -> Line:
+    """Return what a config takes on a machine, and the largest settings that fit there."""
+    found = decide(config, shape, lengths, machine)
+    return Line(
+        machine=machine.name,
+        limit_bytes=machine.limit,
+        peak_bytes=found.estimate.peak,
+        fits=found.fits,
+        micro_tokens=found.micro_tokens,
+        recompute=found.recompute,
+        longest_max_length=longest_length(config, shape, lengths, machine),
+        largest_micro_tokens=most_micro_tokens(config, shape, lengths, machine),
+        changes={} if found.fits else fit_changes(config, shape, lengths, machine),
+    )
+
+
+def read_lengths(config: RunConfig, base: ModelFolder) -> tuple[Lengths, tuple[str, ...]]:
+    """Return the rows' lengths, and notes: where no data is readable, data.max_length stands in and a note says why."""
+    try:
+        data = find_data(config.data.path)
+        file = split_file(data, "train")
+        assert file is not None
+        rows = read_rows(file)
+        chosen = choose_rows(rows)
+        tokenizer = load_tokenizer(base.path)
+        options = {"train_on": config.data.train_on, "max_length": config.data.max_length}
+        examples = tokenize_rows(chosen, tokenizer, **options)
+    except (DataError, ConfigError, ModelError, StorageError) as error:
+        reason = str(error).splitlines()[0]
+        return made_lengths(config.data.max_length), (f"data.max_length stands in for the rows: {reason}",)
+    notes = () if len(chosen) == len(rows) else (f"lengths of {len(chosen)} of {len(rows)} rows, the longest included",)
+    return lengths_of(examples), notes
+
+
+def choose_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return at most MOST_ROWS rows: one half the longest texts, the other an even choice of the rest."""
+    if len(rows) <= MOST_ROWS:
+        return list(rows)
+    order = sorted(range(len(rows)), key=lambda n: -len(str(rows[n].fields)))
+    rest = order[MOST_ROWS // 2 :]
+    even = [rest[n] for n in np.linspace(0, len(rest) - 1, MOST_ROWS // 2, dtype=int)]
+    return [rows[n] for n in [*order[: MOST_ROWS // 2], *even]]
+
+
+def lengths_of(examples: Sequence[Example]) -> Lengths:
+    """Return the lengths of tokenized rows."""
+    supervised = [int(example.supervised.sum()) for example in examples]
+    return Lengths([len(example.tokens) for example in examples], supervised, known=True)
+
+
+def decide_run(
+    config: RunConfig, base: ModelFolder, examples: Sequence[Example], *, backend: str, device: str
+) -> Decision:
+    """Return the settings of a run; raises OutOfMemory where it cannot fit, with what would."""
+    shape, lengths = read_shape(base), lengths_of(examples)
+    machine = here(backend, device="cpu" if config.device == "cpu" else device)
+    found = decide(config, shape, lengths, machine)
+    check_fits(found, config, shape, lengths, machine)
+    return found
+
+
+def fit(config: RunConfig, memory: str) -> tuple[RunConfig, dict[str, Any]]:
+    """Return a config that fits, and the changes by key; raises OutOfMemory where none is found.
+
+    memory: "here" or a size such as 16GB, of a Mac with MLX and of a GPU with PyTorch.
+    """
+    if config.backend == "auto":
+        raise ConfigError("--fit needs to know the backend", fix="add --backend mlx or --backend torch")
+    base = open_folder(find_folder(config.model))
+    shape, (lengths, _) = read_shape(base), read_lengths(config, base)
+    machine = here(config.backend) if memory == "here" else parse_memory(memory, backend=config.backend)
+    changes = fit_changes(config, shape, lengths, machine)
+    if changes is None:
+        raise OutOfMemory(
+            f"{config.model} does not fit into {machine.name}, whatever is changed", fix="a smaller model"
+        )
+    return with_settings(config, changes), changes
+
+
+def write_config(config: RunConfig, file: Path) -> None:
+    """Write a config as YAML into a new file; raises StorageError where there is one already."""
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(to_yaml(config))
+    except FileExistsError:
+        raise StorageError(f"{file} exists", fix="give --output a new name") from None
+    except OSError as error:
+        raise StorageError(f"cannot write {file}: {error.strerror}", fix="choose another --output") from None

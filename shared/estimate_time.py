@@ -1,0 +1,58 @@
+"""The time of an update from its operations, and the matmul rate that a machine has been measured at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+
+import numpy as np
+
+from shared.config import RunConfig
+from shared.estimate import Shape
+from shared.estimate_plan import Lengths
+
+UTILISATION = 0.5  # share of the measured matmul rate that an update reaches: issue 3's target on a GPU
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds per update, and where the rate is from; None where no rate is known."""
+
+    operations: float  # floating-point, of a mean update
+    seconds: float | None
+    rate: float | None  # operations per second of a large matmul
+    source: str
+
+
+def operations(config: RunConfig, shape: Shape, lengths: Lengths, *, recompute: bool) -> float:
+    """Return the floating-point operations of a mean update.
+
+    A weight costs 2 per token forward and 2 for the gradient of what it reads; 2 more where it is trained, and 2 more
+    with recompute. Attention costs 4 T^2 per row and width forward, twice that backward. The head sees only supervised
+    tokens.
+    """
+    tokens, supervised = np.asarray(lengths.tokens, dtype=float), np.asarray(lengths.supervised, dtype=float)
+    rows = config.train.batch_size
+    full = config.adapter.type == "none"
+    per_weight = 4 + 2 * full + 2 * recompute
+    linear = per_weight * shape.info.num_parameters * tokens.mean()
+    attention = (3 + recompute) * 4 * shape.info.num_layers * shape.attention * (tokens**2).mean()
+    head = (4 + 2 * full) * shape.info.vocab_size * shape.width * supervised.mean()
+    return float(rows * (linear + attention + head))
+
+
+def update_time(amount: float, *, backend: str, place: str, dtype: str, tflops: float | None) -> Time:
+    """Return the time of so many operations: at a rate given, or at the one `mlxlora bench` has measured here."""
+    rate, source = (tflops * 1e12, "--tflops") if tflops else measured_rate(backend, place=place, dtype=dtype)
+    return Time(amount, amount / (rate * UTILISATION) if rate else None, rate, source)
+
+
+def measured_rate(backend: str, *, place: str, dtype: str) -> tuple[float | None, str]:
+    """Return the matmul rate of this machine, None where nothing has measured it."""
+    if find_spec("shared.ceilings") is None:
+        return None, "unknown; --tflops gives a rate"
+    found = import_module("shared.ceilings").read_ceilings(backend, place.rpartition("-")[2])
+    if found is None:
+        return None, "unknown; run mlxlora bench, or give a rate with --tflops"
+    return found.matmul_flop_per_s.get(dtype), f"mlxlora bench of {found.date}"
