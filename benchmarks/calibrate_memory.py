@@ -28,6 +28,7 @@ from shared.adapters.spec import initial_adapter, resolve
 from shared.config import parse_scheme
 from shared.config_file import build_config
 from shared.data.batch import micro_batches
+from shared.data.layout import choose_layout
 from shared.estimate_costs import NOTHING, Costs, Rows
 from shared.folder import open_folder
 from shared.registry import find_backend
@@ -201,7 +202,7 @@ def run(case: Case, folder: Path, *, load_only: bool) -> None:
     base.attach(spec)
     if spec.kind == "lora":
         base.load_tensors("adapter", initial_adapter(spec, base.info.linears, seed=0))
-    trainer = find_backend(case.backend).trainer(base, objective="sft")
+    trainer = find_backend(case.backend).trainer(base, objective="sft", state="float32")
     random = np.random.default_rng(0)
     examples = [
         Example(
@@ -210,8 +211,9 @@ def run(case: Case, folder: Path, *, load_only: bool) -> None:
         )
         for _ in range(case.rows)
     ]  # fmt: skip
+    layout = choose_layout(base.info, packing="auto", micro_tokens=case.micro_tokens)
     for step in (1, 2):
-        micro = micro_batches(examples, micro_tokens=case.micro_tokens)
+        micro = micro_batches(examples, layout)
         update = Update(step, 0, 1e-4, 0.9, 0.999, 1e-8, 0.0, 1.0, bias_correction=True)
         trainer.step(micro, update).result()
 

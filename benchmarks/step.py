@@ -28,9 +28,10 @@ from common import heading, write
 from shared.adapters.spec import initial_adapter
 from shared.config import RunConfig
 from shared.config_file import build_config, load_config
-from shared.data.batch import Plan
+from shared.data.batch import Plan, update_batches
+from shared.data.layout import Layout, choose_layout
 from shared.loop import build_update
-from shared.measure import load, next_batches, recipe
+from shared.measure import load, recipe
 from shared.protocols import Trainer
 from shared.registry import find_backend
 from shared.synthetic import Shape, make_rows, write_llama
@@ -61,6 +62,7 @@ class Subject:
     trainer: Trainer
     rows: Sequence[Example]
     config: RunConfig
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ def quick_subject(arguments: argparse.Namespace, folder: Path) -> Subject:
         4, median=24, sigma=0.5, longest=64, supervised=0.35, vocabulary=QUICK.vocabulary, seed=0
     )  # fmt: skip
     config = recipe(str(folder), rank=8, quantization="none", dtype="float32", recompute=False, rows=4)
-    model, trainer, _ = load(find_backend(arguments.backend), config)
-    return Subject(model, trainer, rows, config)
+    found = load(find_backend(arguments.backend), config, rows)
+    return Subject(found.model, found.trainer, rows, config, found.layout)
 
 
 def real_subject(arguments: argparse.Namespace) -> Subject:
@@ -129,7 +131,10 @@ def real_subject(arguments: argparse.Namespace) -> Subject:
     model, spec = load_trainable(prepared, backend)
     if spec.kind == "lora":
         model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=config.train.seed))
-    return Subject(model, backend.trainer(model, objective="sft"), prepared.train, config)
+    trainer = backend.trainer(model, objective="sft", state=config.optimizer.state)
+    micro = None if config.train.micro_tokens == "auto" else config.train.micro_tokens
+    layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=micro)
+    return Subject(model, trainer, prepared.train, config, layout)
 
 
 def read_config(arguments: argparse.Namespace) -> RunConfig:
@@ -191,7 +196,7 @@ def torch_prefixes(model: Any) -> Prefixes:
 def measure(subject: Subject, prefixes: Prefixes, plan: Plan, step: int, *, clock: Clock) -> Sample:
     """Return the parts of one update: its prefixes in turn, then the update itself."""
     began = clock()
-    micro = next_batches(subject.rows, plan, step, subject.config)
+    micro = update_batches(subject.rows, plan, step, subject.layout)
     data = clock() - began
     forward, loss, gradient = (
         sum(seconds(prefix, batch, clock) for batch in micro)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxlora.kernels import exp, on_gpu
+from mlxlora.elementwise import exp, on_gpu
 
 BLOCK = 128  # query rows computed at once on a CPU: keys behind a block's last row are left out
 MASKED = -1e30

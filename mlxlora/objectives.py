@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxlora.kernels import exp
+from mlxlora.elementwise import exp
 from shared.families import HeadFacts
 
 CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in float32

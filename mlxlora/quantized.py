@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from mlxlora.kernels import on_gpu
+from mlxlora.elementwise import on_gpu
 from mlxlora.state import from_mlx, to_mlx
 from shared.types import Packed, Scheme, Tensor
 

@@ -23,11 +23,13 @@ from shared.config import RunConfig, parse_scheme
 from shared.estimate_costs import Costs, Rows, find_costs, is_measured
 from shared.families import is_tied
 from shared.folder import COMPUTED, ModelFolder
-from shared.types import AdapterSpec, ModelInfo, Scheme
+from shared.types import AdapterSpec, ModelInfo, Recompute, Scheme
 
 SIZES = {"float32": 4, "bfloat16": 2}
 STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-CHUNK_ELEMENTS, CHUNK_ROWS = 2**22, 16  # logits of one chunk, as both backends' objectives cut it; rows at least
+# Logits of one chunk, as the backends' objectives cut them, and the fewest rows.
+CHUNK_ELEMENTS = {"torch-cpu": 2**24, "torch-gpu": 2**26, "mlx-cpu": 2**22, "mlx-gpu": 2**22}
+CHUNK_ROWS = 64
 WORD = 4  # bytes of a float32
 STATE_BYTES = {"float32": 4.0, "8bit": 1.0 + 4 / 256}  # of one moment: a code, and a float32 scale per block of 256
 MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj")  # modules that read the same input, and so keep it once
@@ -81,7 +83,7 @@ class Estimate:
     place: str  # a backend with its device: mlx-cpu, mlx-gpu, torch-cpu, torch-gpu
     parts: tuple[Part, ...]
     moment: str  # when the peak is: loading, backward, loss or update
-    recompute: bool
+    recompute: Recompute
     work: Work
     measured: bool  # false: factors of activations are borrowed from another device or dtype
 
@@ -95,7 +97,7 @@ class Estimate:
         return next(part.bytes for part in self.parts if part.name == name)
 
 
-def estimate(config: RunConfig, shape: Shape, work: Work, *, place: str, recompute: bool) -> Estimate:
+def estimate(config: RunConfig, shape: Shape, work: Work, *, place: str, recompute: Recompute) -> Estimate:
     """Return the bytes of a run's parts on a backend, `work` being its largest micro-batch."""
     spec = resolve(config.adapter, shape.info)
     costs = find_costs(place, config.train.dtype, full=spec.kind == "none")
@@ -157,6 +159,8 @@ def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
         vocab_size=int(config.get("vocab_size") or 1),
         max_positions=config.get("max_position_embeddings"),
         max_tokens=None,
+        can_pack=True,
+        lanes=1,
         linears=linears,
         num_parameters=sum(out * wide for out, wide in linears.values()),
         quantized={name: str(scheme) for name, scheme in folder.schemes.items()},
@@ -179,7 +183,7 @@ def standing_bytes(config: RunConfig, shape: Shape, spec: AdapterSpec, costs: Co
 
 
 def running_bytes(
-    config: RunConfig, shape: Shape, spec: AdapterSpec, work: Work, costs: Costs, *, place: str, recompute: bool
+    config: RunConfig, shape: Shape, spec: AdapterSpec, work: Work, costs: Costs, *, place: str, recompute: Recompute
 ) -> dict[str, dict[str, float]]:
     """Return the parts of the two moments that hold activations."""
     size, full = SIZES[config.train.dtype], spec.kind == "none"
@@ -200,7 +204,7 @@ def running_bytes(
     before = min(inputs, activations["activations"]) if recompute else activations["activations"]
     decode = lanes * decode_bytes(config, shape, costs, place=place)
     head = lanes * head_decode_bytes(config, shape)
-    loss = lanes * loss_bytes(shape, work, costs, size=size)
+    loss = lanes * loss_bytes(shape, work, costs, place=place, size=size)
     trained_head = WORD * costs.head * shape.info.vocab_size * shape.width if full else 0
     held = WORD * shape.info.vocab_size * shape.width if full else 0  # the head's gradient waits for the others
     return {
@@ -283,9 +287,9 @@ def packed_bytes(shape: tuple[int, int], scheme: Scheme, *, scale_bytes: int) ->
     return elements * scheme.bits // 8 + 2 * (elements // scheme.group_size) * scale_bytes
 
 
-def loss_bytes(shape: Shape, work: Work, costs: Costs, *, size: int) -> float:
+def loss_bytes(shape: Shape, work: Work, costs: Costs, *, place: str, size: int) -> float:
     """Return the bytes of one chunk's logits, and of the hidden states at supervised positions with their gradient."""
-    rows = min(max(CHUNK_ELEMENTS // shape.info.vocab_size, CHUNK_ROWS), work.supervised)
+    rows = min(max(CHUNK_ELEMENTS[place] // shape.info.vocab_size, CHUNK_ROWS), work.supervised)
     arrays = costs.logits + (costs.queued if rows < work.supervised else 0)
     return arrays * WORD * rows * shape.info.vocab_size + 2 * work.supervised * shape.width * size
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.config import RunConfig, validate
-from shared.data.batch import AUTO_MICRO_TOKENS
+from shared.data.layout import AUTO_MICRO_TOKENS, GPU_MICRO_TOKENS
 from shared.errors import OutOfMemory
 from shared.estimate import Estimate, Shape, Work, estimate
 from shared.estimate_machines import GIB, Machine
+from shared.types import Recompute
 
 COMFORT = 0.9  # auto settings stay below this share of the limit: estimates are within 10 %
 SMALL_MICRO = 1024  # positions; smaller micro-batches leave a device idle, so recompute is tried first
@@ -46,7 +47,7 @@ class Decision:
     """How a run is cut and whether it recomputes, and what it is estimated to need."""
 
     micro_tokens: int
-    recompute: bool
+    recompute: Recompute
     estimate: Estimate
     limit: int
     fits: bool
@@ -75,10 +76,11 @@ def largest_work(config: RunConfig, lengths: Lengths, *, micro_tokens: int) -> W
     return Work(positions, longest, round(positions * share), count)
 
 
-def settings(config: RunConfig, lengths: Lengths) -> Iterator[tuple[int, bool]]:
+def settings(config: RunConfig, lengths: Lengths, *, place: str) -> Iterator[tuple[int, Recompute]]:
     """Yield (micro_tokens, recompute) from the fastest to the smallest, those that the config fixes fixed."""
     micro, recompute = config.train.micro_tokens, config.train.recompute
-    sizes = [AUTO_MICRO_TOKENS] if micro == "auto" else [micro]
+    first = GPU_MICRO_TOKENS if place.endswith("gpu") else AUTO_MICRO_TOKENS
+    sizes = [first] if micro == "auto" else [micro]
     while micro == "auto" and sizes[-1] > lengths.longest:
         sizes.append(sizes[-1] // 2)
     for state in (False, True) if recompute == "auto" else (recompute,):
@@ -90,7 +92,7 @@ def settings(config: RunConfig, lengths: Lengths) -> Iterator[tuple[int, bool]]:
 def decide(config: RunConfig, shape: Shape, lengths: Lengths, machine: Machine) -> Decision:
     """Return the fastest settings that fit comfortably, else the smallest ones there are."""
     found = None
-    for micro, recompute in settings(config, lengths):
+    for micro, recompute in settings(config, lengths, place=machine.place):
         work = largest_work(config, lengths, micro_tokens=micro)
         size = estimate(config, shape, work, place=machine.place, recompute=recompute)
         found = Decision(micro, recompute, size, machine.limit, fits=size.peak <= machine.limit)

@@ -31,7 +31,7 @@ from shared.estimate_plan import (
 from shared.estimate_time import Time, operations, update_time
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.registry import BACKENDS
-from shared.types import Example
+from shared.types import Example, Recompute
 
 MOST_ROWS = 1000  # rows that are tokenized: the longest texts, and an even choice of the others
 
@@ -45,7 +45,7 @@ class Line:
     peak_bytes: int
     fits: bool
     micro_tokens: int
-    recompute: bool
+    recompute: Recompute
     longest_max_length: int | None
     largest_micro_tokens: int | None
     changes: dict[str, Any] | None  # that make it fit; {} where nothing must change, None where nothing helps
@@ -60,7 +60,7 @@ class BackendReport:
     measured: bool
     peak_bytes: int
     moment: str
-    recompute: bool
+    recompute: Recompute
     micro_tokens: int
     parts: tuple[Part, ...]
     time: Time

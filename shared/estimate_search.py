@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from shared.adapters.spec import initial_adapter
 from shared.config import RunConfig
 from shared.data.batch import micro_batches
+from shared.data.layout import Layout, choose_layout
 from shared.errors import OutOfMemory
 from shared.estimate_plan import COMFORT
 from shared.estimate_report import decide_run
@@ -16,7 +17,7 @@ from shared.loop import build_update
 from shared.protocols import Trainer
 from shared.registry import find_backend
 from shared.train import load_trainable, prepare
-from shared.types import Example
+from shared.types import Example, Recompute
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Search:
     tried: tuple[Tried, ...]
     fastest: int
     stopped: str
-    recompute: bool
+    recompute: Recompute
 
 
 def search_micro_tokens(config: RunConfig, *, tell: Callable[[Tried], None] = lambda tried: None) -> Search:
@@ -49,13 +50,15 @@ def search_micro_tokens(config: RunConfig, *, tell: Callable[[Tried], None] = la
     model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
     if spec.kind == "lora":
         model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=config.train.seed))
-    trainer = backend.trainer(model, objective="sft")
+    trainer = backend.trainer(model, objective="sft", state=config.optimizer.state)
+    packing = config.data.packing
     rows = sorted(prepared.train, key=lambda example: -len(example.tokens))[: config.train.batch_size]
     tried: list[Tried] = []
     micro, most = len(rows[0].tokens), len(rows) * len(rows[0].tokens)
     while True:
         try:
-            tried.append(try_size(trainer, rows, config, micro_tokens=micro))
+            layout = choose_layout(model.info, packing=packing, micro_tokens=micro)
+            tried.append(try_size(trainer, rows, config, layout=layout, micro_tokens=micro))
         except OutOfMemory:
             stopped = f"out of memory at {micro} tokens"
             break
@@ -73,10 +76,12 @@ def search_micro_tokens(config: RunConfig, *, tell: Callable[[Tried], None] = la
     return Search(tuple(tried), fastest, stopped, chosen.recompute)
 
 
-def try_size(trainer: Trainer, rows: Sequence[Example], config: RunConfig, *, micro_tokens: int) -> Tried:
+def try_size(
+    trainer: Trainer, rows: Sequence[Example], config: RunConfig, *, layout: Layout, micro_tokens: int
+) -> Tried:
     """Return the speed and the peak of an update of one full micro-batch; the first of two only warms up."""
     count = max(1, micro_tokens // len(rows[0].tokens))
-    batches = micro_batches(rows[:count], micro_tokens=micro_tokens)
+    batches = micro_batches(rows[:count], layout)
     took = 0.0
     for step in (1, 2):
         began = time.perf_counter()

@@ -11,6 +11,7 @@ import numpy as np
 from shared.config import RunConfig
 from shared.estimate import Shape
 from shared.estimate_plan import Lengths
+from shared.types import Recompute
 
 UTILISATION = 0.5  # share of the measured matmul rate that an update reaches: issue 3's target on a GPU
 
@@ -25,7 +26,7 @@ class Time:
     source: str
 
 
-def operations(config: RunConfig, shape: Shape, lengths: Lengths, *, recompute: bool) -> float:
+def operations(config: RunConfig, shape: Shape, lengths: Lengths, *, recompute: Recompute) -> float:
     """Return the floating-point operations of a mean update.
 
     A weight costs 2 per token forward and 2 for the gradient of what it reads; 2 more where it is trained, and 2 more
@@ -37,7 +38,7 @@ def operations(config: RunConfig, shape: Shape, lengths: Lengths, *, recompute: 
     full = config.adapter.type == "none"
     per_weight = 4 + 2 * full + 2 * recompute
     linear = per_weight * shape.info.num_parameters * tokens.mean()
-    attention = (3 + recompute) * 4 * shape.info.num_layers * shape.attention * (tokens**2).mean()
+    attention = (3 + bool(recompute)) * 4 * shape.info.num_layers * shape.attention * (tokens**2).mean()
     head = (4 + 2 * full) * shape.info.vocab_size * shape.width * supervised.mean()
     return float(rows * (linear + attention + head))
 

@@ -21,15 +21,16 @@ from shared.adapters.spec import initial_adapter, resolve
 from shared.ceilings import Ceilings, measure_ceilings
 from shared.config import RunConfig, parse_scheme
 from shared.config_file import build_config
-from shared.data.batch import AUTO_MICRO_TOKENS, Plan, update_batches
+from shared.data.batch import Plan, update_batches
+from shared.data.layout import Layout, choose_layout
 from shared.errors import CapabilityError, MlxloraError, OutOfMemory
+from shared.estimate_report import decide_run
 from shared.folder import open_folder
 from shared.loop import build_update
 from shared.protocols import Backend, Model, Trainer
 from shared.registry import find_backend
 from shared.synthetic import make_rows
-from shared.train import choose_recompute
-from shared.types import Batch, Example
+from shared.types import Example, Recompute
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,18 @@ class Updates:
     cpu_s: tuple[float, ...]  # processor time of this process, all threads together
     loaded_memory_bytes: int  # before the first update
     peak_memory_bytes: int
-    recompute: bool
+    recompute: Recompute
     loss: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be trained, as `train` would have it."""
+
+    model: Model
+    trainer: Trainer
+    layout: Layout
+    recompute: Recompute
 
 
 @dataclass(frozen=True)
@@ -68,31 +79,33 @@ def recipe(folder: str, *, rank: int, quantization: str, dtype: str, recompute: 
     )  # fmt: skip
 
 
-def load(backend: Backend, config: RunConfig) -> tuple[Model, Trainer, bool]:
-    """Return a model with its adapter, its trainer, and whether layers are computed again, as `train` has them."""
+def load(backend: Backend, config: RunConfig, rows: Sequence[Example]) -> Loaded:
+    """Return a model with its adapter, its trainer, and the settings that `train` would choose for these rows."""
     base = open_folder(Path(config.model))
-    recompute = choose_recompute(config, base)
+    chosen = decide_run(config, base, rows, backend=backend.name, device=backend.probe().device)
     model = backend.load_model(
-        base.path, dtype=config.train.dtype, quantization=parse_scheme(config.quantization), recompute=recompute,
+        base.path, dtype=config.train.dtype, quantization=parse_scheme(config.quantization), recompute=chosen.recompute,
         device=None,
     )  # fmt: skip
     spec = resolve(config.adapter, model.info)
     model.attach(spec)
     model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=config.train.seed))
-    return model, backend.trainer(model, objective="sft"), recompute
+    layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=chosen.micro_tokens)
+    trainer = backend.trainer(model, objective="sft", state=config.optimizer.state)
+    return Loaded(model, trainer, layout, chosen.recompute)
 
 
 def measure_updates(backend: Backend, config: RunConfig, rows: Sequence[Example], effort: Effort) -> Updates:
     """Return what updates of all these rows take; the order of the rows differs, the lengths are the same."""
-    _, trainer, recompute = load(backend, config)
-    loaded = trainer.memory().active
+    found = load(backend, config, rows)
+    trainer, loaded = found.trainer, found.trainer.memory().active
     plan = Plan(len(rows), len(rows), config.train.seed)
     times: list[float] = []
     cpu: list[float] = []
     began, loss, micro = time.perf_counter(), 0.0, []
     while len(times) <= effort.least or (len(times) <= effort.most and time.perf_counter() - began < effort.time_s):
         wall, process = time.perf_counter(), time.process_time()
-        micro = next_batches(rows, plan, len(times) + 1, config)
+        micro = update_batches(rows, plan, len(times) + 1, found.layout)
         update = build_update(config, len(times) + 1, lr=config.optimizer.lr)
         loss = trainer.step(micro, update).result().loss
         times.append(time.perf_counter() - wall)
@@ -103,14 +116,8 @@ def measure_updates(backend: Backend, config: RunConfig, rows: Sequence[Example]
         supervised_tokens=sum(len(batch.targets_N) for batch in micro),
         positions=sum(batch.tokens_BT.size for batch in micro),
         micro_batches=len(micro), first_s=times[0], times_s=tuple(times[1:]), cpu_s=tuple(cpu[1:]),
-        loaded_memory_bytes=loaded, peak_memory_bytes=trainer.memory().peak, recompute=recompute, loss=loss,
+        loaded_memory_bytes=loaded, peak_memory_bytes=trainer.memory().peak, recompute=found.recompute, loss=loss,
     )  # fmt: skip
-
-
-def next_batches(rows: Sequence[Example], plan: Plan, step: int, config: RunConfig) -> list[Batch]:
-    """Return the micro-batches of an update, cut as `train` cuts them."""
-    asked = config.train.micro_tokens
-    return update_batches(rows, plan, step, micro_tokens=AUTO_MICRO_TOKENS if asked == "auto" else asked)
 
 
 def ask_ceilings(backend: str) -> Ceilings:

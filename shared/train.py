@@ -238,7 +238,7 @@ def build_run(
 
 
 def load_trainable(
-    prepared: Prepared, backend: Backend, *, dtype: str | None = None, recompute: bool | None = None
+    prepared: Prepared, backend: Backend, *, dtype: str | None = None, recompute: Recompute | None = None
 ) -> tuple[Model, AdapterSpec]:
     """Return the base with what the config makes trainable; recompute None: as the config says, "auto" is off."""
     config = prepared.config

@@ -92,7 +92,7 @@ def lab(device: str, *, dropout: float = 0.0, recompute: Recompute = False, sche
             values = seeds.uniform(seed=1, name=name, shape=tensor.shape, bound=0.02)
             tensors[name] = Tensor("F32", values)
     model.load_tensors("adapter", tensors)
-    return Lab(model, TorchTrainer(model, objective="sft"))
+    return Lab(model, TorchTrainer(model, objective="sft", state="float32"))
 
 
 def update(step: int, **changes: Any) -> Update:

@@ -184,7 +184,7 @@ class Ours:
         set_recompute(layers, recompute, device=self.model.device)
         self.model.load_tensors("adapter", self.start)
         self.trainer = None
-        self.trainer = trainer = TorchTrainer(self.model, objective="sft")
+        self.trainer = trainer = TorchTrainer(self.model, objective="sft", state="float32")
         rows = rows_of(self.shape, tokens)
         batch = make_batch(rows, range(len(rows)))
         found = timed(lambda n: trainer.step([batch], numbers(n)), lambda pending: pending.result().loss, self.device)

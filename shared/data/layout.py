@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from shared.errors import CapabilityError
 from shared.types import ModelInfo
 
-AUTO_MICRO_TOKENS = 1024
+AUTO_MICRO_TOKENS = 1024  # enough rows for fast matmuls on a CPU, few enough for its caches and memory
+GPU_MICRO_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Layout:
 
 
 def choose_layout(info: ModelInfo, *, packing: str, micro_tokens: int | None) -> Layout:
-    """Return the layout for a model; micro_tokens None: chosen here. Raises CapabilityError where it cannot pack."""
+    """Return the layout for a model; raises CapabilityError where it cannot pack.
+
+    micro_tokens: positions computed at once, by all lanes together; None: AUTO_MICRO_TOKENS.
+    """
     if packing == "packed" and not info.can_pack:
         raise CapabilityError(
             f"data.packing: packed is not proven exact for {info.family} on this backend",
             fix="set data.packing: auto (rows sorted by length)",
         )
-    if micro_tokens is None:
-        micro_tokens = AUTO_MICRO_TOKENS // info.lanes
-    return Layout(micro_tokens, packed=info.can_pack and packing != "none", lanes=info.lanes)
+    each = max((micro_tokens or AUTO_MICRO_TOKENS) // info.lanes, 1)
+    return Layout(each, packed=info.can_pack and packing != "none", lanes=info.lanes)

@@ -195,7 +195,7 @@ def test_auto_settings_go_from_fast_to_small_and_stay_comfortable(shape):
     lengths = Lengths([512] * 8, [256] * 8, known=True)
     config = make_config()
     free = decide(config, shape, lengths, big(64))
-    assert (free.micro_tokens, free.recompute, free.fits) == (4096, False, True)
+    assert (free.micro_tokens, free.recompute, free.fits) == (1024, False, True)
     needs = free.estimate.peak
     framework = free.estimate["framework"]
     seen = [(free.micro_tokens, free.recompute)]

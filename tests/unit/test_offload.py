@@ -33,7 +33,7 @@ def trained(folder, batches, update, *, offload, device="cpu", scheme=None):
     spec = AdapterSpec("lora", rank=4, alpha=8.0, dropout=0.1, modules=tuple(model.info.linears))
     model.attach(spec)
     model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=1))
-    trainer = TorchTrainer(model, objective="sft")
+    trainer = TorchTrainer(model, objective="sft", state="float32")
     losses = [trainer.step(batches, update(step=step)).result().loss for step in (1, 2, 3)]
     return losses, {name: tensor.data.copy() for name, tensor in model.tensors("adapter")}
 
