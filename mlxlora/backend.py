@@ -18,7 +18,7 @@ import numpy as np
 from shared.errors import CapabilityError
 from shared.importing import collector_paused, defer_front
 from shared.strict import check_recompute
-from shared.threads import cpu_lanes, keep_memory, num_cores, wait_politely
+from shared.threads import keep_memory, wait_politely
 from shared.types import Capability, MomentFormat, Packed, Recompute, Scheme, Tensor
 
 if TYPE_CHECKING:
@@ -121,19 +121,11 @@ def lend_blas() -> bool:
         return False
     wait_politely()
     keep_memory()
-    os.environ.setdefault("MKL_NUM_THREADS", str(max(num_cores() // cpu_lanes(), 1)))
     try:
         ctypes.CDLL(str(Path(torch.origin).parent / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return False
     return True
-
-
-def lanes() -> int:
-    """Return how many micro-batches are computed at the same time: on a CPU one per core, with one BLAS thread each."""
-    import mlx.core as mx
-
-    return 1 if mx.default_device().type == mx.DeviceType.gpu else cpu_lanes()
 
 
 def capability(*, device: str, reason: str, fix: str | None) -> Capability:

@@ -19,7 +19,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxlora import generation, objectives
 from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
 from mlxlora.attention import Segments, packing
-from mlxlora.backend import lanes
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
 from shared.adapters.spec import layer_of
@@ -277,7 +276,6 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         max_positions=folder.config.get("max_position_embeddings"),
         max_tokens=unapplied_window(folder.config),
         can_pack=folder.family in CHECKED,
-        lanes=lanes(),
         linears=linears,
         num_parameters=sum(out * width for out, width in linears.values()),
         quantized={name: str(scheme) for name, scheme in schemes_of(zoo)},

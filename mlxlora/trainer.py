@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
 
 import mlx.core as mx
 from mlx.nn.utils import value_and_grad
@@ -39,8 +37,6 @@ class MLXTrainer:
     def __init__(self, model: MLXModel, *, objective: str, state: MomentFormat) -> None:
         self.model, self.objective = model, OBJECTIVES[objective]
         self.optimizer = AdamW(model.parameters, state=state)
-        self.lanes = ThreadPoolExecutor(model.info.lanes) if model.info.lanes > 1 else None
-        self.tracing = Lock()
         self.loss_and_grad = value_and_grad(model.zoo, self.loss)
 
     def step(self, micro: Sequence[Batch], update: Update) -> PendingStats:
@@ -48,11 +44,11 @@ class MLXTrainer:
         weight = float(sum(batch.weights_N.sum(dtype="float64") for batch in micro))
         total, grads = mx.zeros(()), None
         try:
-            for number, (loss, grad) in enumerate(self.parts(micro, update), start=1):
+            for batch in micro:
+                loss, grad = self.accumulate(batch, update)
                 total = total + loss
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
-                if number < len(micro):
-                    mx.eval(total, grads)  # frees one micro-batch's graph before the next is built
+                mx.eval(total, grads)  # frees the micro-batch's graph before the next, or the optimizer's, is built
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise OutOfMemory(f"MLX has no memory left: {str(error)[:200]}") from None
@@ -62,22 +58,6 @@ class MLXTrainer:
         self.model.put_parameters(parameters)
         mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.arrays(), norm)
         return PendingStats(total / weight, norm, applied)
-
-    def parts(self, micro: Sequence[Batch], update: Update) -> Iterator[tuple[mx.array, dict]]:
-        """Yield every micro-batch's `accumulate`, in order; with lanes several are computed side by side."""
-        if self.lanes is None or len(micro) == 1:
-            return (self.accumulate(batch, update) for batch in micro)
-        mx.eval(self.model.zoo.trainable_parameters())  # a thread cannot wait for another one's stream
-        return self.lanes.map(lambda batch: self.compute(batch, update), micro)
-
-    def compute(self, batch: Batch, update: Update) -> tuple[mx.array, dict]:
-        """Return `accumulate`, computed; a lane runs it in its own thread, so on its own stream."""
-        with self.tracing:  # building a graph leaves this thread's placeholders in the model
-            own = self.model.zoo.trainable_parameters()
-            loss, grads = self.accumulate(batch, update)
-            self.model.zoo.update(own)
-        mx.eval(loss, grads)
-        return loss, grads
 
     def accumulate(self, batch: Batch, update: Update) -> tuple[mx.array, dict]:
         """Return one micro-batch's summed loss and its summed gradient."""

@@ -160,7 +160,6 @@ def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
         max_positions=config.get("max_position_embeddings"),
         max_tokens=None,
         can_pack=True,
-        lanes=1,
         linears=linears,
         num_parameters=sum(out * wide for out, wide in linears.values()),
         quantized={name: str(scheme) for name, scheme in folder.schemes.items()},

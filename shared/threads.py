@@ -7,7 +7,6 @@ import os
 import sys
 
 SPINS = 30_000  # of a waiting OpenMP thread, some 20 microseconds: benchmarks/LOG.md
-MOST_LANES = 4
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT_BYTES = 2**30
 
@@ -34,13 +33,3 @@ def keep_memory() -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
             libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_lanes() -> int:
-    """Return how many micro-batches a CPU computes side by side."""
-    return min(num_cores(), MOST_LANES)

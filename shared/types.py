@@ -153,7 +153,6 @@ class ModelInfo:
     max_positions: int | None
     max_tokens: int | None  # longer rows would be computed wrongly (a window that the zoo does not apply)
     can_pack: bool  # examples packed into one row give what they give alone
-    lanes: int  # micro-batches that are computed at the same time
     linears: Mapping[str, tuple[int, int]]  # module name inside the decoder layers -> (out, in)
     num_parameters: int  # of those linears
     quantized: Mapping[str, str]  # module name -> scheme

@@ -260,7 +260,6 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         max_positions=folder.config.get("max_position_embeddings"),
         max_tokens=None,  # transformers applies its windows
         can_pack=folder.family in CHECKED,
-        lanes=1,
         linears=linears,
         num_parameters=sum(out * width for out, width in linears.values()),
         quantized={name: str(scheme) for name, scheme in schemes_of(zoo)},

@@ -52,7 +52,7 @@ def make_segment(example: Example, slot: int) -> Segment:
 def micro_batches(examples: Sequence[Example], layout: Layout) -> list[Batch]:
     """Return the micro-batches of one update's (or a whole evaluation's) examples."""
     divide = pack if layout.packed else cut
-    groups = divide([len(example.tokens) for example in examples], micro_tokens=layout.micro_tokens, lanes=layout.lanes)
+    groups = divide([len(example.tokens) for example in examples], micro_tokens=layout.micro_tokens)
     return [make_batch([examples[place] for place in group], group, packed=layout.packed) for group in groups]
 
 

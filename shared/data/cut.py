@@ -59,19 +59,18 @@ def take_apart(batch: Batch) -> Iterator[Segment]:
         )
 
 
-def pack(lengths: Sequence[int], *, micro_tokens: int, lanes: int = 1) -> list[list[int]]:
+def pack(lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:
     """Return groups of places of nearly equal sums, each at most `micro_tokens` long or a single example.
 
-    There are as few groups as fit, a multiple of `lanes` where there are examples enough. Longest first, each into the
-    group that is shortest so far.
+    There are as few groups as fit. Longest first, each into the group that is shortest so far.
 
-    >>> pack([3, 9, 4, 8], micro_tokens=12), pack([5, 5], micro_tokens=100, lanes=2)
-    ([[1, 0], [3, 2]], [[0], [1]])
+    >>> pack([3, 9, 4, 8], micro_tokens=100), pack([3, 9, 4, 8], micro_tokens=12)
+    ([[1, 3, 2, 0]], [[1, 0], [3, 2]])
     """
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     wanted = -(-sum(lengths) // micro_tokens)
     while True:
-        wanted = min(-(-wanted // lanes) * lanes, len(order))
+        wanted = min(wanted, len(order))
         groups: list[list[int]] = [[] for _ in range(wanted)]
         sums = [(0, number) for number in range(wanted)]  # a heap
         for place in order:
@@ -83,11 +82,11 @@ def pack(lengths: Sequence[int], *, micro_tokens: int, lanes: int = 1) -> list[l
         wanted += 1
 
 
-def cut(lengths: Sequence[int], *, micro_tokens: int, lanes: int = 1) -> list[list[int]]:
+def cut(lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:
     """Return groups of places, longest rows first, each at most `micro_tokens` positions or a single row.
 
     Of all cuts of the sorted rows it is the one with the fewest positions, padding included, where every group costs
-    another MICRO_COST positions. Then groups are halved until they are a multiple of `lanes`.
+    another MICRO_COST positions.
 
     >>> cut([3, 9, 4, 8], micro_tokens=18), cut([200, 900, 210, 890], micro_tokens=4096)
     ([[1, 3], [2, 0]], [[1, 3], [2, 0]])
@@ -109,16 +108,7 @@ def cut(lengths: Sequence[int], *, micro_tokens: int, lanes: int = 1) -> list[li
     while end:
         groups.append(order[begins[end] : end])
         end = begins[end]
-    return share_out(groups[::-1], lengths, lanes=lanes)
-
-
-def share_out(groups: list[list[int]], lengths: Sequence[int], *, lanes: int) -> list[list[int]]:
-    """Return the groups with the largest halved until their number is a multiple of `lanes`, if rows allow."""
-    while len(groups) % lanes and any(len(group) > 1 for group in groups):
-        worst = max(range(len(groups)), key=lambda g: (len(groups[g]) > 1, lengths[groups[g][0]] * len(groups[g]), -g))
-        middle = -(-len(groups[worst]) // 2)
-        groups[worst : worst + 1] = [groups[worst][:middle], groups[worst][middle:]]
-    return groups
+    return groups[::-1]
 
 
 def halve(micro: Sequence[Batch]) -> list[Batch]:

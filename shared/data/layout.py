@@ -17,18 +17,16 @@ class Layout:
 
     micro_tokens: int  # positions per micro-batch, at most, unless a single example is longer
     packed: bool = False
-    lanes: int = 1  # micro-batches computed at the same time: each gets its share
 
 
 def choose_layout(info: ModelInfo, *, packing: str, micro_tokens: int | None) -> Layout:
     """Return the layout for a model; raises CapabilityError where it cannot pack.
 
-    micro_tokens: positions computed at once, by all lanes together; None: AUTO_MICRO_TOKENS.
+    micro_tokens: None: AUTO_MICRO_TOKENS.
     """
     if packing == "packed" and not info.can_pack:
         raise CapabilityError(
             f"data.packing: packed is not proven exact for {info.family} on this backend",
             fix="set data.packing: auto (rows sorted by length)",
         )
-    each = max((micro_tokens or AUTO_MICRO_TOKENS) // info.lanes, 1)
-    return Layout(each, packed=info.can_pack and packing != "none", lanes=info.lanes)
+    return Layout(micro_tokens or AUTO_MICRO_TOKENS, packed=info.can_pack and packing != "none")

@@ -24,7 +24,7 @@ def info():
     linears = {f"model.layers.{n}.{part}": shape for n in reversed(range(12)) for part, shape in PARTS.items()}
     return ModelInfo(
         family="llama", num_layers=12, vocab_size=256, max_positions=512, max_tokens=None, linears=linears,
-        can_pack=True, lanes=1,
+        can_pack=True,
         num_parameters=sum(o * i for o, i in linears.values()), quantized={}, notes=(),
     )  # fmt: skip
 
