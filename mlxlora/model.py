@@ -51,6 +51,7 @@ class MLXModel:
         self.decoder = zoo.model
         self.dropout = Dropout(p=0.0)
         self.trains_head = False
+        self.recomputes = False
 
     def attach(self, spec: AdapterSpec) -> None:
         """Make the spec's LoRA layers trainable, or for kind "none" every parameter."""
@@ -136,6 +137,7 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     verified = folder.family in CHECKED
     notes = notes if verified else (*notes, UNVERIFIED.format(family=folder.family))
     model = MLXModel(zoo, head, describe(zoo, folder, notes))
+    model.recomputes = bool(recompute)
     if not verified:
         check_head(model, folder)
     return model
@@ -207,7 +209,8 @@ def fill(zoo: Any, folder: ModelFolder, *, dtype: mx.Dtype, quantization: Scheme
 
 def check_value(folder: ModelFolder, name: str, value: mx.array, dtype: mx.Dtype) -> mx.array:
     """Return one float tensor in `dtype`, read now (mx.load is lazy); raises ModelError where it is not finite."""
-    if not mx.isfinite(value).all().item():
+    finite = mx.isfinite(value.max()) & mx.isfinite(value.min()) & ~mx.isnan(value.sum())  # without a copy
+    if not finite.item():
         raise ModelError(f'{folder.path}: tensor "{name}" holds NaN or infinity', fix="download the model again")
     value = value.astype(dtype)
     mx.eval(value)

@@ -14,8 +14,8 @@ import mlx.core as mx
 from mlxlora.elementwise import exp
 from shared.families import HeadFacts
 
-CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in float32
-LEAST_ROWS = 64
+CHUNK_ELEMENTS = 2**21  # logits of one chunk: 8 MiB in float32; MLX begins several before the first is done
+LEAST_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -77,26 +77,7 @@ def chunked_sft(facts: HeadFacts, *, train_head: bool) -> Callable[..., list[mx.
     def loss(
         h_ND: mx.array, weight_VD: mx.array, bias_V: mx.array, targets_N: mx.array, weights_N: mx.array
     ) -> list[mx.array]:
-        bias = bias_V if bias_V.size else None
-        total, slopes = mx.zeros(()), []
-        dw_VD = mx.zeros(weight_VD.shape if train_head else (0,))
-        db_V = mx.zeros(bias_V.shape if train_head else (0,))
-        rows = chunk_rows(weight_VD.shape[0])
-        for start in range(0, h_ND.shape[0], rows):
-            # The dependency makes chunks run one after the other, so that only one has its logits in memory.
-            h_CD = h_ND[start : start + rows]
-            if slopes:
-                h_CD = mx.depends([h_CD], [slopes[-1], total, dw_VD])[0]
-            target_C, w_C = targets_N[start : start + rows], weights_N[start : start + rows]
-            chunk, slope_CV, hit_C = chunk_loss(h_CD, weight_VD, bias, target_C, w_C, facts)
-            total = total + chunk
-            slopes.append(slope_CV @ weight_VD - hit_C[:, None] * weight_VD[target_C])
-            if train_head:
-                dw = (slope_CV.T @ h_CD).astype(mx.float32)
-                dw_VD = (dw_VD + dw).at[target_C].add(-(hit_C[:, None] * h_CD).astype(mx.float32))
-                if bias is not None:
-                    db_V = (db_V + slope_CV.sum(axis=0).astype(mx.float32)).at[target_C].add(-hit_C)
-        return [total, mx.concatenate(slopes), dw_VD, db_V]
+        return loss_and_gradients(h_ND, weight_VD, bias_V, targets_N, weights_N, facts=facts, train_head=train_head)
 
     @loss.vjp
     def backward(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
@@ -108,6 +89,30 @@ def chunked_sft(facts: HeadFacts, *, train_head: bool) -> Callable[..., list[mx.
         return [dh, dweight, dbias, mx.zeros_like(targets_N), mx.zeros_like(weights_N)]
 
     return cast(Callable[..., list[mx.array]], loss)
+
+
+def loss_and_gradients(
+    h_ND: mx.array, weight_VD: mx.array, bias_V: mx.array, targets_N: mx.array, weights_N: mx.array,
+    *, facts: HeadFacts, train_head: bool,
+) -> list[mx.array]:  # fmt: skip
+    """Return the summed loss and the gradients of h, weight and bias; those of a frozen head are empty."""
+    bias, rows = bias_V if bias_V.size else None, chunk_rows(weight_VD.shape[0])
+    total, slopes = mx.zeros(()), []
+    dw_VD = mx.zeros(weight_VD.shape if train_head else (0,))
+    db_V = mx.zeros(bias_V.shape if train_head else (0,))
+    for start in range(0, h_ND.shape[0], rows):
+        at, h_CD = slice(start, start + rows), h_ND[start : start + rows]
+        if slopes:  # one chunk after the other, so that few have their logits in memory
+            h_CD = mx.depends([h_CD], [slopes[-1], total, dw_VD])[0]
+        chunk, slope_CV, hit_C = chunk_loss(h_CD, weight_VD, bias, targets_N[at], weights_N[at], facts)
+        total = total + chunk
+        slopes.append(slope_CV @ weight_VD - hit_C[:, None] * weight_VD[targets_N[at]])
+        if train_head:
+            dw = (slope_CV.T @ h_CD).astype(mx.float32)
+            dw_VD = (dw_VD + dw).at[targets_N[at]].add(-(hit_C[:, None] * h_CD).astype(mx.float32))
+        if train_head and bias is not None:
+            db_V = (db_V + slope_CV.sum(axis=0).astype(mx.float32)).at[targets_N[at]].add(-hit_C)
+    return [total, mx.concatenate(slopes), dw_VD, db_V]
 
 
 def chunk_loss(

@@ -14,6 +14,7 @@ from mlxlora.model import MLXModel, flatten
 from mlxlora.objectives import OBJECTIVES
 from mlxlora.optim import AdamW
 from mlxlora.state import from_mlx, to_mlx
+from shared.adapters.spec import layer_of
 from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
 from shared.types import Batch, Memory, MomentFormat, StepStats, Tensor, Update
 
@@ -48,7 +49,7 @@ class MLXTrainer:
                 loss, grad = self.accumulate(batch, update)
                 total = total + loss
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
-                mx.eval(total, grads)  # frees the micro-batch's graph before the next, or the optimizer's, is built
+                self.compute(total, grads)  # frees the graph before the next one, or the optimizer's, is built
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise OutOfMemory(f"MLX has no memory left: {str(error)[:200]}") from None
@@ -58,6 +59,17 @@ class MLXTrainer:
         self.model.put_parameters(parameters)
         mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.arrays(), norm)
         return PendingStats(total / weight, norm, applied)
+
+    def compute(self, total: mx.array, grads: dict) -> None:
+        """Have the sums computed; with recompute from the last layer to the first, so that each is done with in turn.
+
+        In one go MLX leaves gradients of upper layers for later and keeps what was computed again for them.
+        """
+        if self.model.recomputes:
+            named = flatten(grads)
+            for layer in sorted({layer_of(name) or 0 for name, _ in named}, reverse=True):
+                mx.eval(total, [grad for name, grad in named if (layer_of(name) or 0) == layer])
+        mx.eval(total, grads)
 
     def accumulate(self, batch: Batch, update: Update) -> tuple[mx.array, dict]:
         """Return one micro-batch's summed loss and its summed gradient."""
