@@ -56,7 +56,7 @@ class Lab:
 
 def run(check: Callable[[str], Checks], device: str) -> dict[str, Any]:
     """Return every gap of a check with its bound; NaN is outside of every bound."""
-    found = {what: {"gap": gap, "bound": bound, "ok": gap <= bound} for what, gap, bound in check(device)}
+    found = {what: {"gap": float(gap), "bound": bound, "ok": bool(gap <= bound)} for what, gap, bound in check(device)}
     return {"checks": found}
 
 
