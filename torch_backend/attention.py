@@ -75,7 +75,7 @@ def causal(
 
 @cache
 def kernel() -> Callable[..., torch.Tensor] | None:
-    """Return torch's own attention over packed rows, or None before torch 2.11, whose has no scale and no windows."""
+    """Return torch's own attention over packed rows, or None where it takes no scale and no windows (2.10)."""
     if find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
