@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -80,7 +80,8 @@ def kernel() -> Callable[..., torch.Tensor] | None:
         return None
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn if {"scale", "window_size"} <= signature(varlen_attn).parameters.keys() else None
+    takes_all = {"scale", "window_size"} <= signature(varlen_attn).parameters.keys()
+    return cast(Callable[..., torch.Tensor], varlen_attn) if takes_all else None
 
 
 def has_kernel(query: torch.Tensor) -> bool:
