@@ -25,6 +25,7 @@ from shared.machine import Machine, this_machine
 from shared.measure import Effort, Updates, ask_ceilings, ask_updates
 from shared.registry import BACKENDS, check_installed, find_backend
 from shared.synthetic import Shape, make_rows, step_flops, write_llama
+from shared.types import Recompute
 
 __all__ = ["BenchResult", "BenchRow", "bench", "ceilings_path", "read_ceilings"]
 
@@ -83,7 +84,7 @@ class BenchRow:
     tokens: int
     positions: int
     micro_batches: int
-    recompute: bool
+    recompute: Recompute
     peak_memory_bytes: int  # as the backend counts it; of the process where PyTorch computes on a CPU
     loaded_memory_bytes: int
     matmul_share: float  # operations that the update needs, of what matmuls of this dtype reach

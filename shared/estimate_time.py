@@ -36,7 +36,7 @@ def operations(config: RunConfig, shape: Shape, lengths: Lengths, *, recompute: 
     tokens, supervised = np.asarray(lengths.tokens, dtype=float), np.asarray(lengths.supervised, dtype=float)
     rows = config.train.batch_size
     full = config.adapter.type == "none"
-    per_weight = 4 + 2 * full + 2 * recompute
+    per_weight = 4 + 2 * full + 2 * bool(recompute)
     linear = per_weight * shape.info.num_parameters * tokens.mean()
     attention = (3 + bool(recompute)) * 4 * shape.info.num_layers * shape.attention * (tokens**2).mean()
     head = (4 + 2 * full) * shape.info.vocab_size * shape.width * supervised.mean()

@@ -65,13 +65,17 @@ class TorchModel:
         tokens_BT = self.put(batch.tokens_BT, torch.long)
         positions_N = self.put(batch.positions_N, torch.long)  # before the decoder: a copy waits for what is queued
         h_BTD = self.decoder(input_ids=tokens_BT, use_cache=False, **self.packing(batch)).last_hidden_state
-        return h_BTD.flatten(0, 1)[positions_N]
+        return h_BTD.flatten(0, 1).index_select(0, positions_N)  # the backward of [] would sort the positions
 
     def packing(self, batch: Batch) -> dict[str, Any]:
         """Return what the decoder has to know of a packed batch: positions from 0 in every example, their lengths."""
         if not batch.is_packed:
             return {}
-        return {"position_ids": self.put(batch.places()[1], torch.long), "segments": batch.lengths_S.tolist()}
+        return {
+            "position_ids": self.put(batch.places()[1], torch.long),
+            "segments": batch.lengths_S.tolist(),
+            "bounds": self.put(np.append(batch.starts_S, batch.tokens_BT.size), torch.int32),
+        }
 
     def put(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         """Return an array on the device, without waiting for it on CUDA."""

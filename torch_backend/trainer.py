@@ -60,9 +60,11 @@ class TorchTrainer:
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
             model.dropout.end()
-        for view, grad in zip(self.optimizer.views(self.optimizer.grad), grads, strict=True):
-            if grad is not None:
-                view.add_(grad)
+        pairs = zip(self.optimizer.views(self.optimizer.grad), grads, strict=True)
+        reached = [(view, grad) for view, grad in pairs if grad is not None]
+        if reached:
+            views, grads = zip(*reached, strict=True)
+            torch.ops.aten._foreach_add_(views, grads)
         return loss.detach()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

@@ -23,11 +23,12 @@ from torch import nn
 from shared import reference, seeds
 from shared.adapters.spec import initial_adapter
 from shared.data.batch import make_batch, micro_batches
+from shared.data.layout import choose_layout
 from shared.families import HeadFacts
 from shared.quant.affine import AffineQuantizer
 from shared.registry import find_backend
 from shared.tensors import from_float32, to_float32
-from shared.types import AdapterSpec, Example, Recompute, Sampling, Scheme, Tensor, Update
+from shared.types import AdapterSpec, Batch, Example, Recompute, Sampling, Scheme, Tensor, Update
 from torch_backend import objectives
 from torch_backend.adapters import Dropout, LoRALinear
 from torch_backend.model import TorchModel
@@ -39,6 +40,7 @@ from torch_backend.trainer import TorchTrainer
 
 # The bounds of tests/tolerances.py, which holds the measurements behind them (CPU, float32).
 FIRST_LOSS, GRADIENTS, CURVE, MICRO, LOSS_LAYER = 1e-6, 2e-5, 1e-4, 1e-6, 2e-6
+BFLOAT16_LOSS, TWICE = 2**-8, 2.0  # one rounding step of bfloat16; two layouts round differently, not worse
 LENGTHS = [5, 19, 8, 31, 12, 12, 3, 27]
 VOCABULARY = 512
 Checks = Iterable[tuple[str, float, float]]  # what, gap, bound
@@ -54,7 +56,7 @@ class Lab:
 
 def run(check: Callable[[str], Checks], device: str) -> dict[str, Any]:
     """Return every gap of a check with its bound; NaN is outside of every bound."""
-    found = {what: {"gap": gap, "bound": bound, "ok": gap <= bound} for what, gap, bound in check(device)}
+    found = {what: {"gap": float(gap), "bound": bound, "ok": bool(gap <= bound)} for what, gap, bound in check(device)}
     return {"checks": found}
 
 
@@ -77,10 +79,13 @@ def folder() -> Path:
     return path
 
 
-def lab(device: str, *, dropout: float = 0.0, recompute: Recompute = False, scheme: Scheme | None = None) -> Lab:
+def lab(
+    device: str, *, dropout: float = 0.0, recompute: Recompute = False, scheme: Scheme | None = None,
+    dtype: str = "float32",
+) -> Lab:  # fmt: skip
     """Return the model with LoRA of rank 8 on all linear layers, B different from zero."""
     place = "gpu" if device == "cuda" else "cpu"
-    options: dict[str, Any] = {"dtype": "float32", "quantization": scheme, "device": place}
+    options: dict[str, Any] = {"dtype": dtype, "quantization": scheme, "device": place}
     model = find_backend("torch").load_model(folder(), recompute=recompute is True, **options)
     if recompute == "offload":
         offload_layers(list(model.decoder.layers), model.device)
@@ -114,9 +119,9 @@ def examples() -> list[Example]:
     ]
 
 
-def batches() -> list[Any]:
-    """Return the rows in the micro-batches that a run would make of them."""
-    return micro_batches(examples(), micro_tokens=64)
+def batches(one: Lab, *, packing: str = "auto") -> list[Batch]:
+    """Return the rows in the micro-batches that a run would make of them: packed, unless it is told not to."""
+    return micro_batches(examples(), choose_layout(one.model.info, packing=packing, micro_tokens=64))
 
 
 def arrays(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
@@ -129,7 +134,7 @@ def gap(one: Mapping[str, np.ndarray], two: Mapping[str, np.ndarray]) -> float:
     return max(np.abs(one[name] - two[name]).max() for name in two) / max(np.abs(v).max() for v in two.values())
 
 
-def first_gradient(one: Lab, micro: list[Any]) -> tuple[float, dict[str, np.ndarray]]:
+def first_gradient(one: Lab, micro: list[Batch]) -> tuple[float, dict[str, np.ndarray]]:
     """Return loss and gradient of a first update; AdamW's first moment holds (1 - beta1) of it."""
     loss = one.trainer.step(micro, update(1, max_grad_norm=None)).result().loss
     return loss, {n[2:]: a / 0.1 for n, a in arrays(one.trainer.state()).items() if n.startswith("m.")}
@@ -141,9 +146,30 @@ def check_first_update(device: str) -> Checks:
         "lora": {}, "dropout": {"dropout": 0.1}, "qlora": {"scheme": Scheme("affine", 4, 64)},
         "recompute": {"recompute": True, "dropout": 0.1}, "offload": {"recompute": "offload", "dropout": 0.1},
     }.items():  # fmt: skip
-        ours, theirs = (first_gradient(lab(place, **options), batches()) for place in (device, "cpu"))
+        labs = [lab(place, **options) for place in (device, "cpu")]
+        ours, theirs = (first_gradient(one, batches(one)) for one in labs)
         yield f"{what}: first loss", abs(ours[0] / theirs[0] - 1), FIRST_LOSS
         yield f"{what}: gradients", gap(ours[1], theirs[1]), GRADIENTS
+
+
+def check_packing(device: str) -> Checks:
+    """Compare packed rows with padded ones; in bfloat16, which has a kernel of its own, both with a CPU's float32."""
+    for what, options in {"lora": {}, "dropout": {"dropout": 0.1}, "offload": {"recompute": "offload"}}.items():
+        one, other = lab(device, **options), lab(device, **options)
+        packed, padded = batches(one), batches(other, packing="none")
+        yield f"{what}: micro-batches in which no examples are packed", float(not any(b.is_packed for b in packed)), 0
+        ours, theirs = first_gradient(one, packed), first_gradient(other, padded)
+        yield f"{what}: packed against padded, first loss", abs(ours[0] / theirs[0] - 1), FIRST_LOSS
+        yield f"{what}: packed against padded, gradients", gap(ours[1], theirs[1]), GRADIENTS
+    exact_lab = lab("cpu")
+    exact = first_gradient(exact_lab, batches(exact_lab))
+    errors = []
+    for packing in ("auto", "none"):
+        one = lab(device, dtype="bfloat16")
+        found = first_gradient(one, batches(one, packing=packing))
+        errors.append((abs(found[0] / exact[0] - 1), gap(found[1], exact[1])))
+    yield "bfloat16, packed: first loss", errors[0][0], BFLOAT16_LOSS
+    yield "bfloat16: gap of the gradients to float32, packed over padded", errors[0][1] / errors[1][1], TWICE
 
 
 def check_formulas(device: str) -> Checks:
@@ -189,8 +215,8 @@ def check_adamw(device: str, random: np.random.Generator) -> Checks:
     """Compare an AdamW update with float64."""
     start, slope = random.standard_normal((30, 20)), random.standard_normal((30, 20))
     parameter = nn.Parameter(torch.tensor(start, dtype=torch.float32, device=device))
-    own = AdamW({"p": parameter})
-    own.grad.copy_(torch.tensor(slope).flatten())
+    own = AdamW({"p": parameter}, state="float32")
+    own.views(own.grad)[0].copy_(torch.tensor(slope))
     numbers = update(1, max_grad_norm=None)
     own.step(numbers, loss=torch.zeros((), device=device), weight=1.0)
     wanted = reference.adamw(start, slope, np.zeros_like(start), np.zeros_like(start), numbers)
@@ -201,12 +227,15 @@ def check_adamw(device: str, random: np.random.Generator) -> Checks:
 
 def check_bits(device: str) -> Checks:
     """Compare dropout masks and decoded weights with NumPy, bit for bit: a gap is a number of wrong elements."""
-    slots = np.arange(3)
+    slots, times = np.arange(3), np.arange(40)
     for p in (0.05, 0.5):
         dropout = Dropout(p=p)
-        dropout.begin(seed=5, step=2, slots=slots, length=40, device=device)
+        dropout.begin(seed=5, step=2, places=(slots[:, None], times[None]), device=device)
         wanted = seeds.dropout_mask(seed=5, step=2, name="layer", slots=slots, shape=(40, 96), p=p)
         yield f"dropout mask, p = {p}", float((dropout.mask("layer", width=96).cpu().numpy() != wanted).sum()), 0
+        dropout.begin(seed=5, step=2, places=(slots.repeat(40)[None], np.tile(times, 3)[None]), device=device)
+        found = dropout.mask("layer", width=96).cpu().numpy().reshape(wanted.shape)
+        yield f"dropout mask of packed rows, p = {p}", float((found != wanted).sum()), 0
     random = np.random.default_rng(2)
     values = random.standard_normal((33, 640)) * np.exp2(random.integers(-12, 4, (33, 1)))
     for dtype in ("F32", "BF16", "F16"):
@@ -222,24 +251,25 @@ def check_bits(device: str) -> Checks:
 def check_training(device: str) -> Checks:
     """Compare 20 updates with a CPU's, 1 x 8 rows with 8 x 1, and a resumed run with a whole one."""
     labs = [lab(place, dropout=0.1) for place in (device, "cpu")]
-    curves = [[one.trainer.step(batches(), update(n)).result().loss for n in range(1, 21)] for one in labs]
+    curves = [[one.trainer.step(batches(one), update(n)).result().loss for n in range(1, 21)] for one in labs]
     yield "20 losses, the worst", max(abs(a / b - 1) for a, b in zip(*curves, strict=True)), CURVE
     rows = examples()
-    whole = first_gradient(lab(device, dropout=0.1), [make_batch(rows, range(8))])
     parts = first_gradient(lab(device, dropout=0.1), [make_batch([row], [n]) for n, row in enumerate(rows)])
-    yield "1 x 8 against 8 x 1 rows: loss", abs(parts[0] / whole[0] - 1), MICRO
-    change = sum(np.square(parts[1][name] - value).sum() for name, value in whole[1].items()) ** 0.5
-    size = sum(np.square(value).sum() for value in whole[1].values()) ** 0.5
-    yield "1 x 8 against 8 x 1 rows: norm of the gradient's change", change / size, MICRO
+    for what, packed in (("1 x 8", False), ("8 in one row", True)):
+        whole = first_gradient(lab(device, dropout=0.1), [make_batch(rows, range(8), packed=packed)])
+        yield f"{what} against 8 x 1 rows: loss", abs(parts[0] / whole[0] - 1), MICRO
+        change = sum(np.square(parts[1][name] - value).sum() for name, value in whole[1].items()) ** 0.5
+        size = sum(np.square(value).sum() for value in whole[1].values()) ** 0.5
+        yield f"{what} against 8 x 1 rows: norm of the gradient's change", change / size, MICRO
     first = lab(device, dropout=0.1)
     for n in (1, 2, 3):
-        first.trainer.step(batches(), update(n))
+        first.trainer.step(batches(first), update(n))
     second = lab(device, dropout=0.1)
     second.model.load_tensors("adapter", dict(first.model.tensors("adapter")))
     second.trainer.load_state(dict(first.trainer.state()))
     for one in (first, second):
         for n in (4, 5):
-            one.trainer.step(batches(), update(n)).result()
+            one.trainer.step(batches(one), update(n)).result()
     wanted = dict(first.model.tensors("adapter"))
     wrong = sum((t.data != wanted[name].data).sum() for name, t in second.model.tensors("adapter"))
     yield "resumed against whole: wrong elements", float(wrong), 0
@@ -255,6 +285,7 @@ def check_generation(device: str) -> Checks:
 
 CHECKS: dict[str, Callable[[str], Checks]] = {
     "first update": check_first_update,
+    "packed rows": check_packing,
     "formulas in float64": check_formulas,
     "masks and decoded weights": check_bits,
     "training": check_training,

@@ -1,7 +1,8 @@
 """LoRA and QLoRA updates of an 8B-shaped Llama with random weights, ours and PEFT's: tokens/s, memory, time by part.
 
 The weights are made on the device. Both sides see the same weights, rows, initial adapter and optimizer numbers; PEFT
-runs as transformers' Trainer would run it (autocast to bfloat16, whole logits, fused torch.optim.AdamW, clipping).
+runs as transformers' Trainer would run it (autocast to bfloat16, whole logits, fused torch.optim.AdamW, clipping, rows
+padded to the longest); ours packs, as `train` does. Rows are full, or "mixed": of chat-like lengths.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +22,13 @@ from torch import nn
 
 from gpu.machine import wait
 from shared.adapters.spec import initial_adapter
-from shared.data.batch import make_batch
+from shared.data.batch import micro_batches
+from shared.data.layout import choose_layout
 from shared.families import HeadFacts
 from shared.folder import ModelFolder
+from shared.synthetic import make_rows
 from shared.types import AdapterSpec, Batch, Example, Packed, Recompute, Scheme, Tensor, Update
+from torch_backend import attention
 from torch_backend.model import TorchModel, describe, set_recompute
 from torch_backend.objectives import Head
 from torch_backend.quantized import QuantizedLinear
@@ -71,8 +75,13 @@ def run_all(suite: Any, shape: Shape, *, device: str, peaks: Mapping[str, Any]) 
         suite.run(f"{who}: build", lambda make=make, held=held: build(make, held, device))
         for label, tokens, recompute in settings(shape, ours=who.startswith("ours")):
             if held:
-                measure = lambda h=held, t=tokens, r=recompute: h[0].measure(t, r, peaks=peaks)  # noqa: E731
+                rows = rows_of(shape, tokens)
+                measure = lambda h=held, rows=rows, r=recompute: h[0].measure(rows, r, peaks=peaks)  # noqa: E731
                 suite.run(f"{who} {tokens} tokens, {label}", measure)
+        if held:
+            rows = mixed_rows(shape)
+            measure = lambda h=held, rows=rows: h[0].measure(rows, True, peaks=peaks)  # noqa: E731
+            suite.run(f"mixed rows: {who}, recompute", measure)
         held.clear()
         gc.collect()  # a model is a knot of references; the next one's memory is to be its own
 
@@ -95,8 +104,8 @@ def build(make: Callable[[], Any], held: list[Any], device: str) -> dict[str, An
     return {"build_s": round(time.perf_counter() - start, 2), "loaded_gib": memory}
 
 
-def random_zoo(shape: Shape, device: str) -> Any:
-    """Return transformers' Llama with random bfloat16 weights, made on the device, frozen."""
+def random_zoo(shape: Shape, device: str, *, kernel: str) -> Any:
+    """Return transformers' Llama with random bfloat16 weights, made on the device, frozen; kernel: of its attention."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -105,7 +114,7 @@ def random_zoo(shape: Shape, device: str) -> Any:
         max_position_embeddings=max(shape.row_tokens, 8192), tie_word_embeddings=False, rope_theta=500_000.0,
     )  # fmt: skip
     with torch.device(device):
-        zoo = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        zoo = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=kernel)
     random = torch.Generator(device=device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in zoo.named_parameters():
@@ -143,15 +152,26 @@ def rows_of(shape: Shape, tokens: int) -> list[Example]:
     ]
 
 
-def flops(shape: Shape, rows: int, *, num_linear: int, num_adapter: int) -> float:
+def mixed_rows(shape: Shape) -> list[Example]:
+    """Return rows of chat-like lengths, about the most tokens of a micro-batch in all, half of them supervised."""
+    most = max(shape.micro_tokens)
+    rows = make_rows(
+        64, median=shape.row_tokens // 8, sigma=0.8, longest=shape.row_tokens // 4, supervised=0.5,
+        vocabulary=shape.vocabulary, seed=0,
+    )  # fmt: skip
+    ends = np.cumsum([len(row.tokens) for row in rows])
+    return rows[: int(np.searchsorted(ends, most, side="right"))]
+
+
+def flops(shape: Shape, rows: Sequence[Example], *, num_linear: int, num_adapter: int) -> float:
     """Return the mathematics of one update, whatever is done twice: linears, adapters, causal attention, head.
 
     Linears 4 per weight and token (forward, gradient of the input), adapters 6, attention 3 x 2 products over half of
     T x T, head 4 per weight and supervised position.
     """
-    tokens, T = rows * shape.row_tokens, shape.row_tokens
-    attention = 6 * T * T * shape.width * shape.layers * rows
-    head = 4 * shape.vocabulary * shape.width * (tokens / 2)
+    tokens = sum(len(row.tokens) for row in rows)
+    attention = 6 * sum(len(row.tokens) ** 2 for row in rows) * shape.width * shape.layers
+    head = 4 * shape.vocabulary * shape.width * sum(int(row.supervised.sum()) for row in rows)
     return tokens * (4 * num_linear + 6 * num_adapter) + attention + head
 
 
@@ -159,7 +179,7 @@ class Ours:
     """Our model and trainer over random weights."""
 
     def __init__(self, shape: Shape, device: str, *, scheme: Scheme | None) -> None:
-        self.shape, self.device, zoo = shape, device, random_zoo(shape, device)
+        self.shape, self.device, zoo = shape, device, random_zoo(shape, device, kernel=attention.register())
         if scheme is not None:
             for name, module in list(zoo.get_decoder().named_modules()):
                 if isinstance(module, nn.Linear):
@@ -176,8 +196,8 @@ class Ours:
         self.start = initial_adapter(spec, linears, seed=0)
         self.trainer: TorchTrainer | None = None
 
-    def measure(self, tokens: int, recompute: Recompute, *, peaks: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the figures of one setting, from the initial adapter on."""
+    def measure(self, rows: list[Example], recompute: Recompute, *, peaks: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the figures of one setting, all rows in one micro-batch, from the initial adapter on."""
         layers = self.model.decoder.layers
         for layer in layers:
             vars(layer).pop("forward", None)
@@ -185,15 +205,17 @@ class Ours:
         self.model.load_tensors("adapter", self.start)
         self.trainer = None
         self.trainer = trainer = TorchTrainer(self.model, objective="sft", state="float32")
-        rows = rows_of(self.shape, tokens)
-        batch = make_batch(rows, range(len(rows)))
-        found = timed(lambda n: trainer.step([batch], numbers(n)), lambda pending: pending.result().loss, self.device)
+        tokens = sum(len(row.tokens) for row in rows)
+        micro = micro_batches(rows, choose_layout(self.model.info, packing="auto", micro_tokens=tokens))
+        found = timed(lambda n: trainer.step(micro, numbers(n)), lambda pending: pending.result().loss, self.device)
         sizes = {
             "num_linear": self.model.info.num_parameters,
             "num_adapter": sum(p.numel() for p in self.model.parameters.values()),
         }
-        result = figures(self.shape, found, len(rows), sizes, peaks, self.device)
-        return {**result, "parts_ms": parts(self.model, trainer, batch, self.device)}
+        result = figures(self.shape, found, rows, sizes, peaks, self.device)
+        packed = sum(batch.is_packed for batch in micro)
+        times = parts(self.model, trainer, micro, self.device)
+        return {**result, "micro_batches": len(micro), "packed": packed, "parts_ms": times}
 
 
 class Peft:
@@ -202,7 +224,7 @@ class Peft:
     def __init__(self, shape: Shape, device: str, *, nf4: bool) -> None:
         from peft import LoraConfig, get_peft_model
 
-        self.shape, self.device, zoo = shape, device, random_zoo(shape, device)
+        self.shape, self.device, zoo = shape, device, random_zoo(shape, device, kernel="sdpa")
         linears = {n: m for n, m in zoo.get_decoder().named_modules() if isinstance(m, nn.Linear)}
         self.num_linear = sum(module.weight.numel() for module in linears.values())
         shapes = {f"model.{name}": (m.out_features, m.in_features) for name, m in linears.items()}
@@ -223,7 +245,7 @@ class Peft:
                 found[name.removeprefix("base_model.model.").removesuffix(".default.weight")] = parameter
         return found
 
-    def measure(self, tokens: int, recompute: bool, *, peaks: Mapping[str, Any]) -> dict[str, Any]:
+    def measure(self, rows: list[Example], recompute: bool, *, peaks: Mapping[str, Any]) -> dict[str, Any]:
         """Return the figures of one setting, from the initial adapter on."""
         if recompute:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -233,10 +255,7 @@ class Peft:
         for name, parameter in own.items():
             parameter.data.copy_(torch.from_numpy(self.start[name].data))
         optimizer = torch.optim.AdamW(own.values(), lr=1e-4, weight_decay=0.0, fused=device == "cuda")
-        rows = rows_of(self.shape, tokens)
-        ids = torch.from_numpy(np.stack([row.tokens for row in rows])).long()
-        labels = ids.masked_fill(~torch.from_numpy(np.stack([row.supervised for row in rows])), IGNORE)
-        ids, labels = ids.to(device), labels.to(device)
+        ids, labels = (part.to(device) for part in padded(rows))
 
         def step(_: int) -> torch.Tensor:
             with torch.autocast(device, dtype=torch.bfloat16):
@@ -249,7 +268,18 @@ class Peft:
 
         found = timed(step, float, device)
         sizes = {"num_linear": self.num_linear, "num_adapter": sum(p.numel() for p in own.values())}
-        return figures(self.shape, found, len(rows), sizes, peaks, device)
+        return figures(self.shape, found, rows, sizes, peaks, device)
+
+
+def padded(rows: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens and labels, (B, T) each, padded on the right; causal attention needs no mask for that."""
+    width = max(len(row.tokens) for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    labels = np.full_like(ids, IGNORE)
+    for row, own, label in zip(rows, ids, labels, strict=True):
+        own[: len(row.tokens)] = row.tokens
+        label[: len(row.tokens)][row.supervised] = row.tokens[row.supervised]
+    return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
 def to_nf4(zoo: Any, device: str) -> None:
@@ -291,16 +321,17 @@ def timed(step: Callable[[int], Any], read: Callable[[Any], float], device: str)
 
 
 def figures(
-    shape: Shape, found: Mapping[str, Any], rows: int, sizes: Mapping[str, int], peaks: Mapping[str, Any], device: str
-) -> dict[str, Any]:
-    """Return rates, shares of the peaks and memory of the timed updates."""
+    shape: Shape, found: Mapping[str, Any], rows: Sequence[Example], sizes: Mapping[str, int],
+    peaks: Mapping[str, Any], device: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Return rates (padding does not count), shares of the peaks and memory of the timed updates."""
     seconds = statistics.median(found["seconds"])
     rate = flops(shape, rows, **sizes) / seconds
     table_bytes = 2 * 2 * shape.vocabulary * shape.width  # embedding and head, bfloat16
     peak = found["peak"]
     result = {
-        "tokens_per_s": rows * shape.row_tokens / seconds,
-        "supervised_per_s": rows * shape.row_tokens / 2 / seconds,
+        "tokens_per_s": sum(len(row.tokens) for row in rows) / seconds,
+        "supervised_per_s": sum(int(row.supervised.sum()) for row in rows) / seconds,
         "tflop_per_s": rate / 1e12,
         "peak_gib": None if peak is None else peak / 2**30,
         "beyond_gib": None if peak is None else (peak - table_bytes) / 2**30,
@@ -348,7 +379,7 @@ class Clock:
         return {label: sum(length(*span) for span in spans) for label, spans in self.spans.items()}
 
 
-def parts(model: TorchModel, trainer: TorchTrainer, batch: Batch, device: str) -> dict[str, float]:
+def parts(model: TorchModel, trainer: TorchTrainer, micro: Sequence[Batch], device: str) -> dict[str, float]:
     """Return milliseconds of one update by part; the backward pass (recompute included) is what is left of it."""
     clock, n = Clock(device), WARM_UPDATES + BLOCKS * BLOCK_UPDATES + 1
     places = ((model, "hidden", "forward"), (trainer, "objective", "head and loss"))
@@ -356,7 +387,7 @@ def parts(model: TorchModel, trainer: TorchTrainer, batch: Batch, device: str) -
     for owner, name, label in places:
         setattr(owner, name, clock.around(label, getattr(owner, name)))
     try:
-        clock.around("update", trainer.step)([batch], numbers(n)).result()
+        clock.around("update", trainer.step)(micro, numbers(n)).result()
     finally:
         for owner in (model, trainer.optimizer):
             for name in ("hidden", "step"):

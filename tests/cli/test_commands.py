@@ -213,7 +213,7 @@ def test_train_prints_one_object_on_stdout_and_plain_lines_on_stderr(trained):
     assert "\x1b" not in run_.error
     assert "\r" not in run_.error
     lines = run_.error.splitlines()
-    assert lines[0].startswith("note: micro-batches of 4096 tokens, recompute off: ")
+    assert lines[0].startswith("note: micro-batches of 1024 tokens, recompute off: ")
     assert re.match(r"llama on torch \(.*\): LoRA on 14 modules, .* 9 rows, .* 6 updates", lines[1])
     assert sum(bool(re.match(r"update \d/6  loss \d+\.\d+  lr ", line)) for line in lines) == 3
     assert sum(bool(re.match(r"update \d  validation loss", line)) for line in lines) == 3

@@ -111,7 +111,7 @@ def test_wrong_usage_is_told(capsys, recipe, tmp_path):
 
 def test_train_says_what_it_chose_and_refuses_what_cannot_fit_before_it_loads(capsys, recipe):
     _, error = call(capsys, "train", recipe, "--backend", "torch")
-    assert "micro-batches of 4096 tokens, recompute off" in error
+    assert "micro-batches of 1024 tokens, recompute off" in error
     huge = ["train.micro_tokens=1000000000", "train.recompute=false", "train.batch_size=100000000"]
     options = [part for text in huge for part in ("--set", text)]
     _, error = call(capsys, "train", recipe, "--backend", "torch", "--resume", "never", *options, code=6)

@@ -205,9 +205,11 @@ def test_auto_settings_go_from_fast_to_small_and_stay_comfortable(shape):
         if (found.micro_tokens, found.recompute) != seen[-1]:
             seen.append((found.micro_tokens, found.recompute))
         assert found.estimate.peak <= COMFORT * found.limit or (found.micro_tokens, found.recompute) == (512, True)
-    assert seen[0] == (4096, False)
+    assert seen[0] == (1024, False)
     assert seen[-1] == (512, True)  # one row of 512 tokens
     assert all(micro >= 1024 for micro, recompute in seen if not recompute)
+    graphics = decide(config, shape, lengths, Machine("a machine", "torch-gpu", 64 * GIB))
+    assert (graphics.micro_tokens, graphics.recompute) == (4096, False)
 
 
 def test_what_the_config_fixes_stays_fixed(shape):
