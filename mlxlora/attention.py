@@ -105,13 +105,14 @@ def blockwise(scale: float) -> Callable[..., list[mx.array]]:
 
 def forward(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> list[mx.array]:
     """Return the output and the log-sum-exp of every row's scores."""
-    outputs, norms = [], []
+    dtype, outputs, norms = q.dtype, [], []
+    q, k, v = wide(q, k, v)
     for start, stop in blocks(q.shape[-2]):
         s = scores(q, k, start, stop, scale=scale)
         top = s.max(axis=-1, keepdims=True)
         p = exp(s - top) * kept(start, stop, q.dtype)
         total = p.sum(axis=-1, keepdims=True)
-        outputs.append((p @ v[..., :stop, :]) / total)
+        outputs.append(((p @ v[..., :stop, :]) / total).astype(dtype))
         norms.append(top + mx.log(total))
     return [mx.concatenate(outputs, axis=-2), mx.concatenate(norms, axis=-2)]
 
@@ -120,7 +121,7 @@ def gradients(
     primals: Sequence[mx.array], dout: mx.array, outputs: Sequence[mx.array], *, scale: float
 ) -> list[mx.array]:
     """Return the gradients of q, k and v; the probabilities are computed again."""
-    (q, k, v), (out, norm) = primals, outputs
+    q, k, v, dout, out, norm = wide(*primals, dout, *outputs)
     delta = (dout * out).sum(axis=-1, keepdims=True)
     dq, dk, dv = [], mx.zeros_like(k), mx.zeros_like(v)
     for start, stop in blocks(q.shape[-2]):
@@ -130,7 +131,12 @@ def gradients(
         dq.append(ds @ k[..., :stop, :])
         dk = dk.at[..., :stop, :].add((ds.swapaxes(-1, -2) @ q[at]).sum(axis=2, keepdims=True))
         dv = dv.at[..., :stop, :].add((p.swapaxes(-1, -2) @ dout[at]).sum(axis=2, keepdims=True))
-    return [mx.concatenate(dq, axis=-2), dk, dv]
+    return [grad.astype(primals[0].dtype) for grad in (mx.concatenate(dq, axis=-2), dk, dv)]
+
+
+def wide(*arrays: mx.array) -> list[mx.array]:
+    """Return the arrays in float32: in bfloat16 scores and sums would be four times as far off as MLX's own."""
+    return [array.astype(mx.float32) for array in arrays]
 
 
 def scores(q: mx.array, k: mx.array, start: int, stop: int, *, scale: float) -> mx.array:
