@@ -14,7 +14,15 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxlora.elementwise import exp, on_gpu
+from shared.families import CHECKED
 
+PACKABLE = CHECKED | {
+    "gemma",
+    "granite",
+    "qwen3",
+    "smollm3",
+    "starcoder2",
+}  # proven exact by tests/parity/test_packing.py
 BLOCK = 128  # query rows computed at once on a CPU: keys behind a block's last row are left out
 MASKED = -1e30
 
@@ -46,8 +54,7 @@ class Segments:
 def packing(attention_class: type) -> type:
     """Return the class of an attention layer that also takes packed rows.
 
-    It is given to single layers of the families where it is proven (`shared.families.CHECKED`); without `Segments`
-    it is the zoo's own.
+    It is given to single layers of the families where it is proven (`PACKABLE`); without `Segments` it is the zoo's.
     """
 
     class Packing(attention_class):
@@ -68,10 +75,12 @@ def packing(attention_class: type) -> type:
 def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, count: int) -> mx.array:
     """Return (count, T, H, K) of `count` examples of one length that stand side by side in q, k and v."""
 
-    def heads(x: mx.array, number: int) -> mx.array:
-        return x.reshape(count, x.shape[1] // count, number, -1).transpose(0, 2, 1, 3)
+    def heads(x: mx.array, number: int, norm: Any = None) -> mx.array:
+        x = x.reshape(count, x.shape[1] // count, number, -1)
+        return (x if norm is None else norm(x)).transpose(0, 2, 1, 3)
 
-    q, k, v = heads(q, layer.n_heads), heads(k, layer.n_kv_heads), heads(v, layer.n_kv_heads)
+    q, k = heads(q, layer.n_heads, layer.get("q_norm")), heads(k, layer.n_kv_heads, layer.get("k_norm"))
+    v = heads(v, layer.n_kv_heads)
     return causal(layer.rope(q), layer.rope(k), v, scale=layer.scale).transpose(0, 2, 1, 3)
 
 

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from shared.families import CHECKED
+
 NAME = "mlxlora"
+PACKABLE = CHECKED | {
+    "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "phi3", "qwen3", "smollm3", "starcoder2",
+}  # proven exact by tests/parity/test_packing.py  # fmt: skip
 
 
 def register() -> str:
