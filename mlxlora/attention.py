@@ -14,7 +14,15 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxlora.elementwise import exp, on_gpu
+from shared.families import CHECKED
 
+PACKABLE = CHECKED | {
+    "gemma",
+    "granite",
+    "qwen3",
+    "smollm3",
+    "starcoder2",
+}  # proven exact by tests/parity/test_packing.py
 BLOCK = 128  # query rows computed at once on a CPU: keys behind a block's last row are left out
 MASKED = -1e30
 
@@ -46,8 +54,7 @@ class Segments:
 def packing(attention_class: type) -> type:
     """Return the class of an attention layer that also takes packed rows.
 
-    It is given to single layers of the families where it is proven (`shared.families.CHECKED`); without `Segments`
-    it is the zoo's own.
+    It is given to single layers of the families where it is proven (`PACKABLE`); without `Segments` it is the zoo's.
     """
 
     class Packing(attention_class):
@@ -68,10 +75,12 @@ def packing(attention_class: type) -> type:
 def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, count: int) -> mx.array:
     """Return (count, T, H, K) of `count` examples of one length that stand side by side in q, k and v."""
 
-    def heads(x: mx.array, number: int) -> mx.array:
-        return x.reshape(count, x.shape[1] // count, number, -1).transpose(0, 2, 1, 3)
+    def heads(x: mx.array, number: int, norm: Any = None) -> mx.array:
+        x = x.reshape(count, x.shape[1] // count, number, -1)
+        return (x if norm is None else norm(x)).transpose(0, 2, 1, 3)
 
-    q, k, v = heads(q, layer.n_heads), heads(k, layer.n_kv_heads), heads(v, layer.n_kv_heads)
+    q, k = heads(q, layer.n_heads, layer.get("q_norm")), heads(k, layer.n_kv_heads, layer.get("k_norm"))
+    v = heads(v, layer.n_kv_heads)
     return causal(layer.rope(q), layer.rope(k), v, scale=layer.scale).transpose(0, 2, 1, 3)
 
 
@@ -105,13 +114,14 @@ def blockwise(scale: float) -> Callable[..., list[mx.array]]:
 
 def forward(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> list[mx.array]:
     """Return the output and the log-sum-exp of every row's scores."""
-    outputs, norms = [], []
+    dtype, outputs, norms = q.dtype, [], []
+    q, k, v = wide(q, k, v)
     for start, stop in blocks(q.shape[-2]):
         s = scores(q, k, start, stop, scale=scale)
         top = s.max(axis=-1, keepdims=True)
         p = exp(s - top) * kept(start, stop, q.dtype)
         total = p.sum(axis=-1, keepdims=True)
-        outputs.append((p @ v[..., :stop, :]) / total)
+        outputs.append(((p @ v[..., :stop, :]) / total).astype(dtype))
         norms.append(top + mx.log(total))
     return [mx.concatenate(outputs, axis=-2), mx.concatenate(norms, axis=-2)]
 
@@ -120,7 +130,7 @@ def gradients(
     primals: Sequence[mx.array], dout: mx.array, outputs: Sequence[mx.array], *, scale: float
 ) -> list[mx.array]:
     """Return the gradients of q, k and v; the probabilities are computed again."""
-    (q, k, v), (out, norm) = primals, outputs
+    q, k, v, dout, out, norm = wide(*primals, dout, *outputs)
     delta = (dout * out).sum(axis=-1, keepdims=True)
     dq, dk, dv = [], mx.zeros_like(k), mx.zeros_like(v)
     for start, stop in blocks(q.shape[-2]):
@@ -130,7 +140,12 @@ def gradients(
         dq.append(ds @ k[..., :stop, :])
         dk = dk.at[..., :stop, :].add((ds.swapaxes(-1, -2) @ q[at]).sum(axis=2, keepdims=True))
         dv = dv.at[..., :stop, :].add((p.swapaxes(-1, -2) @ dout[at]).sum(axis=2, keepdims=True))
-    return [mx.concatenate(dq, axis=-2), dk, dv]
+    return [grad.astype(primals[0].dtype) for grad in (mx.concatenate(dq, axis=-2), dk, dv)]
+
+
+def wide(*arrays: mx.array) -> list[mx.array]:
+    """Return the arrays in float32: in bfloat16 scores and sums would be four times as far off as MLX's own."""
+    return [array.astype(mx.float32) for array in arrays]
 
 
 def scores(q: mx.array, k: mx.array, start: int, stop: int, *, scale: float) -> mx.array:

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora import generation, objectives
 from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
-from mlxlora.attention import Segments, packing
+from mlxlora.attention import PACKABLE, Segments, packing
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
 from shared.adapters.spec import layer_of
@@ -127,7 +127,7 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     notes = fill(zoo, folder, dtype=mlx_dtype(dtype), quantization=quantization, tied=tied)
     zoo.eval()
     zoo.freeze()
-    if folder.family in CHECKED:
+    if can_pack(zoo, folder):
         for layer in zoo.model.layers:
             layer.self_attn.__class__ = packing(type(layer.self_attn))
     if recompute:
@@ -278,12 +278,17 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         vocab_size=int(folder.config["vocab_size"]),
         max_positions=folder.config.get("max_position_embeddings"),
         max_tokens=unapplied_window(folder.config),
-        can_pack=folder.family in CHECKED,
+        can_pack=can_pack(zoo, folder),
         linears=linears,
         num_parameters=sum(out * width for out, width in linears.values()),
         quantized={name: str(scheme) for name, scheme in schemes_of(zoo)},
         notes=notes,
     )
+
+
+def can_pack(zoo: Any, folder: ModelFolder) -> bool:
+    """Return whether our attention is exact in every layer: it has no window."""
+    return folder.family in PACKABLE and not any(getattr(layer, "use_sliding", False) for layer in zoo.model.layers)
 
 
 def schemes_of(zoo: nn.Module) -> Iterator[tuple[str, Scheme]]:

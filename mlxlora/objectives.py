@@ -128,7 +128,9 @@ def chunk_loss(
     top_C1 = z_CV.max(axis=1, keepdims=True)
     e_CV = exp(z_CV - top_C1)
     sum_C = e_CV.sum(axis=1)
-    total = ((top_C1[:, 0] + mx.log(sum_C) - at_target_C) * w_C).sum()
+    total = (
+        (top_C1[:, 0] - at_target_C + mx.log(sum_C)) * w_C
+    ).sum()  # equal logits cancel before small ones are added
     slope_CV, hit_C = e_CV * (w_C * facts.scale / sum_C)[:, None], w_C * facts.scale
     if facts.softcap is not None:
         slope_CV = slope_CV * (1 - (z_CV / facts.softcap) ** 2)

@@ -42,3 +42,23 @@ ESTIMATE = 0.10  # measured: +5.1 % (MLX, 1024 tokens), +0.3 % (PyTorch); all ca
 
 # Attention in bfloat16 against the same in float32, outputs and gradients, relative to the largest of each.
 HALF_ATTENTION = 0.03  # measured: 1.1e-2 for the loop over examples, on a CPU
+# Packed and sorted micro-batches against one padded batch, same backend, relative: loss, and norm of the change of
+# the gradient.
+LAYOUT = 1e-6  # measured: 3.2e-7 for the loss, 8.8e-7 for the gradient
+
+# The same for every element of the gradient, relative to the largest of all.
+LAYOUT_ELEMENT = 2e-6  # measured: 1.2e-6 (llama with wide heads on MLX, attention in blocks against MLX's own)
+
+# The same for the norm of the adapter's change behind AdamW's first step from the standard start.
+LAYOUT_ADAPTER = 5e-6  # measured: 3.0e-6: AdamW divides by gradients near its eps
+
+# Attention and its gradients against float64, relative to the largest element or absolute below 1; inputs of unit size.
+ATTENTION = 2e-6
+ATTENTION_BF16 = 1e-2
+
+# Outputs and gradients of layers with low-rank products against float64, relative to the largest element.
+LOWRANK = 2e-6
+
+# Loss of bfloat16 hidden states and head against float64 of the same words, relative; elements of its gradient.
+LOSS_BF16 = 1e-3
+LOSS_GRADIENT_BF16 = 2e-2

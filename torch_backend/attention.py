@@ -15,8 +15,13 @@ from typing import Any, cast
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from shared.families import CHECKED
+
 NAME = "mlxlora"
 WIDEST = 192  # head width for which flash attention has gradients on every GPU; it has to be a multiple of 8
+PACKABLE = CHECKED | {
+    "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "phi3", "qwen3", "smollm3", "starcoder2",
+}  # proven exact by tests/parity/test_packing.py  # fmt: skip
 
 
 def register() -> str:

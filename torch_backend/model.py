@@ -152,7 +152,8 @@ def build_empty(folder: ModelFolder, dtype: torch.dtype) -> Any:
         with collector_paused():
             _ = ZOO[type(config)]  # imports the model's module
         with init_empty_weights(include_buffers=False):
-            zoo = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.register())
+            own = attention.register() if folder.family in attention.PACKABLE else None
+            zoo = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own)
     except CONFIG_FAULTS as error:
         raise ModelError(
             f"{folder.path / 'config.json'}: {error}", fix="config.json does not describe a model"
@@ -263,7 +264,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         vocab_size=int(zoo.config.vocab_size),
         max_positions=folder.config.get("max_position_embeddings"),
         max_tokens=None,  # transformers applies its windows
-        can_pack=folder.family in CHECKED,
+        can_pack=folder.family in attention.PACKABLE,
         linears=linears,
         num_parameters=sum(out * width for out, width in linears.values()),
         quantized={name: str(scheme) for name, scheme in schemes_of(zoo)},

@@ -126,10 +126,10 @@ def chunk_loss(
     top_C, at_target_C = z_CV.amax(dim=1), z_CV.gather(1, target_C1)[:, 0]
     curve_CV = None if facts.softcap is None else 1 - (z_CV / facts.softcap) ** 2
     share_CV = torch.softmax(z_CV, dim=1, out=z_CV)
-    norm_C = top_C - share_CV.amax(dim=1).log()
+    loss_C = (top_C - at_target_C) - share_CV.amax(dim=1).log()  # equal logits cancel before small ones are added
     slope_CV = share_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=share_CV.dtype))
     slope_CV.mul_((w_C * facts.scale)[:, None])
-    return ((norm_C - at_target_C) * w_C).sum(), slope_CV if curve_CV is None else slope_CV.mul_(curve_CV)
+    return (loss_C * w_C).sum(), slope_CV if curve_CV is None else slope_CV.mul_(curve_CV)
 
 
 def sft(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:

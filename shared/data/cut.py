@@ -13,6 +13,8 @@ from shared.types import Batch
 
 MICRO_COST = 64  # positions that a micro-batch's fixed cost is worth: cut where it saves more (benchmarks/LOG.md)
 
+STEPS = 100  # groups up to which their number is tried one by one
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -62,13 +64,14 @@ def take_apart(batch: Batch) -> Iterator[Segment]:
 def pack(lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:
     """Return groups of places of nearly equal sums, each at most `micro_tokens` long or a single example.
 
-    There are as few groups as fit. Longest first, each into the group that is shortest so far.
+    There are as few groups as fit (beyond STEPS of them up to a hundredth more). Longest first, each into the group
+    that is shortest so far.
 
     >>> pack([3, 9, 4, 8], micro_tokens=100), pack([3, 9, 4, 8], micro_tokens=12)
     ([[1, 3, 2, 0]], [[1, 0], [3, 2]])
     """
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
-    wanted = -(-sum(lengths) // micro_tokens)
+    wanted = max(-(-sum(lengths) // micro_tokens), sum(2 * length > micro_tokens for length in lengths))
     while True:
         wanted = min(wanted, len(order))
         groups: list[list[int]] = [[] for _ in range(wanted)]
@@ -79,7 +82,7 @@ def pack(lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:
             heapreplace(sums, (total + lengths[place], number))
         if wanted == len(order) or all(total <= micro_tokens or len(groups[number]) == 1 for total, number in sums):
             return groups
-        wanted += 1
+        wanted += max(wanted // STEPS, 1)  # by ones, 20,000 rows of an evaluation would take a minute
 
 
 def cut(lengths: Sequence[int], *, micro_tokens: int) -> list[list[int]]:

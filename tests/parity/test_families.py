@@ -53,11 +53,11 @@ def save(folder: Path, family: str, settings: dict) -> Path:
     return save_tokenizer(folder)
 
 
-def wanted_log_probs(folder: Path, examples) -> np.ndarray:
+def wanted_log_probs(folder: Path, examples, **options) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     found = []
     for example in examples:
         with torch.no_grad():

@@ -1,0 +1,149 @@
+"""The chunked loss where it is hard: huge and equal logits, saturated rows, bfloat16, quantized heads, one chunk."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx import nn
+
+from mlxlora import objectives as on_mlx
+from mlxlora.quantized import QuantizedEmbedding as MLXTable
+from mlxlora.quantized import QuantizedLinear as MLXLinear
+from shared import reference
+from shared.families import HeadFacts
+from shared.quant.affine import AffineQuantizer
+from shared.tensors import to_float32
+from shared.types import Scheme, Tensor
+from tests import tolerances
+from torch_backend import objectives as on_torch
+from torch_backend.quantized import QuantizedEmbedding as TorchTable
+from torch_backend.quantized import QuantizedLinear as TorchLinear
+
+V, D, N = 700, 32, 200
+FACTS = [HeadFacts(), HeadFacts(softcap=5.0), HeadFacts(scale=0.25), HeadFacts(scale=2.0, softcap=30.0)]
+BOTH = pytest.mark.parametrize("backend", ["mlx", "torch"])
+
+
+def draw(*, loud=1.0, seed=0):
+    random = np.random.default_rng(seed)
+    h, w = random.standard_normal((N, D)).astype(np.float32), (0.3 * random.standard_normal((V, D))).astype(np.float32)
+    targets = random.integers(0, V, N).astype(np.int32)
+    return SimpleNamespace(h=loud * h, w=w, targets=targets, weights=random.uniform(0.5, 2.0, N).astype(np.float32))
+
+
+def run(backend, drawn, facts, *, module=None, dtype="float32"):
+    """Return the loss and its gradient with respect to the hidden states, the head frozen."""
+    if backend == "torch":
+        kind = getattr(torch, dtype)
+        h = torch.tensor(drawn.h, dtype=kind, requires_grad=True)
+        head = on_torch.Head(module or SimpleNamespace(weight=torch.tensor(drawn.w, dtype=kind)), facts)
+        loss = on_torch.sft(h, head, torch.tensor(drawn.targets).long(), torch.tensor(drawn.weights))
+        return float(loss.detach()), torch.autograd.grad(loss, h)[0].float().numpy()
+    kind = getattr(mx, dtype)
+    if module is None:
+        module = nn.Linear(1, 1, bias=False)
+        module.weight = mx.array(drawn.w).astype(kind)
+    head, targets, weights = on_mlx.Head(module, facts), mx.array(drawn.targets), mx.array(drawn.weights)
+    value, grad = mx.value_and_grad(lambda h: on_mlx.sft(h, head, targets, weights, train_head=False))(
+        mx.array(drawn.h).astype(kind)
+    )
+    return float(value), np.array(grad.astype(mx.float32))
+
+
+def wanted(drawn, facts):
+    return reference.sft_loss(drawn.h, drawn.w, None, drawn.targets, drawn.weights, facts)
+
+
+def close(found, exact, *, loss=1e-6, grad=1e-5):
+    assert abs(found[0] - exact.loss) <= loss * abs(exact.loss)
+    assert np.abs(found[1] - exact.hidden).max() <= grad * np.abs(exact.hidden).max()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 64 positions: three whole ones and a part."""
+    for module in (on_mlx, on_torch):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+
+
+@BOTH
+@pytest.mark.parametrize("facts", FACTS, ids=str)
+def test_several_chunks_give_what_one_gives(backend, facts, monkeypatch):
+    drawn = draw()
+    whole = run(backend, drawn, facts)
+    for module in (on_mlx, on_torch):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+    parts = run(backend, drawn, facts)
+    exact = wanted(drawn, facts)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-6)
+    assert np.abs(parts[1] - whole[1]).max() <= 1e-6 * np.abs(exact.hidden).max()
+    close(whole, exact)
+    close(parts, exact)
+
+
+@BOTH
+@pytest.mark.parametrize("facts", FACTS, ids=str)
+def test_huge_logits_stay_finite_and_right(backend, facts, small_chunks):
+    drawn = draw(loud=3e3)
+    exact = wanted(drawn, facts)
+    found = run(backend, drawn, facts)
+    assert np.isfinite(found[1]).all()
+    assert found[0] == pytest.approx(exact.loss, rel=1e-6)
+
+
+@BOTH
+def test_equal_logits_of_ten_thousand_give_the_logarithm_of_their_number(backend):
+    """Of logits this size float32 keeps three decimals; the difference to the largest is exact all the same."""
+    drawn = draw()
+    drawn.h, drawn.w = np.full((N, D), 100.0, dtype=np.float32), np.full((V, D), 3.125, dtype=np.float32)
+    loss, grad = run(backend, drawn, HeadFacts())
+    assert loss == pytest.approx(np.log(V) * drawn.weights.astype(np.float64).sum(), rel=1e-6)
+    assert np.abs(grad).max() <= 1e-3
+
+
+@BOTH
+@pytest.mark.parametrize("facts", FACTS[:3], ids=str)
+def test_saturated_rows_cost_nothing_and_teach_nothing(backend, facts):
+    """The target leads by far more than float32 resolves, or with a soft-cap as far as that lets it."""
+    drawn = draw()
+    drawn.h = 400 * drawn.w[drawn.targets] / np.square(drawn.w[drawn.targets]).sum(axis=1, keepdims=True)
+    exact, found = wanted(drawn, facts), run(backend, drawn, facts)
+    assert np.isfinite(found[1]).all()
+    assert found[0] == pytest.approx(exact.loss, rel=1e-5, abs=1e-5)
+    assert np.abs(found[1] - exact.hidden).max() <= 1e-5
+
+
+@BOTH
+def test_not_a_number_in_a_hidden_state_is_not_hidden(backend):
+    drawn = draw()
+    drawn.h[3, 2] = np.nan
+    assert np.isnan(run(backend, drawn, HeadFacts())[0])
+
+
+@BOTH
+@pytest.mark.parametrize("facts", FACTS, ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_of_a_quantized_head_is_that_of_its_decoded_weight(backend, facts, tied, small_chunks):
+    drawn, quantizer = draw(), AffineQuantizer(Scheme("affine", 4, 32))
+    packed = quantizer.quantize(Tensor("F32", drawn.w))
+    drawn.w = to_float32(quantizer.dequantize(packed))
+    if backend == "mlx":
+        module = MLXTable(packed, mx.float32) if tied else MLXLinear(packed, None)
+    else:
+        module = TorchLinear.over(TorchTable(packed, torch.float32, scale=1.0)) if tied else TorchLinear(packed, None)
+    close(run(backend, drawn, facts, module=module), wanted(drawn, facts))
+
+
+@BOTH
+@pytest.mark.parametrize("facts", FACTS, ids=str)
+def test_bfloat16_states_cost_the_rounding_of_their_logits_alone(backend, facts, small_chunks):
+    drawn = draw()
+    drawn.h, drawn.w = (torch.tensor(x).bfloat16().float().numpy() for x in (drawn.h, drawn.w))
+    close(
+        run(backend, drawn, facts, dtype="bfloat16"), wanted(drawn, facts), loss=tolerances.LOSS_BF16,
+        grad=tolerances.LOSS_GRADIENT_BF16,
+    )  # fmt: skip
