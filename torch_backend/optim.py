@@ -136,7 +136,7 @@ def adamw(
     p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, update: Update, scales: Scales, *, decay: bool
 ) -> None:
     """Update values and moments in place, in one pass without further memory: torch.optim.AdamW's fused kernel."""
-    torch.ops.aten._fused_adamw_(
+    torch.ops.aten._fused_adamw_.default(
         [p], [g], [m], [v], [], [scales.step], amsgrad=False, maximize=False,
         grad_scale=scales.divisor, found_inf=scales.skip,
         lr=update.lr, beta1=update.beta1, beta2=update.beta2, eps=update.eps,

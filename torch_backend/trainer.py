@@ -64,7 +64,7 @@ class TorchTrainer:
         reached = [(view, grad) for view, grad in pairs if grad is not None]
         if reached:
             views, grads = zip(*reached, strict=True)
-            torch.ops.aten._foreach_add_(views, grads)
+            torch.ops.aten._foreach_add_.List(views, grads)
         return loss.detach()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
