@@ -2,7 +2,7 @@
 
     python benchmarks/calibrate_memory.py --backend mlx --dtype float32
 
-Prints the entries for shared/estimate_costs.py. All runs share one process: MLX's peak is reset between them; with
+Prints the entries for shared/estimate/costs.py. All runs share one process: MLX's peak is reset between them; with
 torch on a CPU it is the kernel's high-water mark of the resident size (Linux only), glibc being told to map every
 allocation from 64 KiB on by itself, so that what is freed is gone.
 """
@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from memory import STEADY, Case, largest, measure_fresh, recipe, write_model
 
-from shared import estimate as model
 from shared.adapters.spec import initial_adapter, resolve
 from shared.config import parse_scheme
 from shared.config_file import build_config
 from shared.data.batch import micro_batches
 from shared.data.layout import choose_layout
-from shared.estimate_costs import NOTHING, Costs, Rows
+from shared.estimate import memory as model
+from shared.estimate.costs import NOTHING, Costs, Rows
 from shared.folder import open_folder
 from shared.registry import find_backend
 from shared.types import AdapterSpec, Example, Update

@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 
 from mlxlora import DEMO
-from shared import estimate as model
 from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import build_config
-from shared.estimate_machines import here
+from shared.estimate import memory as model
+from shared.estimate.machines import here
 from shared.folder import open_folder
 
 MIB = 2**20

@@ -32,9 +32,9 @@ from typing import Any
 
 from common import fit_power, heading, write
 
-from shared.measure import Effort, ask_updates
+from shared.measuring.measure import Effort, ask_updates
+from shared.measuring.synthetic import Shape, write_llama
 from shared.registry import BACKENDS, find_backend
-from shared.synthetic import Shape, write_llama
 
 TOLERANCE = 0.1  # of an exponent
 FLOAT = 4  # bytes

@@ -31,10 +31,10 @@ from shared.config_file import build_config, load_config
 from shared.data.batch import Plan, update_batches
 from shared.data.layout import Layout, choose_layout
 from shared.loop import build_update
-from shared.measure import load, recipe
+from shared.measuring.measure import load, recipe
+from shared.measuring.synthetic import Shape, make_rows, write_llama
 from shared.protocols import Trainer
 from shared.registry import find_backend
-from shared.synthetic import Shape, make_rows, write_llama
 from shared.train import load_trainable, prepare
 from shared.types import Batch, Example
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shared.bench import BenchResult
     from shared.callbacks import Callback
     from shared.config import RunConfig
     from shared.doctor import Check
-    from shared.estimate_report import Report
+    from shared.estimate.report import Report
     from shared.evaluate import Evaluation
+    from shared.measuring.bench import BenchResult
     from shared.parity import ParityResult
     from shared.quickstart import QuickstartResult
     from shared.train import TrainResult
@@ -89,7 +89,7 @@ def estimate(
     memory: one size, e.g. "16GB" or "here", instead of the usual ones. tflops: the matmul rate to predict times from.
     """
     from shared.config import RunConfig
-    from shared.estimate_report import make_report
+    from shared.estimate.report import make_report
 
     checked = config if isinstance(config, RunConfig) else load_config(config, **values)
     return make_report(checked, memory=memory, tflops=tflops)
@@ -171,7 +171,7 @@ def bench(
 
     `.table` of the result is Markdown; its rows are appended to `output`. size: auto, tiny, small, medium, large, huge.
     """
-    from shared.bench import bench as run
+    from shared.measuring.bench import bench as run
 
     file = None if output is None else Path(output).expanduser()
     return run(size=size, backend=backend, dtype=dtype, output=file, note=note)

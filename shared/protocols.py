@@ -140,7 +140,7 @@ class Backend(Protocol):
         ...
 
     def workload(self, kind: str, *, size: int, dtype: str, device: str | None) -> Callable[[int], None]:
-        """Return a function that does a workload n times and waits: what `shared/ceilings.py` times.
+        """Return a function that does a workload n times and waits: what `shared/measuring/ceilings.py` times.
 
         kind: "matmul" of two (size, size) matrices, or "copy" of size bytes.
         """

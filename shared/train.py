@@ -23,7 +23,7 @@ from shared.data.layout import choose_layout
 from shared.data.rows import Row, content_hash, find_data, read_rows, split_file
 from shared.data.tokenize import Tokenizer, tokenize_rows
 from shared.errors import ModelError, StorageError
-from shared.estimate_report import decide_run
+from shared.estimate.report import decide_run
 from shared.export import write_model
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.loop import fit

@@ -1,6 +1,6 @@
 """What shows how fast a device is at best: square matmuls, and copies of a large array.
 
-`shared/ceilings.py` times them. Legend: S size of a square matrix.
+`shared/measuring/ceilings.py` times them. Legend: S size of a square matrix.
 """
 
 from __future__ import annotations

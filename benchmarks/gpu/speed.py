@@ -26,7 +26,7 @@ from shared.data.batch import micro_batches
 from shared.data.layout import choose_layout
 from shared.families import HeadFacts
 from shared.folder import ModelFolder
-from shared.synthetic import make_rows
+from shared.measuring.synthetic import make_rows
 from shared.types import AdapterSpec, Batch, Example, Packed, Recompute, Scheme, Tensor, Update
 from torch_backend import attention
 from torch_backend.model import TorchModel, describe, set_recompute

@@ -31,7 +31,7 @@ def bench(
 ) -> None:
     """How fast this machine fine-tunes, and how near that is to what it can do."""
     import mlxlora
-    from shared.bench import report
+    from shared.measuring.bench import report
 
     result = mlxlora.bench(size=size, backend=backend, dtype=dtype, output=output, note=say)
     if as_json:

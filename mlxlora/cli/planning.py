@@ -12,8 +12,8 @@ from mlxlora.cli.app import Debug, Json, Set, emit, emit_object, say
 
 if TYPE_CHECKING:
     from shared.config import RunConfig
-    from shared.estimate_report import BackendReport, Line, Report
-    from shared.estimate_search import Tried
+    from shared.estimate.report import BackendReport, Line, Report
+    from shared.estimate.search import Tried
 
 GIB = 2**30
 HEADINGS = "  {:<16}{:>10}{:>10}  {:<10}{:<14}{:<10}{:<13}change".format(
@@ -66,7 +66,7 @@ def estimate(
 def write_fitting(config: RunConfig, memory: str, output: Path | None, *, as_json: bool) -> None:
     """Print a config that fits, or write it into a new file; say what has changed."""
     from shared.config_file import to_yaml
-    from shared.estimate_report import fit, write_config
+    from shared.estimate.report import fit, write_config
 
     fitting, changes = fit(config, memory)
     if output is not None:
@@ -83,7 +83,7 @@ def write_fitting(config: RunConfig, memory: str, output: Path | None, *, as_jso
 
 def show_search(config: RunConfig, *, as_json: bool) -> None:
     """Measure growing micro-batches and print each."""
-    from shared.estimate_search import search_micro_tokens
+    from shared.estimate.search import search_micro_tokens
 
     def show(tried: Tried) -> None:
         if not as_json:
@@ -127,7 +127,7 @@ def backend_lines(found: BackendReport) -> list[str]:
 
 def time_line(found: BackendReport) -> str:
     """Return the time of an update in words."""
-    from shared.estimate_time import UTILISATION
+    from shared.estimate.duration import UTILISATION
 
     work, time = f"{found.time.operations / 1e12:.3g} TFLOP per update", found.time
     if time.seconds is None or time.rate is None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mlxlora.cli.main import run
-from shared.bench import COLUMNS, SIZES, ceilings_path, header, read_ceilings
+from shared.measuring.bench import COLUMNS, SIZES, ceilings_path, header, read_ceilings
 
 
 @pytest.fixture

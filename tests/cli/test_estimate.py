@@ -14,8 +14,8 @@ import yaml
 
 from mlxlora.cli.main import run
 from shared.config_file import load_config
-from shared.estimate_machines import mac
-from shared.estimate_report import make_report
+from shared.estimate.machines import mac
+from shared.estimate.report import make_report
 from tests.tolerances import ESTIMATE
 
 ROOT = Path(__file__).resolve().parents[2]

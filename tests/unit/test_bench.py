@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from shared import bench as bench_module
-from shared.bench import (
+from shared.errors import ConfigError, OutOfMemory, StorageError
+from shared.machine import Machine, processor_name, this_machine
+from shared.measuring import bench as bench_module
+from shared.measuring.bench import (
     COLUMNS,
     SIZES,
     BenchResult,
@@ -25,10 +27,8 @@ from shared.bench import (
     report,
     weight_traffic,
 )
-from shared.ceilings import Ceilings, time_of, write_ceilings
-from shared.errors import ConfigError, OutOfMemory, StorageError
-from shared.machine import Machine, processor_name, this_machine
-from shared.measure import Updates, ask, ended
+from shared.measuring.ceilings import Ceilings, time_of, write_ceilings
+from shared.measuring.measure import Updates, ask, ended
 
 MACHINE = Machine("Apple M2 Max", cores=12, memory_bytes=64 * 2**30, system="macOS 26.1")
 CEILINGS = Ceilings(

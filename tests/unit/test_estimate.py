@@ -15,7 +15,10 @@ from shared.config import RunConfig, parse_scheme
 from shared.config_file import build_config
 from shared.data.rows import Row
 from shared.errors import ConfigError, OutOfMemory, StorageError
-from shared.estimate import (
+from shared.estimate.costs import ASSUMED, BORROWED, MEASURED, is_measured
+from shared.estimate.duration import UTILISATION, operations, update_time
+from shared.estimate.machines import GIB, Machine, gpu, here, mac, machines, parse_memory, physical_memory
+from shared.estimate.memory import (
     Estimate,
     Shape,
     Work,
@@ -26,9 +29,7 @@ from shared.estimate import (
     read_shape,
     weight_bytes,
 )
-from shared.estimate_costs import ASSUMED, BORROWED, MEASURED, is_measured
-from shared.estimate_machines import GIB, Machine, gpu, here, mac, machines, parse_memory, physical_memory
-from shared.estimate_plan import (
+from shared.estimate.plan import (
     COMFORT,
     Lengths,
     check_fits,
@@ -40,8 +41,7 @@ from shared.estimate_plan import (
     made_lengths,
     with_settings,
 )
-from shared.estimate_report import choose_rows, fit, make_report, write_config
-from shared.estimate_time import UTILISATION, operations, update_time
+from shared.estimate.report import choose_rows, fit, make_report, write_config
 from shared.folder import open_folder
 from shared.quant.affine import AffineQuantizer
 from shared.types import Scheme, Tensor

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
+from shared.measuring.synthetic import Shape, make_rows, step_flops, write_llama
 from shared.registry import BACKENDS, find_backend
-from shared.synthetic import Shape, make_rows, step_flops, write_llama
 from shared.tensors import read_header
 
 SHAPE = Shape(layers=3, hidden=64, intermediate=160, heads=4, kv_heads=2, vocabulary=384, tied=False)
@@ -63,7 +63,7 @@ def test_operations_of_an_update_are_those_that_torch_counts(tmp_path):
 
     from shared.data.batch import make_batch
     from shared.loop import build_update
-    from shared.measure import load, recipe
+    from shared.measuring.measure import load, recipe
 
     shape = Shape(layers=8, hidden=128, intermediate=384, heads=4, kv_heads=2, vocabulary=1000, tied=False)
     folder = write_llama(tmp_path / "llama", shape, positions=128, seed=0)

@@ -15,9 +15,10 @@ from shared.config_file import to_yaml
 from shared.data.rows import Row, find_data, read_rows, split_file
 from shared.data.tokenize import load_tokenizer, tokenize_rows
 from shared.errors import ConfigError, DataError, ModelError, OutOfMemory, StorageError
-from shared.estimate import Part, Shape, num_trained, read_shape
-from shared.estimate_machines import Machine, here, machines, parse_memory
-from shared.estimate_plan import (
+from shared.estimate.duration import Time, operations, update_time
+from shared.estimate.machines import Machine, here, machines, parse_memory
+from shared.estimate.memory import Part, Shape, num_trained, read_shape
+from shared.estimate.plan import (
     Decision,
     Lengths,
     check_fits,
@@ -28,7 +29,6 @@ from shared.estimate_plan import (
     most_micro_tokens,
     with_settings,
 )
-from shared.estimate_time import Time, operations, update_time
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.registry import BACKENDS
 from shared.types import Example, Recompute

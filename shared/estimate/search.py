@@ -11,8 +11,8 @@ from shared.config import RunConfig
 from shared.data.batch import micro_batches
 from shared.data.layout import Layout, choose_layout
 from shared.errors import OutOfMemory
-from shared.estimate_plan import COMFORT
-from shared.estimate_report import decide_run
+from shared.estimate.plan import COMFORT
+from shared.estimate.report import decide_run
 from shared.loop import build_update
 from shared.protocols import Trainer
 from shared.registry import find_backend

@@ -8,7 +8,7 @@ largest of these moments:
   update     new gradients of all trained tensors and the optimizer's temporaries, no activations
 
 or, where it is higher, the loading of the weights. What a layer keeps is linear in its widths per position; the factors
-stand in `shared.estimate_costs`, measured.
+stand in `shared.estimate.costs`, measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from shared.adapters.spec import layer_of, natural, resolve, short_name
 from shared.config import RunConfig, parse_scheme
-from shared.estimate_costs import Costs, Rows, find_costs, is_measured
+from shared.estimate.costs import Costs, Rows, find_costs, is_measured
 from shared.families import is_tied
 from shared.folder import COMPUTED, ModelFolder
 from shared.types import AdapterSpec, ModelInfo, Recompute, Scheme

@@ -1,6 +1,6 @@
 """One measurement in a process of its own, so that nothing else is in its memory: ceilings, or some real updates.
 
-`python -m shared.measure` reads a task as JSON from standard input and prints its result as the last line of stdout.
+`python -m shared.measuring.measure` reads a task as JSON from standard input; the last line of stdout is its result.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 
 from shared import errors
 from shared.adapters.spec import initial_adapter, resolve
-from shared.ceilings import Ceilings, measure_ceilings
 from shared.config import RunConfig, parse_scheme
 from shared.config_file import build_config
 from shared.data.batch import Plan, update_batches
 from shared.data.layout import Layout, choose_layout
 from shared.errors import CapabilityError, MlxloraError, OutOfMemory
-from shared.estimate_report import decide_run
+from shared.estimate.report import decide_run
 from shared.folder import open_folder
 from shared.loop import build_update
+from shared.measuring.ceilings import Ceilings, measure_ceilings
+from shared.measuring.synthetic import make_rows
 from shared.protocols import Backend, Model, Trainer
 from shared.registry import find_backend
-from shared.synthetic import make_rows
 from shared.types import Example, Recompute
 
 
@@ -134,10 +134,10 @@ def ask_updates(backend: str, *, config: Mapping[str, Any], rows: Mapping[str, A
 
 def ask(task: Mapping[str, Any]) -> dict[str, Any]:
     """Return the answer to a task; raises what the other process raised."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-m", "shared.measure"], input=json.dumps(task), capture_output=True, text=True,
+        [sys.executable, "-m", "shared.measuring.measure"], input=json.dumps(task), capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     lines = done.stdout.rstrip("\n").splitlines()

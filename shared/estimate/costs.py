@@ -1,4 +1,4 @@
-"""What a run costs in memory on each backend: the one table behind `shared.estimate`.
+"""What a run costs in memory on each backend: the one table behind `shared.estimate.memory`.
 
 The entries of `MEASURED` are printed by `python benchmarks/calibrate_memory.py`: least squares over the real peaks of
 small models in which one size after the other is doubled. Rerun it when a backend's layers, loss or optimizer change,

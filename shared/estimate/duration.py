@@ -9,8 +9,8 @@ from importlib.util import find_spec
 import numpy as np
 
 from shared.config import RunConfig
-from shared.estimate import Shape
-from shared.estimate_plan import Lengths
+from shared.estimate.memory import Shape
+from shared.estimate.plan import Lengths
 from shared.types import Recompute
 
 UTILISATION = 0.5  # share of the measured matmul rate that an update reaches: issue 3's target on a GPU
@@ -51,9 +51,9 @@ def update_time(amount: float, *, backend: str, place: str, dtype: str, tflops: 
 
 def measured_rate(backend: str, *, place: str, dtype: str) -> tuple[float | None, str]:
     """Return the matmul rate of this machine, None where nothing has measured it."""
-    if find_spec("shared.ceilings") is None:
+    if find_spec("shared.measuring.ceilings") is None:
         return None, "unknown; --tflops gives a rate"
-    found = import_module("shared.ceilings").read_ceilings(backend, place.rpartition("-")[2])
+    found = import_module("shared.measuring.ceilings").read_ceilings(backend, place.rpartition("-")[2])
     if found is None:
         return None, "unknown; run mlxlora bench, or give a rate with --tflops"
     return found.matmul_flop_per_s.get(dtype), f"mlxlora bench of {found.date}"

@@ -25,7 +25,7 @@ MAC_SMALL_GB, MAC_SMALL_SHARE, MAC_SHARE = 32, 2 / 3, 3 / 4
 
 @dataclass(frozen=True)
 class Machine:
-    """A device: the place of `shared.estimate_costs`, its memory, and the bytes that a run may use of it."""
+    """A device: the place of `shared.estimate.costs`, its memory, and the bytes that a run may use of it."""
 
     name: str
     place: str
