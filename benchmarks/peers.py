@@ -92,7 +92,7 @@ def main() -> None:
             for work, found in results.items()
         }
         arguments.output.write_text(
-            json.dumps({**note, "command": sys.argv[1:], "targets": rows, "runs": details}, indent=1)
+            json.dumps({**note, "works": arguments.works, "targets": rows, "runs": details}, indent=1)
         )
 
 
@@ -104,6 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--python", default=sys.executable, help="Python of the peers' environment")
     parser.add_argument("--works", nargs="*", default=["mixed", "uniform", "bigvocab", "real", "qlora"])
+    parser.add_argument("--without", nargs="*", default=[], help="peers to leave out")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one run")
     parser.add_argument("--cache", type=Path, default=Path("runs/peers/cache"), help="prepared works")
@@ -115,7 +116,8 @@ def parse() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace, work: str) -> None:
     """Run one work's trainers in turns."""
-    peers = dict.fromkeys(target.peer for target in TARGETS if target.work == work and target.peer)
+    named = dict.fromkeys(target.peer for target in TARGETS if target.work == work and target.peer)
+    peers = [peer for peer in named if peer not in arguments.without]
     ours = [
         f"{name}={sys.executable} {ROOT / 'benchmarks/run_ours.py'} {{prepared}} --backend {name.removeprefix('ours-')}"
         for name in OURS
