@@ -167,7 +167,7 @@ def known_bytes(case: Case, shape: model.Shape, costs: Costs, *, load_only: bool
     if load_only:
         return model.weight_bytes(shape, dtype=case.dtype, scheme=model.load_scheme(config, shape))
     running = model.running_bytes(
-        config, shape, spec_of(case, shape), largest(case), costs, place="none", recompute=case.recompute
+        config, shape, spec_of(case, shape), largest(case), costs, place=f"{case.backend}-cpu", recompute=case.recompute
     )
     return standing(case, shape) + max(sum(parts.values()) for parts in running.values())
 

@@ -18,6 +18,7 @@ from shared.quant.blockwise import BLOCK, num_blocks
 from shared.types import MomentFormat, Update
 
 Arrays = dict[str, mx.array]
+NORM_WIDTH = 512  # values that are summed in one go
 GROUP = 2**12 * BLOCK  # values that tensors are joined up to; larger tensors stay alone
 
 
@@ -91,7 +92,7 @@ class AdamW:
         gradient leaves parameters and moments as they are, without a host synchronisation.
         """
         joined = [group.join(grads) for group in self.groups]
-        norm = mx.sqrt(sum((mx.square(grad).sum() for grad in joined), start=mx.zeros(()))) / weight
+        norm = mx.sqrt(sum((sum_of_squares(grad) for grad in joined), start=mx.zeros(()))) / weight
         ok = mx.isfinite(norm) & mx.isfinite(loss)
         clip = mx.array(1.0)
         if update.max_grad_norm is not None:
@@ -196,6 +197,13 @@ def make_scales(update: Update, *, ok: mx.array, divisor: mx.array) -> Scales:
         fix2=mx.array(fix2),
         eps=mx.array(update.eps),
     )
+
+
+def sum_of_squares(x: mx.array) -> mx.array:
+    """Return the sum of squares, in two stages: MLX's CPU adds one after the other, 4e-5 off at a million values."""
+    flat = mx.square(x.reshape(-1))
+    whole = flat.size // NORM_WIDTH * NORM_WIDTH
+    return flat[:whole].reshape(-1, NORM_WIDTH).sum(axis=1).sum() + flat[whole:].sum()
 
 
 def adamw(

@@ -25,8 +25,8 @@ def wait_politely() -> None:
 def keep_memory() -> None:
     """Ask glibc to keep freed memory for the next allocation instead of giving it back to the kernel.
 
-    The C library maps every large array anew, so that each is first filled with zeros page by page; MLX on a CPU
-    takes a sixth longer for that, and torch's matmuls into new memory as much.
+    The C library maps every large array anew, so that each is first filled with zeros page by page: MLX on a CPU takes
+    a sixth longer for that. Not for torch, which gains nothing by it and whose process only grows.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

@@ -14,7 +14,7 @@ import numpy as np
 from shared.errors import CapabilityError
 from shared.importing import collector_paused
 from shared.strict import check_recompute
-from shared.threads import keep_memory, wait_politely
+from shared.threads import wait_politely
 from shared.types import Capability, MomentFormat, Packed, Recompute, Scheme, Tensor
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ INSTALL = 'pip install "mlxlora[torch]" (CPU or Mac), "mlxlora[cuda]" (GPU serve
 def create() -> TorchBackend:
     """Return the backend; imports torch only when something is loaded."""
     wait_politely()
-    keep_memory()
     return TorchBackend()
 
 

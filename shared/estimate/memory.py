@@ -28,7 +28,7 @@ from shared.types import AdapterSpec, ModelInfo, Recompute, Scheme
 SIZES = {"float32": 4, "bfloat16": 2}
 STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # Logits of one chunk, as the backends' objectives cut them, and the fewest rows.
-CHUNK_ELEMENTS = {"torch-cpu": 2**24, "torch-gpu": 2**26, "mlx-cpu": 2**22, "mlx-gpu": 2**22}
+CHUNK_ELEMENTS = {"torch-cpu": 2**24, "torch-gpu": 2**26, "mlx-cpu": 2**21, "mlx-gpu": 2**21}
 CHUNK_ROWS = 64
 WORD = 4  # bytes of a float32
 STATE_BYTES = {"float32": 4.0, "8bit": 1.0 + 4 / 256}  # of one moment: a code, and a float32 scale per block of 256
