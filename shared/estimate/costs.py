@@ -39,7 +39,6 @@ class Costs:
     load: float  # bytes per element of the largest tensor while it is read
     quantizing: float  # bytes per element of the largest weight while it is quantized at load
     framework: int  # bytes of the process before a model is loaded, where the device counts them
-    at_once: int = 1  # micro-batches of an update that run at the same time
 
 
 NOTHING = Costs(

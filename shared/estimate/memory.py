@@ -196,14 +196,13 @@ def running_bytes(
         work.positions * size * (kept_inputs(shape, None) / shape.info.num_layers - kept_inputs(shape, spec) / active)
     )
     kept, working = (kept, working + masks) if recompute else (kept + masks - unused, working)
-    lanes = min(costs.at_once, work.count)
-    activations = {"activations": lanes * kept * active, "layer": lanes * working}
+    activations = {"activations": kept * active, "layer": working}
     # With recompute only the layers' inputs are there at the loss; MLX keeps more once the backward pass has begun.
-    inputs = lanes * active * work.positions * shape.width * size
+    inputs = active * work.positions * shape.width * size
     before = min(inputs, activations["activations"]) if recompute else activations["activations"]
-    decode = lanes * decode_bytes(config, shape, costs, place=place)
-    head = lanes * head_decode_bytes(config, shape)
-    loss = lanes * loss_bytes(shape, work, costs, place=place, size=size)
+    decode = decode_bytes(config, shape, costs, place=place)
+    head = head_decode_bytes(config, shape)
+    loss = loss_bytes(shape, work, costs, place=place, size=size)
     trained_head = WORD * costs.head * shape.info.vocab_size * shape.width if full else 0
     held = WORD * shape.info.vocab_size * shape.width if full else 0  # the head's gradient waits for the others
     return {
