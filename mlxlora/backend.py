@@ -7,7 +7,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -101,11 +101,14 @@ def probe_device() -> Capability:
         import mlx.core as mx
     except ImportError as error:
         return capability(device="none", reason=f"mlx cannot be imported: {error}", fix=INSTALL)
+    from mlxlora.decoders import DECODERS
+
     if mx.default_device().type == mx.DeviceType.gpu:
         kind = "Metal" if mx.metal.is_available() else "CUDA"
-        return capability(device="gpu", reason=f"{kind}, {mx.device_info().get('device_name', 'GPU')}", fix=None)
+        reason = f"{kind}, {mx.device_info().get('device_name', 'GPU')}"
+        return capability(device="gpu", reason=reason, fix=None, schemes=DECODERS)
     blas = "matmul by torch's BLAS" if lent else "matmul by MLX's own BLAS"
-    return capability(device="cpu", reason=f"CPU ({blas})", fix=None)
+    return capability(device="cpu", reason=f"CPU ({blas})", fix=None, schemes=DECODERS)
 
 
 @lru_cache(maxsize=1)
@@ -128,7 +131,7 @@ def lend_blas() -> bool:
     return True
 
 
-def capability(*, device: str, reason: str, fix: str | None) -> Capability:
+def capability(*, device: str, reason: str, fix: str | None, schemes: Iterable[str] = ()) -> Capability:
     """Return a capability record with the versions that are installed."""
     versions = {}
     for package in ("mlx", "mlx-lm", "transformers"):
@@ -143,7 +146,7 @@ def capability(*, device: str, reason: str, fix: str | None) -> Capability:
         fix=fix,
         device=device,
         dtypes=("float32", "bfloat16"),
-        schemes=("affine",),
+        schemes=tuple(schemes),
         objectives=("sft",),
         versions=versions,
     )

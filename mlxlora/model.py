@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxlora import generation, objectives
 from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
 from mlxlora.attention import PACKABLE, Segments, packing
+from mlxlora.decoders import find_decoder
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
 from shared.adapters.spec import layer_of
@@ -36,7 +37,7 @@ from shared.families import (
     unknown_layout,
     with_old_rope_keys,
 )
-from shared.folder import COMPUTED, PACKED_LEAVES, ModelFolder, check_tensors, nearest_family, open_folder
+from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder
 from shared.importing import defer_front, read_constant
 from shared.registry import find_quantizer
 from shared.strict import check_adapter, check_length
@@ -190,18 +191,20 @@ def fill(zoo: Any, folder: ModelFolder, *, dtype: mx.Dtype, quantization: Scheme
     values: dict[str, mx.array] = {}
     for file in folder.files:
         values.update(cast(dict[str, mx.array], mx.load(str(file))))
-    values = {name: value for name, value in values.items() if not COMPUTED.search(name)}
+    skipped = folder.packed_names
+    values = {name: value for name, value in values.items() if name not in skipped and not COMPUTED.search(name)}
     if tied:
         values.pop("lm_head.weight", None)
     if hasattr(zoo, "sanitize"):
         values = zoo.sanitize(values)
-    expected = {name: tuple(value.shape) for name, value in flatten(zoo.parameters())}
+    held = packed_keys(zoo)
+    expected = {name: tuple(value.shape) for name, value in flatten(zoo.parameters()) if name not in held}
     check_tensors(folder.path, expected=expected, found={name: tuple(value.shape) for name, value in values.items()})
     notes: tuple[str, ...] = ()
     if quantization is not None:
         notes = KEEPS_SCHEME if folder.schemes else quantize_layers(zoo, folder, quantization)
-    packed = {f"{name}.{leaf}" for name, _ in schemes_of(zoo) for leaf in PACKED_LEAVES}
-    floats = [(name, check_value(folder, name, values.pop(name), dtype)) for name in list(values) if name not in packed]
+    held = packed_keys(zoo)
+    floats = [(name, check_value(folder, name, values.pop(name), dtype)) for name in list(values) if name not in held]
     zoo.load_weights(floats, strict=False)
     mx.eval(zoo.parameters())
     return notes
@@ -219,7 +222,7 @@ def check_value(folder: ModelFolder, name: str, value: mx.array, dtype: mx.Dtype
 
 def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: mx.Dtype) -> None:
     """Replace the modules that the folder stores quantized, packed bytes taken as they are."""
-    for name in folder.schemes:
+    for name in folder.places:
         try:
             owner, leaf = find_owner(zoo, name)
             module = getattr(owner, leaf)
@@ -237,6 +240,7 @@ def quantize_layers(zoo: nn.Module, folder: ModelFolder, scheme: Scheme) -> tupl
 
     Scales take the stored dtype, so that the base does not depend on what the run computes in.
     """
+    find_decoder(scheme)
     quantizer = find_quantizer(scheme)
     left: list[str] = []
     for name, module in list(zoo.named_modules()):
@@ -268,7 +272,7 @@ def recomputing(layer_class: type) -> type:
 def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo:
     """Return the facts of a loaded base."""
     linears: dict[str, Any] = {
-        name: tuple(module._shape) if isinstance(module, QuantizedLinear) else tuple(module.weight.shape)
+        name: module._stored.shape if isinstance(module, QuantizedLinear) else tuple(module.weight.shape)
         for name, module in zoo.named_modules()
         if isinstance(module, nn.Linear | QuantizedLinear) and layer_of(name) is not None
     }
@@ -295,7 +299,15 @@ def schemes_of(zoo: nn.Module) -> Iterator[tuple[str, Scheme]]:
     """Yield every quantized module with its scheme."""
     for name, module in zoo.named_modules():
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-            yield name, module._scheme
+            yield name, module._stored.scheme
+
+
+def packed_keys(zoo: nn.Module) -> set[str]:
+    """Return the names of the arrays that hold quantized weights."""
+    kinds = QuantizedLinear | QuantizedEmbedding
+    return {
+        f"{name}.{key}" for name, module in zoo.named_modules() if isinstance(module, kinds) for key in module._keys
+    }
 
 
 def check_head(model: MLXModel, folder: ModelFolder) -> None:

@@ -1,8 +1,8 @@
-"""Affine-quantized linear and embedding layers: packed bytes stay as they are, a decode lives for one matmul.
+"""Quantized linear and embedding layers: packed bytes stay as they are, a decode lives for one matmul.
 
-On a GPU with activations in the scales' dtype MLX's `quantized_matmul` runs; elsewhere the weight is decoded
-for one matmul (on a CPU that is 11 to 21 times faster).
-Legend: N rows of activations, I input width, O output width, G groups.
+On a GPU with activations in the weight's dtype MLX's `quantized_matmul` runs where it knows the format; elsewhere the
+weight is decoded for one matmul (on a CPU that is 11 to 21 times faster).
+Legend: N rows of activations, I input width, O output width.
 """
 
 from __future__ import annotations
@@ -12,50 +12,43 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from mlxlora.decoders import PRODUCTS, Arrays, find_decoder
 from mlxlora.elementwise import on_gpu
-from mlxlora.state import from_mlx, to_mlx
-from shared.types import Packed, Scheme, Tensor
-
-
-def decode(weight: mx.array, scales: mx.array, biases: mx.array, scheme: Scheme) -> mx.array:
-    """Return the weight (O, I) in the scales' dtype."""
-    return mx.dequantize(weight, scales, biases, group_size=scheme.group_size, bits=scheme.bits)
+from mlxlora.state import TO_MLX, from_mlx, to_mlx
+from shared.types import Packed, Stored, Tensor
 
 
 def decode_packed(packed: Packed) -> Tensor:
     """Return the weight of a packed array through this backend's kernel."""
     arrays = {key: to_mlx(tensor) for key, tensor in packed.arrays.items()}
-    return from_mlx(decode(arrays["weight"], arrays["scales"], arrays["biases"], packed.scheme))
+    return from_mlx(find_decoder(packed.scheme)(arrays, packed.stored))
 
 
 def base_arrays(base: nn.Module) -> list[mx.array]:
-    """Return what holds a frozen layer's weight: itself, or codes, scales and biases."""
-    return [base[key] for key in ("weight", "scales", "biases") if key in base]
+    """Return what holds a frozen layer's weight: itself, or its packed arrays."""
+    return [base[key] for key in getattr(base, "_keys", ("weight",))]
 
 
 def product(base: nn.Module, arrays: list[mx.array], x: mx.array) -> mx.array:
     """Return x @ W.T, W decoded for this one product."""
-    if len(arrays) == 1:
+    if not isinstance(base, QuantizedLinear):
         return x @ arrays[0].T
     return quantized_product(base, arrays, x, transpose=True)
 
 
 def back_product(base: nn.Module, arrays: list[mx.array], grad: mx.array) -> mx.array:
     """Return grad @ W, W decoded for this one product."""
-    if len(arrays) == 1:
+    if not isinstance(base, QuantizedLinear):
         return grad @ arrays[0]
     return quantized_product(base, arrays, grad, transpose=False)
 
 
-def quantized_product(base: Any, arrays: list[mx.array], x: mx.array, *, transpose: bool) -> mx.array:
+def quantized_product(base: QuantizedLinear, arrays: list[mx.array], x: mx.array, *, transpose: bool) -> mx.array:
     """Return x @ W.T or x @ W by MLX's kernel where that is the faster way, else over a decoded weight."""
-    weight, scales, biases = arrays
-    scheme: Scheme = base._scheme
-    if on_gpu() and x.dtype == scales.dtype:
-        return mx.quantized_matmul(
-            x, weight, scales, biases, transpose=transpose, group_size=scheme.group_size, bits=scheme.bits
-        )
-    decoded = decode(weight, scales, biases, scheme).astype(x.dtype)
+    stored, held = base._stored, dict(zip(base._keys, arrays, strict=True))
+    if on_gpu() and stored.scheme.name in PRODUCTS and x.dtype == TO_MLX[stored.dtype]:
+        return PRODUCTS[stored.scheme.name](held, stored, x, transpose=transpose)
+    decoded = find_decoder(stored.scheme)(held, stored).astype(x.dtype)
     return x @ (decoded.T if transpose else decoded)
 
 
@@ -74,25 +67,43 @@ def frozen_product(base: Any) -> Any:
     return matmul
 
 
-class QuantizedLinear(nn.Module):
-    """A frozen linear layer over packed codes."""
+def put_arrays(layer: Any, packed: Packed) -> None:
+    """Give a layer the packed arrays, under their own names."""
+    find_decoder(packed.scheme)
+    layer._stored, layer._keys = packed.stored, tuple(packed.arrays)
+    for key, tensor in packed.arrays.items():
+        layer[key] = to_mlx(tensor)
 
-    weight: mx.array  # (O, I*bits/32) uint32
-    scales: mx.array  # (O, G)
-    biases: mx.array  # (O, G)
+
+def decoded_rows(arrays: Arrays, stored: Stored, tokens: mx.array) -> mx.array:
+    """Return the rows (.., I) of `tokens`: decoded alone where every array has a row per row of the weight."""
+    decode = find_decoder(stored.scheme)
+    if not all(array.ndim and len(array) == stored.shape[0] for array in arrays.values()):
+        return decode(arrays, stored)[tokens]
+    flat = tokens.reshape(-1)
+    rows = decode(
+        {key: array[flat] for key, array in arrays.items()},
+        Stored(stored.scheme, (flat.size, stored.shape[1]), stored.dtype),
+    )
+    return rows.reshape(*tokens.shape, -1)
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer over packed arrays."""
+
+    _stored: Stored
+    _keys: tuple[str, ...]  # of the arrays
 
     def __init__(self, packed: Packed, bias: mx.array | None) -> None:
         super().__init__()
-        self._scheme, self._matmul = packed.scheme, frozen_product(self)
-        self._shape = packed.shape
-        for key, tensor in packed.arrays.items():
-            self[key] = to_mlx(tensor)
+        self._matmul = frozen_product(self)
+        put_arrays(self, packed)
         if bias is not None:
             self.bias = bias
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
         """Return the weight (O, I) in `dtype`, made anew."""
-        return decode(self.weight, self.scales, self.biases, self._scheme).astype(dtype)
+        return find_decoder(self._stored.scheme)({key: self[key] for key in self._keys}, self._stored).astype(dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return x @ W.T + bias."""
@@ -101,27 +112,23 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """An embedding over packed codes: only the rows asked for are decoded."""
+    """An embedding over packed arrays: only the rows asked for are decoded, where the format has whole rows."""
 
-    weight: mx.array  # (V, D*bits/32) uint32
-    scales: mx.array  # (V, G)
-    biases: mx.array  # (V, G)
+    _stored: Stored
+    _keys: tuple[str, ...]
 
     def __init__(self, packed: Packed, dtype: mx.Dtype) -> None:
         super().__init__()
-        self._scheme, self._dtype = packed.scheme, dtype
-        self._shape = packed.shape
-        for key, tensor in packed.arrays.items():
-            self[key] = to_mlx(tensor)
+        self._dtype = dtype
+        put_arrays(self, packed)
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
         """Return the table (V, D) in `dtype`, made anew."""
-        return decode(self.weight, self.scales, self.biases, self._scheme).astype(dtype)
+        return find_decoder(self._stored.scheme)({key: self[key] for key in self._keys}, self._stored).astype(dtype)
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Return the rows of `tokens`."""
-        rows = decode(self.weight[tokens], self.scales[tokens], self.biases[tokens], self._scheme)
-        return rows.astype(self._dtype)
+        return decoded_rows({key: self[key] for key in self._keys}, self._stored, tokens).astype(self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return x @ table.T, as mlx-lm's models call a tied head."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,13 +20,9 @@ from pydantic import (
 )
 
 from shared.errors import CapabilityError, ConfigError, did_you_mean
-from shared.types import MomentFormat, Scheme
+from shared.registry import QUANTIZERS
+from shared.types import FIXED, MomentFormat, Scheme
 
-AFFINE = re.compile(r"affine-(2|3|4|5|6|8)bit-g(32|64|128)")
-NAMED_SCHEMES = re.compile(
-    r"nf4(-dq)?|fp4(-dq)?|int8|mxfp4|nvfp4|mxfp8|ternary-g(32|64|128)|quanto-q(int[248]|float8)"
-    r"|affine-(2|3|4|5|6|8)bit-g(32|64|128)\+hqq"
-)
 Places = dict[tuple[Any, ...], str]  # key path -> where it was set: "run.yaml:3", "--set"
 
 
@@ -206,28 +204,41 @@ def is_section(owner: type[BaseModel], key: str) -> bool:
     return bool(field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
 
 
+@cache
+def named_schemes() -> dict[str, Scheme]:
+    """Return every scheme that a config can name, by its name."""
+    groups = (32, 64, 128)
+    affine = [Scheme("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in groups]
+    schemes = [
+        *affine,
+        *(replace(scheme, solver="hqq") for scheme in affine),
+        *(Scheme("ternary", 2, group) for group in groups),
+        *(Scheme(name, *FIXED[name]) for name in FIXED),
+        *(Scheme(name, *FIXED[name], double=True) for name in ("nf4", "fp4")),
+    ]
+    return {str(scheme): scheme for scheme in schemes}
+
+
 def parse_scheme(text: str) -> Scheme | None:
     """Return the scheme a quantization name stands for, None for "none".
 
-    Raises ConfigError for a name outside the grammar, CapabilityError for one this version cannot train.
+    Raises ConfigError for an unknown name, CapabilityError for one without a codec in this version.
 
     >>> parse_scheme("affine-4bit-g64")
-    Scheme(name='affine', bits=4, group_size=64)
+    Scheme(name='affine', bits=4, group_size=64, double=False, solver='')
     """
     if text == "none":
         return None
-    if match := AFFINE.fullmatch(text):
-        return Scheme("affine", int(match[1]), int(match[2]))
-    if NAMED_SCHEMES.fullmatch(text):
+    if scheme := named_schemes().get(text):
+        if scheme.codec in QUANTIZERS:
+            return scheme
         raise CapabilityError(
-            f'quantization "{text}" is not in this version: it quantizes to affine formats only',
+            f'quantization "{text}" is not in this version: it knows {", ".join(QUANTIZERS)}',
             fix="use affine-4bit-g64 (or 2, 3, 5, 6, 8 bit; g32, g128)",
         )
-    short = re.search(r"[234568]", text)
-    if short and not text.startswith("affine"):
-        raise ConfigError(f'quantization: unknown scheme "{text}"', fix=f'did you mean "affine-{short[0]}bit-g64"?')
-    known = [f"affine-{bits}bit-g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
-    raise ConfigError(f'quantization: unknown scheme "{text}"', fix=did_you_mean(text, ["none", *known]))
+    if short := re.match(r"(?:q|int)?([234568])", text):
+        raise ConfigError(f'quantization: unknown scheme "{text}"', fix=f'did you mean "affine-{short[1]}bit-g64"?')
+    raise ConfigError(f'quantization: unknown scheme "{text}"', fix=did_you_mean(text, ["none", *named_schemes()]))
 
 
 def validate(values: Any, *, place: str = "config", places: Places | None = None) -> RunConfig:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import CapabilityError, ModelError, did_you_mean
+from shared.quant.folders import Place, find_places
 from shared.tensors import Entry, is_finite, read_header, read_tensor
 from shared.types import Packed, Scheme, Tensor
 
@@ -21,7 +22,6 @@ from shared.types import Packed, Scheme, Tensor
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 MAX_WIDTH = 100_000_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npz")
-PACKED_LEAVES = ("weight", "scales", "biases")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Buffers that old checkpoints carry and every current implementation computes.
@@ -35,12 +35,22 @@ class ModelFolder:
     path: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
-    schemes: Mapping[str, Scheme]  # module name -> scheme, for modules stored quantized
+    places: Mapping[str, Place]  # module name -> what holds it, for modules stored quantized
 
     @property
     def family(self) -> str:
         """Return the model type of the config, e.g. "llama"."""
         return str(self.config["model_type"])
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Return the scheme of every module that is stored quantized."""
+        return {module: place.stored.scheme for module, place in self.places.items()}
+
+    @property
+    def packed_names(self) -> set[str]:
+        """Return the tensors that hold quantized weights."""
+        return {name for place in self.places.values() for name in (*place.names.values(), *place.extra)}
 
     def value(self, name: str) -> Tensor:
         """Return a tensor as it is stored, mapped from the file; raises ModelError where it is not finite."""
@@ -55,17 +65,15 @@ class ModelFolder:
 
     def packed(self, module: str, *, shape: tuple[int, ...]) -> Packed:
         """Return a quantized module's arrays; raises ModelError unless they stand for a weight of `shape`."""
-        scheme = self.schemes[module]
-        arrays = {leaf: read_tensor(self.entries[f"{module}.{leaf}"]) for leaf in PACKED_LEAVES}
-        rows, groups = arrays["scales"].shape
-        packed = Packed(scheme, arrays, (rows, groups * scheme.group_size))
+        place = self.places[module]
+        arrays = {key: read_tensor(self.entries[name]) for key, name in place.names.items()} | dict(place.constants)
         if not all(is_finite(tensor) for tensor in arrays.values()):
             raise ModelError(
                 f'{self.path}: the scales of "{module}" hold NaN or infinity', fix="convert the model again"
             )
-        if tuple(shape) != packed.shape:
-            raise ModelError(f'{self.path}: "{module}" has shape {packed.shape}', expected=f"{tuple(shape)}")
-        return packed
+        if tuple(shape) != place.stored.shape:
+            raise ModelError(f'{self.path}: "{module}" has shape {place.stored.shape}', expected=f"{tuple(shape)}")
+        return Packed(place.stored.scheme, arrays, place.stored.shape, place.stored.dtype)
 
     @property
     def files(self) -> list[Path]:
@@ -83,8 +91,7 @@ def open_folder(path: Path) -> ModelFolder:
     check_config(path, config)
     entries = read_entries(path)
     check_layers(path, config, entries)
-    quantization = quantization_of(config)
-    return ModelFolder(path, config, entries, find_schemes(path, quantization, entries))
+    return ModelFolder(path, config, entries, find_places(path, config, entries))
 
 
 def find_folder(model: str) -> Path:
@@ -194,51 +201,6 @@ def no_weights(path: Path) -> ModelError:
             fix="save the model as safetensors (transformers: model.save_pretrained(folder))",
         )
     return ModelError(f"{path} has no model*.safetensors", fix="is this a model folder? download it again")
-
-
-def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return mlx-lm's quantization entry; raises CapabilityError for the formats of others."""
-    foreign = config.get("quantization_config")
-    own = config.get("quantization") or (
-        foreign if isinstance(foreign, dict) and "quant_method" not in foreign else None
-    )
-    if isinstance(foreign, dict) and "quant_method" in foreign and not config.get("quantization"):
-        raise CapabilityError(
-            f"the folder is quantized with {foreign['quant_method']}, which this version does not read",
-            expected="float weights, or an mlx-lm folder with affine quantization",
-            fix="use the unquantized model with quantization: affine-4bit-g64",
-        )
-    if own is not None and not isinstance(own, dict):
-        raise ModelError(f"config.json: quantization is {own!r}", expected='{"group_size": 64, "bits": 4}')
-    if own is not None and own.get("mode", "affine") != "affine":
-        raise CapabilityError(
-            f"the folder is quantized with mode {own['mode']}, which this version does not read",
-            expected="affine", fix="convert the original model with `mlx_lm convert -q`",
-        )  # fmt: skip
-    return own
-
-
-def find_schemes(path: Path, quantization: dict[str, Any] | None, entries: Mapping[str, Entry]) -> dict[str, Scheme]:
-    """Return the scheme of every module that has scales, checked against its shapes."""
-    schemes: dict[str, Scheme] = {}
-    for name in entries:
-        if not name.endswith(".scales"):
-            continue
-        module = name.removesuffix(".scales")
-        found = (quantization or {}).get(module, quantization)
-        if not isinstance(found, dict) or f"{module}.weight" not in entries or f"{module}.biases" not in entries:
-            raise ModelError(f'{path}: "{name}" has no weight, biases or entry in config.json', fix="convert it again")
-        group, bits = found.get("group_size", 64), found.get("bits", 4)
-        weight, scales = entries[f"{module}.weight"], entries[name]
-        known = type(bits) is type(group) is int and bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)
-        matrices = weight.dtype == "U32" and min(len(weight.shape), len(scales.shape)) >= 2
-        if not known or not matrices or weight.shape[-1] * 32 != scales.shape[-1] * group * bits:
-            raise ModelError(
-                f'{path}: "{module}" does not hold {bits} bits in groups of {group}: weight {weight.shape}, '
-                f"scales {scales.shape}", fix="convert the model again",
-            )  # fmt: skip
-        schemes[module] = Scheme("affine", bits, group)
-    return schemes
 
 
 def check_tensors(

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from shared.types import Scheme
 
 BACKENDS = {"mlx": "mlxlora.backend:create", "torch": "torch_backend.backend:create"}
-QUANTIZERS = {"affine": "shared.quant.affine:AffineQuantizer"}
+QUANTIZERS = {  # Scheme.codec: the format, and "+solver" where the config names one
+    "affine": "shared.quant.affine:AffineQuantizer",
+}
 OBJECTIVES = {"sft": "shared.objectives.sft:sft"}
 INSTALL = {
     "mlx": 'pip install "mlxlora[mlx-cpu]" (Linux) or "mlxlora" (Mac with Apple silicon)',
@@ -31,7 +33,7 @@ def resolve(table: dict[str, str], name: str, what: str) -> Any:
 
 def find_quantizer(scheme: Scheme) -> Quantizer:
     """Return the codec of a scheme."""
-    return resolve(QUANTIZERS, scheme.name, "quantization")(scheme)
+    return resolve(QUANTIZERS, scheme.codec, "quantization")(scheme)
 
 
 def check_installed(name: str) -> None:

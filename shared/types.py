@@ -106,25 +106,60 @@ class Memory:
     limit: int | None
 
 
+# Formats whose name alone says how many bits a value takes and how many values share a scale (0: a whole row).
+FIXED = {
+    "nf4": (4, 64), "fp4": (4, 64), "int8": (8, 0), "mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32),
+    "quanto-qint2": (2, 128), "quanto-qint4": (4, 128), "quanto-qint8": (8, 0), "quanto-qfloat8": (8, 0),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Scheme:
-    """A storage format for weights, e.g. affine with 4 bits in groups of 64."""
+    """A storage format for weights, e.g. affine with 4 bits in groups of 64; its str is its name in a config.
 
-    name: str  # "affine"
-    bits: int
-    group_size: int
+    >>> print(Scheme("affine", 4, 64, solver="hqq"), Scheme("nf4", 4, 64, double=True), Scheme("ternary", 2, 64))
+    affine-4bit-g64+hqq nf4-dq ternary-g64
+    """
+
+    name: str  # of the format, which decides how it is decoded
+    bits: int  # of a stored code
+    group_size: int  # values that share a scale, 0: a whole row
+    double: bool = False  # the scales are quantized too
+    solver: str = ""  # what chooses the codes, "": the format's own rule
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.bits}bit-g{self.group_size}"
+        bits = f"-{self.bits}bit" if self.name == "affine" else ""
+        group = "" if FIXED.get(self.name) == (self.bits, self.group_size) else f"-g{self.group_size}"
+        return self.name + bits + group + ("-dq" if self.double else "") + (f"+{self.solver}" if self.solver else "")
+
+    @property
+    def codec(self) -> str:
+        """Return the key of its codec in the registry: the format, and the solver where one is named."""
+        return f"{self.name}+{self.solver}" if self.solver else self.name
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the arrays of a quantized weight stand for: how they are read, and shape and dtype of the weight."""
+
+    scheme: Scheme
+    shape: tuple[int, int]  # (O, I)
+    dtype: str  # F32, F16 or BF16
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized weight: its scheme and the arrays that hold it."""
+    """A quantized weight: what it is, and the arrays that hold it under the names that its codec gives them."""
 
     scheme: Scheme
     arrays: Mapping[str, Tensor]  # affine: weight (O, I*bits/32) U32, scales and biases (O, I/group)
     shape: tuple[int, int]  # (O, I) of the weight it stands for
+    dtype: str  # of the decoded weight: F32, F16 or BF16
+
+    @property
+    def stored(self) -> Stored:
+        """Return what the arrays stand for."""
+        return Stored(self.scheme, self.shape, self.dtype)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -91,13 +91,17 @@ def probe_device() -> Capability:
     with collector_paused():
         import torch
 
+        from torch_backend.decoders import DECODERS
+
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
-        return capability(device="gpu", reason=f"{found.name}, {found.total_memory / 2**30:.0f} GiB", fix=None)
-    return capability(device="cpu", reason=f"CPU, threads: {torch.get_num_threads()}, no CUDA device", fix=None)
+        reason = f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
+        return capability(device="gpu", reason=reason, fix=None, schemes=DECODERS)
+    reason = f"CPU, threads: {torch.get_num_threads()}, no CUDA device"
+    return capability(device="cpu", reason=reason, fix=None, schemes=DECODERS)
 
 
-def capability(*, device: str, reason: str, fix: str | None) -> Capability:
+def capability(*, device: str, reason: str, fix: str | None, schemes: Iterable[str] = ()) -> Capability:
     """Return a capability record with the versions that are installed."""
     versions = {}
     for package in (*NEEDS, "bitsandbytes", "optimum-quanto"):
@@ -112,7 +116,7 @@ def capability(*, device: str, reason: str, fix: str | None) -> Capability:
         fix=fix,
         device=device,
         dtypes=("float32", "bfloat16"),
-        schemes=("affine",),
+        schemes=tuple(schemes),
         objectives=("sft",),
         versions=versions,
     )

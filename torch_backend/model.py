@@ -28,15 +28,16 @@ from shared.families import (
     left_out,
     unknown_layout,
 )
-from shared.folder import PACKED_LEAVES, ModelFolder, check_tensors, nearest_family, open_folder
+from shared.folder import ModelFolder, check_tensors, nearest_family, open_folder
 from shared.importing import collector_paused
 from shared.registry import find_quantizer
 from shared.strict import check_adapter
 from shared.types import AdapterSpec, Batch, ModelInfo, Part, Recompute, Sampling, Scheme, Tensor, Token
 from torch_backend import attention, generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
+from torch_backend.decoders import PLAIN_DECODE, find_decoder, has_triton
 from torch_backend.offload import offload_layers
-from torch_backend.quantized import PLAIN_DECODE, QuantizedEmbedding, QuantizedLinear, has_triton
+from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from torch_backend.state import from_torch, send, to_torch, torch_dtype
 
 
@@ -168,16 +169,17 @@ def fill(
 ) -> tuple[str, ...]:
     """Load every tensor of the folder, quantized where asked; return notes on what was left out."""
     put_quantized(zoo, folder, dtype)
-    expected = {name: tuple(value.shape) for name, value in zoo.state_dict().items()}
-    found = {name: entry.shape for name, entry in folder.entries.items()}
+    held, skipped = packed_keys(zoo), folder.packed_names
+    expected = {name: tuple(value.shape) for name, value in zoo.state_dict().items() if name not in held}
+    found = {name: entry.shape for name, entry in folder.entries.items() if name not in skipped}
     check_tensors(folder.path, expected=expected, found=found, tied=("lm_head.weight",) if tied else ())
     notes: tuple[str, ...] = ()
     if quantization is not None:
         notes = KEEPS_SCHEME if folder.schemes else quantize_layers(zoo, folder, quantization)
     if tied:
         zoo.set_output_embeddings(nn.Identity())  # made anew by `tie_head` when the embedding is on its device
-    packed = {f"{name}.{leaf}" for name, _ in schemes_of(zoo) for leaf in PACKED_LEAVES}
-    names = [name for name in zoo.state_dict() if name not in packed and name in found]
+    held = packed_keys(zoo)
+    names = [name for name in zoo.state_dict() if name not in held and name in found]
     values = {name: to_torch(folder.value(name)).to(dtype) for name in names}
     zoo.load_state_dict(values, strict=False, assign=True)
     return notes
@@ -185,7 +187,7 @@ def fill(
 
 def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> None:
     """Replace the modules that the folder stores quantized, packed bytes taken as they are."""
-    for name in folder.schemes:
+    for name in folder.places:
         parent, _, leaf = name.rpartition(".")
         try:
             owner = zoo.get_submodule(parent)
@@ -210,6 +212,7 @@ def quantize_layers(zoo: nn.Module, folder: ModelFolder, scheme: Scheme) -> tupl
 
     Scales take the stored dtype, so that the base does not depend on what the run computes in.
     """
+    find_decoder(scheme)
     quantizer = find_quantizer(scheme)
     left: list[str] = []
     for name, module in list(zoo.named_modules()):
@@ -276,7 +279,13 @@ def schemes_of(zoo: nn.Module) -> Iterator[tuple[str, Scheme]]:
     """Yield every quantized module with its scheme."""
     for name, module in zoo.named_modules():
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-            yield name, module.scheme
+            yield name, module.stored.scheme
+
+
+def packed_keys(zoo: nn.Module) -> set[str]:
+    """Return the names of the arrays that hold quantized weights."""
+    kinds = QuantizedLinear | QuantizedEmbedding
+    return {f"{name}.{key}" for name, module in zoo.named_modules() if isinstance(module, kinds) for key in module.keys}
 
 
 @torch.no_grad()

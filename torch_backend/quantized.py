@@ -1,63 +1,24 @@
-"""Affine-quantized linear and embedding layers: packed bytes stay as they are, a decode lives for one matmul.
+"""Quantized linear and embedding layers: packed bytes stay as they are, a decode lives for one matmul.
 
-Legend: N rows of activations, I input width, O output width, G groups.
+Legend: N rows of activations, I input width, O output width.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
-from shared.types import Packed, Scheme, Tensor
+from shared.types import Packed, Stored, Tensor
+from torch_backend.decoders import Arrays, find_decoder
 from torch_backend.state import from_torch, to_torch
-
-PLAIN_DECODE = "triton is not installed: quantized weights are decoded by many small kernels (pip install triton)"
-
-
-def unpack(raw: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return codes (O, I) of a row's bytes (O, I*bits/8) uint8; the codes are one little-endian bit stream."""
-    if bits == 8:
-        return raw
-    rows = raw.shape[0]
-    if bits in (2, 4):
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=raw.device)
-        return ((raw[..., None] >> shifts) & (2**bits - 1)).reshape(rows, -1)
-    num_bytes, num_codes = {3: (3, 8), 5: (5, 8), 6: (3, 4)}[bits]
-    wide = torch.int64 if bits == 5 else torch.int32
-    groups = raw.reshape(rows, -1, num_bytes).to(wide)
-    word = groups[..., 0]
-    for n in range(1, num_bytes):
-        word = word | (groups[..., n] << (8 * n))
-    shifts = torch.arange(num_codes, dtype=wide, device=raw.device) * bits
-    return ((word[..., None] >> shifts) & (2**bits - 1)).reshape(rows, -1)
-
-
-@cache
-def has_triton() -> bool:
-    """Return whether triton is installed: torch brings it on Linux, not everywhere else."""
-    return find_spec("triton") is not None
-
-
-def decode(raw: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Return the weight (O, I): a product, then a sum, each rounded in the scales' dtype."""
-    if raw.device.type == "cuda" and has_triton():
-        from torch_backend.kernels import decode_affine
-
-        return decode_affine(raw.view(torch.int32), scales, biases, scheme)
-    codes = unpack(raw, scheme.bits).to(scales.dtype)
-    grouped = codes.view(codes.shape[0], -1, scheme.group_size)
-    return grouped.mul_(scales[..., None]).add_(biases[..., None]).view(codes.shape[0], -1)
 
 
 def decode_packed(packed: Packed) -> Tensor:
     """Return the weight of a packed array through this backend's kernel."""
     arrays = {key: to_torch(tensor) for key, tensor in packed.arrays.items()}
-    weight = decode(arrays["weight"].view(torch.uint8), arrays["scales"], arrays["biases"], packed.scheme)
-    return from_torch(weight)
+    return from_torch(find_decoder(packed.scheme)(arrays, packed.stored))
 
 
 class _DecodedMatmul(torch.autograd.Function):
@@ -73,19 +34,42 @@ class _DecodedMatmul(torch.autograd.Function):
         return grads[0] @ ctx.layer.decoded(ctx.dtype), None
 
 
-class QuantizedLinear(nn.Module):
-    """A frozen linear layer over packed codes."""
+def put_arrays(layer: Any, packed: Packed) -> None:
+    """Give a layer the packed arrays, under their own names."""
+    find_decoder(packed.scheme)
+    layer.stored, layer.keys = packed.stored, tuple(packed.arrays)
+    for key, tensor in packed.arrays.items():
+        layer.register_buffer(key, to_torch(tensor))
 
-    weight: torch.Tensor  # (O, I*bits/32) uint32
-    scales: torch.Tensor  # (O, G)
-    biases: torch.Tensor  # (O, G)
+
+def decoded_rows(arrays: Arrays, stored: Stored, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the rows (.., I) of `tokens`: decoded alone where every array has a row per row of the weight."""
+    decode = find_decoder(stored.scheme)
+    if not all(array.ndim and len(array) == stored.shape[0] for array in arrays.values()):
+        return decode(arrays, stored)[tokens]
+    flat = tokens.reshape(-1)
+    rows = decode(
+        {key: take_rows(array, flat) for key, array in arrays.items()},
+        Stored(stored.scheme, (flat.numel(), stored.shape[1]), stored.dtype),
+    )
+    return rows.view(*tokens.shape, -1)
+
+
+def take_rows(array: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return rows of an array; of uint32 words as int32, which torch can index."""
+    return array.view(torch.int32)[rows] if array.dtype == torch.uint32 else array[rows]
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer over packed arrays."""
+
+    stored: Stored
+    keys: tuple[str, ...]  # of the arrays
 
     def __init__(self, packed: Packed, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.scheme = packed.scheme
         self.out_features, self.in_features = packed.shape
-        for key, tensor in packed.arrays.items():
-            self.register_buffer(key, to_torch(tensor))
+        put_arrays(self, packed)
         self.bias = bias
 
     @classmethod
@@ -93,15 +77,16 @@ class QuantizedLinear(nn.Module):
         """Return the output layer tied to an embedding; it shares the packed arrays."""
         head = cls.__new__(cls)
         nn.Module.__init__(head)
-        head.scheme, head.bias = embedding.scheme, None
+        head.stored, head.keys, head.bias = embedding.stored, embedding.keys, None
         head.out_features, head.in_features = embedding.num_embeddings, embedding.embedding_dim
-        for key in ("weight", "scales", "biases"):
+        for key in head.keys:
             head.register_buffer(key, getattr(embedding, key), persistent=False)
         return head
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight (O, I) in `dtype`, made anew."""
-        return decode(self.weight.view(torch.uint8), self.scales, self.biases, self.scheme).to(dtype)
+        arrays = {key: getattr(self, key) for key in self.keys}
+        return find_decoder(self.stored.scheme)(arrays, self.stored).to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x @ W.T + bias."""
@@ -110,28 +95,24 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """An embedding over packed codes: only the rows asked for are decoded."""
+    """An embedding over packed arrays: only the rows asked for are decoded, where the format has whole rows."""
 
-    weight: torch.Tensor  # (V, D*bits/32) uint32
-    scales: torch.Tensor  # (V, G)
-    biases: torch.Tensor  # (V, G)
+    stored: Stored
+    keys: tuple[str, ...]
 
     def __init__(self, packed: Packed, dtype: torch.dtype, *, scale: float) -> None:
         super().__init__()
-        self.scheme, self.dtype = packed.scheme, dtype
+        self.dtype = dtype
         self.scale = float(torch.tensor(scale, dtype=dtype))  # rounded as the zoo rounds it
         self.num_embeddings, self.embedding_dim = packed.shape
-        for key, tensor in packed.arrays.items():
-            self.register_buffer(key, to_torch(tensor))
+        put_arrays(self, packed)
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the table (V, D) in `dtype`, made anew."""
-        return decode(self.weight.view(torch.uint8), self.scales, self.biases, self.scheme).to(dtype)
+        arrays = {key: getattr(self, key) for key in self.keys}
+        return find_decoder(self.stored.scheme)(arrays, self.stored).to(dtype)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the rows of `tokens`."""
-        flat = tokens.reshape(-1)
-        raw = self.weight.view(torch.uint8)[flat]
-        rows = decode(raw, self.scales[flat], self.biases[flat], self.scheme)
-        rows = rows.to(self.dtype) if self.scale == 1.0 else rows.to(self.dtype) * self.scale
-        return rows.view(*tokens.shape, -1)
+        rows = decoded_rows({key: getattr(self, key) for key in self.keys}, self.stored, tokens).to(self.dtype)
+        return rows if self.scale == 1.0 else rows * self.scale

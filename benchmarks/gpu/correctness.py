@@ -31,10 +31,10 @@ from shared.tensors import from_float32, to_float32
 from shared.types import AdapterSpec, Batch, Example, Recompute, Sampling, Scheme, Tensor, Update
 from torch_backend import objectives
 from torch_backend.adapters import Dropout, LoRALinear
+from torch_backend.decoders import decode_affine
 from torch_backend.model import TorchModel
 from torch_backend.offload import offload_layers
 from torch_backend.optim import AdamW
-from torch_backend.quantized import decode
 from torch_backend.state import from_torch, to_torch
 from torch_backend.trainer import TorchTrainer
 
@@ -243,7 +243,7 @@ def check_bits(device: str) -> Checks:
         for scheme in (Scheme("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)):
             packed = AffineQuantizer(scheme).quantize(weight)
             there = {key: to_torch(tensor).to(device) for key, tensor in packed.arrays.items()}
-            found = decode(there["weight"].view(torch.uint8), there["scales"], there["biases"], scheme)
+            found = decode_affine(there, packed.stored)
             words = [t.data.view(np.uint8) for t in (from_torch(found), AffineQuantizer(scheme).dequantize(packed))]
             yield f"decode {scheme} {dtype}", float((words[0] != words[1]).sum()), 0
 

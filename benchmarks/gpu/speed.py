@@ -140,7 +140,7 @@ def quantize(weight: torch.Tensor) -> Packed:
         "scales": from_torch(scales),
         "biases": from_torch(biases),
     }
-    return Packed(SCHEME, arrays, (rows, width))
+    return Packed(SCHEME, arrays, (rows, width), arrays["scales"].dtype)
 
 
 def rows_of(shape: Shape, tokens: int) -> list[Example]:

@@ -23,6 +23,7 @@ from shared.config import RunConfig, parse_scheme
 from shared.estimate.costs import Costs, Rows, find_costs, is_measured
 from shared.families import is_tied
 from shared.folder import COMPUTED, ModelFolder
+from shared.registry import find_quantizer
 from shared.types import AdapterSpec, ModelInfo, Recompute, Scheme
 
 SIZES = {"float32": 4, "bfloat16": 2}
@@ -123,12 +124,12 @@ def read_shape(folder: ModelFolder) -> Shape:
     """Return a model's sizes from its headers; no tensor is read."""
     config = folder.config.get("text_config", folder.config) if "hidden_size" not in folder.config else folder.config
     tied = is_tied(folder.config, has_head="lm_head.weight" in folder.entries)
-    floats, packed = {}, {}
+    floats, packed, packed_names = {}, {}, folder.packed_names
     for name, entry in folder.entries.items():
         module = name.rpartition(".")[0]
         if COMPUTED.search(name) or (tied and module == "lm_head"):
             continue
-        if module in folder.schemes:
+        if name in packed_names:
             packed[name] = entry.end - entry.start
         else:
             floats[name] = (math.prod(entry.shape), STORED.get(entry.dtype, WORD))
@@ -146,13 +147,14 @@ def read_shape(folder: ModelFolder) -> Shape:
 
 def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
     """Return a model's facts from its headers: matrices inside the decoder layers are its linear modules."""
-    linears: dict[str, tuple[int, int]] = {}
-    for name in sorted(folder.entries, key=natural):
-        module, _, leaf = name.rpartition(".")
-        scheme, shape = folder.schemes.get(module), folder.entries[name].shape
-        if leaf != ("scales" if scheme else "weight") or len(shape) != 2 or layer_of(name) is None:
-            continue
-        linears[module] = (shape[0], shape[1] * scheme.group_size if scheme else shape[1])
+    floats = {name for name in folder.entries if name.endswith(".weight")} - folder.packed_names
+    shapes: dict[str, tuple[int, ...]] = {name.removesuffix(".weight"): folder.entries[name].shape for name in floats}
+    shapes |= {module: place.stored.shape for module, place in folder.places.items()}
+    linears = {
+        module: (shapes[module][0], shapes[module][1])
+        for module in sorted(shapes, key=natural)
+        if len(shapes[module]) == 2 and layer_of(module) is not None
+    }
     return ModelInfo(
         family=folder.family,
         num_layers=len({layer_of(name) for name in linears}),
@@ -266,23 +268,14 @@ def load_scheme(config: RunConfig, shape: Shape) -> Scheme | None:
 def weight_bytes(shape: Shape, *, dtype: str, scheme: Scheme | None) -> int:
     """Return the bytes of the base's weights in memory."""
     total = sum(shape.packed.values())
+    quantizer = find_quantizer(scheme) if scheme else None
     for name, (elements, stored) in shape.floats.items():
         linear = shape.info.linears.get(name.rpartition(".")[0]) if name.endswith(".weight") else None
-        if scheme is not None and linear is not None and linear[1] % scheme.group_size == 0:
-            total += packed_bytes(linear, scheme, scale_bytes=stored)
+        if quantizer is not None and linear is not None and quantizer.fits(linear):
+            total += quantizer.num_bytes(linear, scale_bytes=stored)
         else:
             total += elements * SIZES[dtype]
     return total
-
-
-def packed_bytes(shape: tuple[int, int], scheme: Scheme, *, scale_bytes: int) -> int:
-    """Return the bytes of an affine-quantized weight: codes, and a scale and a bias per group.
-
-    >>> packed_bytes((64, 128), Scheme("affine", 4, 64), scale_bytes=2)
-    4608
-    """
-    elements = shape[0] * shape[1]
-    return elements * scheme.bits // 8 + 2 * (elements // scheme.group_size) * scale_bytes
 
 
 def loss_bytes(shape: Shape, work: Work, costs: Costs, *, place: str, size: int) -> float:

@@ -28,6 +28,15 @@ class AffineQuantizer:
         """Return whether a weight (out, in) divides into whole groups."""
         return shape[1] % self.scheme.group_size == 0
 
+    def num_bytes(self, shape: tuple[int, int], *, scale_bytes: int) -> int:
+        """Return the bytes of the arrays of a weight (out, in): codes, and a scale and a bias per group.
+
+        >>> AffineQuantizer(Scheme("affine", 4, 64)).num_bytes((64, 128), scale_bytes=2)
+        4608
+        """
+        elements = shape[0] * shape[1]
+        return elements * self.scheme.bits // 8 + 2 * (elements // self.scheme.group_size) * scale_bytes
+
     def quantize(self, weight: Tensor) -> Packed:
         """Return codes, scales and biases of a weight (O, I); min-max with the larger edge kept exact."""
         rows, width = weight.shape
@@ -42,7 +51,7 @@ class AffineQuantizer:
             "scales": from_float32(scale, weight.dtype),
             "biases": from_float32(bias, weight.dtype),
         }
-        return Packed(self.scheme, arrays, (rows, width))
+        return Packed(self.scheme, arrays, (rows, width), weight.dtype)
 
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the weight (O, I): a product, then a sum, each rounded in the scales' dtype."""

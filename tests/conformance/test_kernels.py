@@ -9,7 +9,8 @@ import torch
 from shared.quant.affine import AffineQuantizer
 from shared.tensors import from_float32
 from shared.types import Scheme
-from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear, decode
+from torch_backend.decoders import decode_affine
+from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from torch_backend.state import from_torch, to_torch
 
 SCHEMES = [Scheme("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -29,9 +30,8 @@ def test_decoded_on_cuda_equals_the_codec_and_the_plain_path(scheme, dtype):
     one = packed(scheme, dtype)
     wanted = AffineQuantizer(scheme).dequantize(one)
     arrays = {key: to_torch(tensor) for key, tensor in one.arrays.items()}
-    plain = decode(arrays["weight"].view(torch.uint8), arrays["scales"], arrays["biases"], scheme)
-    there = {key: value.cuda() for key, value in arrays.items()}
-    found = decode(there["weight"].view(torch.uint8), there["scales"], there["biases"], scheme)
+    plain = decode_affine(arrays, one.stored)
+    found = decode_affine({key: value.cuda() for key, value in arrays.items()}, one.stored)
     for value in (plain, found):
         assert np.array_equal(from_torch(value).data.view(np.uint8), wanted.data.view(np.uint8))
 

@@ -71,7 +71,7 @@ def test_any_codes_and_scales_decode_as_in_mlx(bits):
         "biases": from_float32(random.standard_normal((8, 4)), "BF16"),
     }
     scheme = Scheme("affine", bits, 64)
-    ours = AffineQuantizer(scheme).dequantize(Packed(scheme, arrays, (8, 256)))
+    ours = AffineQuantizer(scheme).dequantize(Packed(scheme, arrays, (8, 256), "BF16"))
     theirs = mx.dequantize(*map(to_mlx, arrays.values()), group_size=64, bits=bits)
     assert np.array_equal(words(ours), words(from_mlx(theirs)))
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shared.config import parse_scheme, schema, validate
+from shared.config import named_schemes, parse_scheme, schema, validate
 from shared.config_file import build_config, load_config, parse_override, parse_yaml, to_yaml
 from shared.errors import CapabilityError, ConfigError
+from shared.registry import QUANTIZERS
 from shared.types import Scheme
 
 GOLDEN = Path(__file__).with_name("golden_config.json")
@@ -205,9 +206,31 @@ def test_every_affine_scheme_has_a_name(bits, group):
 
 def test_an_unknown_scheme_gets_the_nearest_one_and_a_later_one_is_told_as_such(load):
     assert 'did you mean "affine-4bit-g64"?' in refusal(load, "quantization: affine-4bit-g6")
-    for later in ("nf4", "nf4-dq", "mxfp4", "int8", "ternary-g64", "quanto-qint4", "affine-4bit-g64+hqq"):
-        with pytest.raises(CapabilityError, match="not in this version"):
-            parse_scheme(later)
+    for name, scheme in named_schemes().items():
+        if scheme.codec not in QUANTIZERS:
+            with pytest.raises(CapabilityError, match="not in this version"):
+                parse_scheme(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("nf4", Scheme("nf4", 4, 64)),
+        ("fp4-dq", Scheme("fp4", 4, 64, double=True)),
+        ("int8", Scheme("int8", 8, 0)),
+        ("nvfp4", Scheme("nvfp4", 4, 16)),
+        ("ternary-g128", Scheme("ternary", 2, 128)),
+        ("quanto-qint4", Scheme("quanto-qint4", 4, 128)),
+        ("affine-4bit-g64+hqq", Scheme("affine", 4, 64, solver="hqq")),
+    ],
+)
+def test_every_format_has_a_name_that_reads_back(name, scheme):
+    assert named_schemes()[name] == scheme
+    assert str(scheme) == name
+
+
+def test_a_group_that_a_folder_brings_stands_in_the_name():
+    assert str(Scheme("nf4", 4, 128, double=True)) == "nf4-g128-dq"
 
 
 def test_full_fine_tuning_of_a_quantized_base_is_refused(load):

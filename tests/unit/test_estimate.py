@@ -25,7 +25,6 @@ from shared.estimate.memory import (
     estimate,
     kept_inputs,
     num_trained,
-    packed_bytes,
     read_shape,
     weight_bytes,
 )
@@ -94,13 +93,13 @@ def test_packed_bytes_are_exact_against_the_codec(bits, group, dtype):
     weight = Tensor(dtype, np.zeros((32, 256), dtype=np.float32 if dtype == "F32" else np.uint16))
     arrays = AffineQuantizer(scheme).quantize(weight).arrays.values()
     size = sum(tensor.data.nbytes for tensor in arrays)
-    assert packed_bytes((32, 256), scheme, scale_bytes=4 if dtype == "F32" else 2) == size
+    assert AffineQuantizer(scheme).num_bytes((32, 256), scale_bytes=4 if dtype == "F32" else 2) == size
 
 
 def test_a_base_quantized_at_load_weighs_its_packed_layers_and_its_float_rest(shape):
     scheme = parse_scheme("affine-4bit-g64")
     assert scheme is not None
-    packed = sum(packed_bytes(size, scheme, scale_bytes=4) for size in shape.info.linears.values())
+    packed = sum(AffineQuantizer(scheme).num_bytes(size, scale_bytes=4) for size in shape.info.linears.values())
     rest = sum(n for name, (n, _) in shape.floats.items() if name.removesuffix(".weight") not in shape.info.linears)
     assert weight_bytes(shape, dtype="float32", scheme=scheme) == packed + 4 * rest
 
@@ -110,7 +109,7 @@ def test_layers_that_do_not_divide_into_groups_stay_float(shape):
     assert scheme is not None
     packed = [size for name, size in shape.info.linears.items() if name.endswith("down_proj")]
     whole = weight_bytes(shape, dtype="float32", scheme=None)
-    saved = sum(4 * math.prod(size) - packed_bytes(size, scheme, scale_bytes=4) for size in packed)
+    saved = sum(4 * math.prod(size) - AffineQuantizer(scheme).num_bytes(size, scale_bytes=4) for size in packed)
     assert weight_bytes(shape, dtype="float32", scheme=scheme) == whole - saved
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from shared.errors import CapabilityError, ModelError
-from shared.folder import check_tensors, end_tokens, find_folder, nearest_family, open_folder, quantization_of, sha256
+from shared.folder import check_tensors, end_tokens, find_folder, nearest_family, open_folder, sha256
+from shared.quant.folders import quantization_of
 from shared.tensors import save_file
 from shared.types import Scheme, Tensor
 
