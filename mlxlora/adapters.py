@@ -7,6 +7,7 @@ cast to the activations' dtype where they are used (`lowrank.py`). Source: Hu et
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -70,13 +71,15 @@ def mix32(x: mx.array) -> mx.array:
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank product beside it."""
 
+    trained_leaves = ("lora_A", "lora_B")
+
     def __init__(
         self, base: nn.Module, *, name: str, spec: AdapterSpec, dropout: Dropout, shape: tuple[int, int]
     ) -> None:
         super().__init__()
-        self.base, self._name, self._scale, self._dropout = base, name, spec.scale, dropout
-        self.lora_A = mx.zeros((spec.rank, shape[1]))
-        self.lora_B = mx.zeros((shape[0], spec.rank))
+        self.base, self._name, self._scale, self._dropout = base, name, spec.scale_of(name), dropout
+        rank = spec.rank_of(name)
+        self.lora_A, self.lora_B = mx.zeros((rank, shape[1])), mx.zeros((shape[0], rank))
         self._readers = Readers([self])
 
     def __call__(self, x_BTD: mx.array) -> mx.array:
@@ -106,6 +109,6 @@ def find_owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     return owner, leaf
 
 
-def adapter_modules(root: nn.Module) -> Mapping[str, LoRALinear]:
-    """Return the LoRA layers by canonical name, in module order."""
-    return {name: module for name, module in root.named_modules() if isinstance(module, LoRALinear)}
+def adapter_modules(root: nn.Module) -> Mapping[str, Any]:
+    """Return the adapter layers by canonical name, in module order; `trained_leaves` of each says what it learns."""
+    return {name: module for name, module in root.named_modules() if hasattr(module, "trained_leaves")}

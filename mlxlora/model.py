@@ -20,9 +20,10 @@ from mlxlora import generation, objectives
 from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
 from mlxlora.attention import PACKABLE, Segments, packing
 from mlxlora.decoders import find_decoder
+from mlxlora.dora import attach_dora, magnitudes
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
-from shared.adapters.spec import layer_of
+from shared.adapters.spec import ADAPTER_LEAVES, layer_of
 from shared.errors import ModelError
 from shared.families import (
     CHECKED,
@@ -55,13 +56,14 @@ class MLXModel:
         self.recomputes = False
 
     def attach(self, spec: AdapterSpec) -> None:
-        """Make the spec's LoRA layers trainable, or for kind "none" every parameter."""
+        """Make the spec's adapter layers trainable, or for kind "none" every parameter."""
         self.zoo.freeze()
-        if spec.kind == "lora":
+        if spec.kind != "none":
             self.dropout = Dropout(p=spec.dropout)
-            attach_lora(self.zoo, spec, self.dropout, self.info.linears)
+            attach = attach_dora if spec.kind == "dora" else attach_lora
+            attach(self.zoo, spec, self.dropout, self.info.linears)
             for module in adapter_modules(self.zoo).values():
-                module.unfreeze(keys=["lora_A", "lora_B"], recurse=False)
+                module.unfreeze(keys=list(module.trained_leaves), recurse=False)
         else:
             self.zoo.unfreeze()
             self.trains_head = True
@@ -96,8 +98,12 @@ class MLXModel:
             yield from ((name, from_mlx(value)) for name, value in self.parameters.items())
             return
         for name, value in flatten(self.zoo.parameters()):
-            if not name.endswith((".lora_A", ".lora_B")):
+            if not name.endswith(ADAPTER_LEAVES):
                 yield self.canonical(name), from_mlx(value)
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Return the norms that DoRA's magnitudes start from."""
+        return magnitudes(self.zoo)
 
     def load_tensors(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
         """Replace the trained tensors (part "adapter"); strict on names, shapes and finite values."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shared.run import Run
 
+NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 CARD = """---
 base_model: {model}
 library_name: peft
@@ -62,9 +63,9 @@ def write_card(folder: Path, run: Run, *, kind: str, train_rows: int) -> None:
         facts = {key: value for key, value in facts.items() if key not in ("rank, alpha, dropout", "modules")}
     text = CARD.format(
         model=config.model,
-        tag="lora" if kind == "adapter" else "full-fine-tuning",
+        tag=run.spec.kind if kind == "adapter" else "full-fine-tuning",
         title=run.folder.name,
-        what="LoRA adapter" if kind == "adapter" else "Full fine-tuning",
+        what=f"{NAMES[run.spec.kind]} adapter" if kind == "adapter" else "Full fine-tuning",
         rows=train_rows,
         updates=run.state.step,
         table="\n".join(f"| {key} | {value} |" for key, value in facts.items()),

@@ -84,7 +84,12 @@ class DataConfig(Section):
 
 
 class AdapterConfig(Section):
-    type: Annotated[Literal["lora", "none"], Field(description="none trains every parameter")] = "lora"
+    type: Annotated[
+        Literal["lora", "rslora", "dora", "none"],
+        Field(
+            description="rslora scales by alpha / sqrt(rank), dora learns magnitudes too, none trains every parameter"
+        ),
+    ] = "lora"
     rank: Annotated[int, Field(ge=1, le=65536, strict=True)] = 8
     alpha: Annotated[Positive, Field(description="the product is scaled by alpha / rank")] = 16
     dropout: ShareBelowOne = 0.0

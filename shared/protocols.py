@@ -48,7 +48,7 @@ class Model(Protocol):
     def info(self) -> ModelInfo: ...
 
     def attach(self, spec: AdapterSpec) -> None:
-        """Make `spec.modules` trainable (LoRA, zero-initialised), or all parameters for kind "none"."""
+        """Make adapters of `spec.modules` trainable, their matrices zero, or all parameters for kind "none"."""
         ...
 
     def log_probs(self, batch: Batch) -> np.ndarray:
@@ -57,6 +57,10 @@ class Model(Protocol):
 
     def tensors(self, part: Part) -> Iterator[tuple[str, Tensor]]:
         """Yield the base's or the trained tensors under canonical names, weights (out, in)."""
+        ...
+
+    def magnitudes(self) -> Mapping[str, Tensor]:
+        """Return the norms that DoRA's magnitudes start from, under the names of those; empty for other adapters."""
         ...
 
     def load_tensors(self, part: Part, tensors: Mapping[str, Tensor]) -> None:

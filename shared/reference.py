@@ -146,6 +146,62 @@ def lora_backward(
     )
 
 
+@dataclass(frozen=True)
+class DoRAGradients:
+    """Derivatives of a DoRA layer's output, contracted with an incoming gradient."""
+
+    x: np.ndarray  # (N, D)
+    A: np.ndarray  # (R, D)
+    B: np.ndarray  # (O, R)
+    m: np.ndarray  # (O,)
+
+
+def dora(
+    x_ND: np.ndarray,
+    W_OD: np.ndarray,
+    bias: np.ndarray | None,
+    A: np.ndarray,
+    B: np.ndarray,
+    m: np.ndarray,
+    scale: float,
+    mask: np.ndarray | None = None,
+    p: float = 0,
+) -> np.ndarray:
+    """Return (N, O): m / |W + scale B A| * lora(x) + bias, the norm taken of each row. Source: Liu et al. 2024, eq. 5.
+
+    >>> one = np.ones((1, 1))
+    >>> dora(one, one, None, 2 * one, 3 * one, np.array([5.0]), 0.5).tolist()
+    [[5.0]]
+    """
+    norms_O = np.linalg.norm(wide(W_OD) + scale * wide(B) @ wide(A), axis=1)
+    y_NO = lora(x_ND, W_OD, None, A, B, scale, mask, p) * (wide(m) / norms_O)
+    return y_NO + (0.0 if bias is None else wide(bias))
+
+
+def dora_backward(
+    dy_NO: np.ndarray,
+    x_ND: np.ndarray,
+    W_OD: np.ndarray,
+    A: np.ndarray,
+    B: np.ndarray,
+    m: np.ndarray,
+    scale: float,
+    mask: np.ndarray | None = None,
+    p: float = 0,
+) -> DoRAGradients:
+    """Return the gradients of sum(dy * dora(x, ...)), the norm being a constant (Liu et al. 2024, section 4.3).
+
+    >>> one = np.ones((1, 1))
+    >>> found = dora_backward(one, one, one, 2 * one, 3 * one, np.array([5.0]), 0.5)
+    >>> found.x.item(), found.A.item(), found.B.item(), found.m.item()
+    (5.0, 1.875, 1.25, 1.0)
+    """
+    norms_O = np.linalg.norm(wide(W_OD) + scale * wide(B) @ wide(A), axis=1)
+    inner = lora_backward(wide(dy_NO) * (wide(m) / norms_O), x_ND, W_OD, A, B, scale, mask, p)
+    z_NO = lora(x_ND, W_OD, None, A, B, scale, mask, p)
+    return DoRAGradients(inner.x, inner.A, inner.B, (wide(dy_NO) * z_NO).sum(axis=0) / norms_O)
+
+
 def adamw(param: np.ndarray, grad: np.ndarray, m: np.ndarray, v: np.ndarray, update: Update) -> AdamWState:
     """Return a tensor and its moments behind one update; the gradient is divided and clipped already.
 

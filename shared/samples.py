@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shared.adapters.spec import initial_adapter
+from shared.adapters.spec import first_values
 from shared.data.tokenize import Tokenizer
 from shared.folder import end_tokens
 from shared.report import Sample
@@ -20,14 +20,14 @@ MAX_PROMPT = 512
 
 def take_samples(run: Run, tokenizer: Tokenizer) -> list[Sample]:
     """Return greedy answers to the first rows' prompts; after full fine-tuning there is no "before" to ask."""
-    if run.spec.kind != "lora":
+    if run.spec.kind == "none":
         return []
     rows = [row for row in (run.valid or run.train) if len(row.tokens) <= MAX_PROMPT][:PROMPTS]
     prompts = [row.tokens[: prompt_length(row)].tolist() for row in rows]
     after = answer(run, prompts, tokenizer)
     trained = dict(run.model.tensors("adapter"))
     try:
-        run.model.load_tensors("adapter", initial_adapter(run.spec, run.model.info.linears, seed=0))
+        run.model.load_tensors("adapter", first_values(run.spec, run.model, seed=0))
         before = answer(run, prompts, tokenizer)
     finally:
         run.model.load_tensors("adapter", trained)

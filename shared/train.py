@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.adapters.folder import write_adapter
-from shared.adapters.spec import initial_adapter, resolve
+from shared.adapters.spec import first_values, resolve
 from shared.callbacks import Callback, tell
 from shared.card import write_card
 from shared.checkpoint import Checkpoint
@@ -221,8 +221,8 @@ def build_run(
         tell(callbacks, "on_note", text)
     if found is not None:
         model.load_tensors("adapter", found.adapter)
-    elif spec.kind == "lora":
-        model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=config.train.seed))
+    elif spec.kind != "none":
+        model.load_tensors("adapter", first_values(spec, model, seed=config.train.seed))
     trainer = backend.trainer(model, objective="sft", state=config.optimizer.state)
     if found is not None:
         trainer.load_state(found.optimizer)
@@ -290,7 +290,7 @@ def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:
 
 def result_name(spec: AdapterSpec) -> str:
     """Return the name of the result's folder: adapter, or model after full fine-tuning."""
-    return "adapter" if spec.kind == "lora" else "model"
+    return "model" if spec.kind == "none" else "adapter"
 
 
 def write_result(run: Run, prepared: Prepared) -> None:

@@ -5,8 +5,9 @@ Shape suffixes: B rows, T tokens, S examples, N supervised positions, V vocabula
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -166,16 +167,31 @@ class Packed:
 class AdapterSpec:
     """What to train, resolved against a model: `modules` are canonical names in model order."""
 
-    kind: str  # "lora" | "none" (full fine-tuning)
+    kind: str  # "lora" | "rslora" | "dora" | "none" (full fine-tuning)
     rank: int
     alpha: float
     dropout: float
     modules: tuple[str, ...]
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])  # of modules that have one of their own
+    alphas: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def scale(self) -> float:
-        """Return the multiplier of the low-rank product, alpha / rank."""
-        return self.alpha / self.rank
+        """Return the multiplier of the low-rank product of modules without numbers of their own."""
+        return self.scale_of("")
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank of a module."""
+        return self.ranks.get(module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """Return alpha / rank, of rsLoRA alpha / sqrt(rank) (Kalajdzievski 2023, theorem 3.2).
+
+        >>> AdapterSpec("rslora", rank=16, alpha=8.0, dropout=0.0, modules=()).scale_of("q_proj")
+        2.0
+        """
+        rank, alpha = self.rank_of(module), self.alphas.get(module, self.alpha)
+        return alpha / math.sqrt(rank) if self.kind == "rslora" else alpha / rank
 
 
 @dataclass(frozen=True)

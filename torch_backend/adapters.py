@@ -79,15 +79,17 @@ def mix32(x: torch.Tensor) -> torch.Tensor:
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank product beside it."""
 
+    trained_leaves = ("lora_A", "lora_B")
+
     def __init__(
         self, base: nn.Module, *, name: str, spec: AdapterSpec, dropout: Dropout, shape: tuple[int, int]
     ) -> None:
         super().__init__()
-        self.base, self.name, self.scale, self.dropout = base, name, spec.scale, dropout
-        self.in_features, self.out_features = shape[1], shape[0]
+        self.base, self.name, self.scale, self.dropout = base, name, spec.scale_of(name), dropout
+        rank, (self.out_features, self.in_features) = spec.rank_of(name), shape
         device = next(iter([*base.parameters(), *base.buffers()])).device
-        self.lora_A = nn.Parameter(torch.zeros(spec.rank, self.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, spec.rank, device=device))
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         self.readers = Readers([self])
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -115,10 +117,9 @@ def attach_lora(root: nn.Module, spec: AdapterSpec, dropout: Dropout, linears: M
 
 
 def adapter_parameters(root: nn.Module) -> Mapping[str, nn.Parameter]:
-    """Return the trainable tensors as `<module>.lora_A` and `<module>.lora_B`, in module order."""
-    found: dict[str, nn.Parameter] = {}
-    for name, module in root.named_modules():
-        if isinstance(module, LoRALinear):
-            found[f"{name}.lora_A"] = module.lora_A
-            found[f"{name}.lora_B"] = module.lora_B
-    return found
+    """Return the trainable tensors as `<module>.lora_A` and the like, in module order."""
+    return {
+        f"{name}.{leaf}": getattr(module, leaf)
+        for name, module in root.named_modules()
+        for leaf in getattr(module, "trained_leaves", ())
+    }

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from shared.adapters.spec import layer_of
+from shared.adapters.spec import ADAPTER_LEAVES, layer_of
 from shared.errors import ModelError
 from shared.families import (
     CHECKED,
@@ -36,6 +36,7 @@ from shared.types import AdapterSpec, Batch, ModelInfo, Part, Recompute, Samplin
 from torch_backend import attention, generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
 from torch_backend.decoders import PLAIN_DECODE, find_decoder, has_triton
+from torch_backend.dora import attach_dora, magnitudes
 from torch_backend.offload import offload_layers
 from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from torch_backend.state import from_torch, send, to_torch, torch_dtype
@@ -51,10 +52,11 @@ class TorchModel:
         self.parameters: dict[str, nn.Parameter] = {}
 
     def attach(self, spec: AdapterSpec) -> None:
-        """Make the spec's LoRA layers trainable, or for kind "none" every parameter."""
-        if spec.kind == "lora":
+        """Make the spec's adapter layers trainable, or for kind "none" every parameter."""
+        if spec.kind != "none":
             self.dropout = Dropout(p=spec.dropout)
-            attach_lora(self.zoo, spec, self.dropout, self.info.linears)
+            attach = attach_dora if spec.kind == "dora" else attach_lora
+            attach(self.zoo, spec, self.dropout, self.info.linears)
             self.parameters = dict(adapter_parameters(self.zoo))
         else:
             self.parameters = dict(self.zoo.named_parameters())
@@ -94,8 +96,12 @@ class TorchModel:
             yield from ((name, from_torch(value)) for name, value in self.parameters.items())
             return
         for name, value in self.zoo.state_dict().items():
-            if not name.endswith((".lora_A", ".lora_B")):
+            if not name.endswith(ADAPTER_LEAVES):
                 yield name.replace(".base.", "."), from_torch(value)
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Return the norms that DoRA's magnitudes start from."""
+        return magnitudes(self.zoo)
 
     def load_tensors(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
         """Replace the trained tensors (part "adapter"); strict on names, shapes and finite values."""

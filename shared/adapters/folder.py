@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.adapters.spec import LAYER, layer_of, natural, short_name
+from shared.adapters.spec import ADAPTER_LEAVES, LAYER, layer_of, natural, short_name
 from shared.errors import AdapterError, CapabilityError, ModelError
 from shared.folder import read_json
 from shared.tensors import load_file, save_file
@@ -23,9 +23,11 @@ from shared.types import AdapterSpec, ModelInfo, Tensor
 
 PEFT_FILE, MLX_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+MLX_LEAVES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
+OWN_LEAVES = {leaf: own for own, leaf in MLX_LEAVES.items()}
 # Settings of PEFT that change what an adapter computes, and the value that leaves it as we understand it.
 PLAIN = {
-    "use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None, "rank_pattern": {},
+    "bias": "none", "lora_bias": False, "modules_to_save": None, "rank_pattern": {},
     "alpha_pattern": {}, "fan_in_fan_out": False, "trainable_token_indices": None, "target_parameters": None,
     "layer_replication": None, "alora_invocation_tokens": None,
 }  # fmt: skip
@@ -46,16 +48,35 @@ def write_adapter(
     folder: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor], info: ModelInfo, *, base: str, notes: dict[str, Any]
 ) -> None:
     """Write the files of an adapter into an existing folder; base: path or hub id of the model."""
-    peft = {f"{PEFT_PREFIX}{name}.weight": tensor for name, tensor in tensors.items()}
+    peft = {peft_name(name): tensor for name, tensor in tensors.items()}
     save_file(folder / PEFT_FILE, peft.items(), metadata={"format": "pt"})
-    mlx = {name.replace("lora_A", "lora_a").replace("lora_B", "lora_b"): turned(t) for name, t in tensors.items()}
+    mlx = {mlx_name(name): turned(tensor) for name, tensor in tensors.items()}
     save_file(folder / MLX_FILE, mlx.items(), metadata={"format": "mlx"})
     config = {**peft_config(spec, info, base=base), **mlx_config(spec, info), "mlxlora": notes}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def peft_name(name: str) -> str:
+    """Return PEFT's name of an adapter tensor.
+
+    >>> peft_name("a.q_proj.lora_A"), peft_name("a.q_proj.lora_magnitude_vector")
+    ('base_model.model.a.q_proj.lora_A.weight', 'base_model.model.a.q_proj.lora_magnitude_vector')
+    """
+    return f"{PEFT_PREFIX}{name}" if name.endswith(".lora_magnitude_vector") else f"{PEFT_PREFIX}{name}.weight"
+
+
+def mlx_name(name: str) -> str:
+    """Return mlx-lm's name of an adapter tensor.
+
+    >>> mlx_name("a.q_proj.lora_A"), mlx_name("a.q_proj.lora_magnitude_vector")
+    ('a.q_proj.lora_a', 'a.q_proj.m')
+    """
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.{MLX_LEAVES[leaf]}"
+
+
 def turned(tensor: Tensor) -> Tensor:
-    """Return the transposed matrix, contiguous."""
+    """Return the transposed matrix, contiguous; a vector stays as it is."""
     return Tensor(tensor.dtype, np.ascontiguousarray(tensor.data.T))
 
 
@@ -72,7 +93,8 @@ def peft_config(spec: AdapterSpec, info: ModelInfo, *, base: str) -> dict[str, A
         "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
         "lora_dropout": spec.dropout,
         "target_modules": kinds if same else list(spec.modules),
-        "use_rslora": False,
+        "use_rslora": spec.kind == "rslora",
+        "use_dora": spec.kind == "dora",
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -83,7 +105,7 @@ def mlx_config(spec: AdapterSpec, info: ModelInfo) -> dict[str, Any]:
     first = min(layer_of(name) or 0 for name in spec.modules)
     keys = sorted({LAYER.split(name, maxsplit=1)[2] for name in spec.modules})
     return {
-        "fine_tune_type": "lora",
+        "fine_tune_type": "dora" if spec.kind == "dora" else "lora",
         "num_layers": info.num_layers - first,
         "lora_parameters": {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "keys": keys},
     }
@@ -147,14 +169,16 @@ def from_peft(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         plain_name = name.removeprefix(PEFT_PREFIX).removesuffix(".weight")
-        if not plain_name.endswith((".lora_A", ".lora_B")):
+        if not plain_name.endswith(ADAPTER_LEAVES):
             raise CapabilityError(
                 f'the adapter holds "{name}", which this version does not load', expected="lora_A, lora_B"
             )
         tensors[plain_name] = tensor
     rank, alpha = read_rank(config, "r", 8), read_number(config, "lora_alpha", 8)
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return spec_of(tensors, rank=rank, scale=scale, dropout=read_number(config, "lora_dropout", 0.0)), tensors
+    dropout, kind = read_number(config, "lora_dropout", 0.0), "rslora" if config.get("use_rslora") else "lora"
+    if config.get("use_dora"):
+        kind, alpha = "dora", alpha * math.sqrt(rank) if kind == "rslora" else alpha
+    return spec_of(tensors, kind=kind, rank=rank, alpha=alpha, dropout=dropout), tensors
 
 
 def read_number(config: Mapping[str, Any], key: str, default: float) -> float:
@@ -175,32 +199,37 @@ def read_rank(config: Mapping[str, Any], key: str, default: int) -> int:
 
 def from_mlx_lm(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[AdapterSpec, dict[str, Tensor]]:
     """Return spec and tensors of mlx-lm's files."""
-    if config.get("fine_tune_type", "lora") != "lora":
-        raise CapabilityError(f"the adapter is of mlx-lm type {config['fine_tune_type']}", expected="lora")
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise CapabilityError(f"the adapter is of mlx-lm type {kind}", expected="lora or dora")
     settings = config.get("lora_parameters")
     if not isinstance(settings, dict) or "scale" not in settings or "rank" not in settings:
         raise AdapterError(f"{CONFIG_FILE} has no lora_parameters with rank and scale", fix="is this mlx-lm's file?")
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        if not name.endswith((".lora_a", ".lora_b")) or len(tensor.shape) != 2:
+        module, _, leaf = name.rpartition(".")
+        if leaf not in OWN_LEAVES or len(tensor.shape) != (1 if leaf == "m" else 2):
             raise CapabilityError(
                 f'the adapter holds "{name}", which this version does not load', expected="lora_a, lora_b"
             )
-        tensors[f"{name[:-1]}{name[-1].upper()}"] = turned(tensor)
+        tensors[f"{module}.{OWN_LEAVES[leaf]}"] = turned(tensor)
     rank, scale = read_rank(settings, "rank", 8), read_number(settings, "scale", 1.0)
-    return spec_of(tensors, rank=rank, scale=scale, dropout=read_number(settings, "dropout", 0.0)), tensors
+    dropout = read_number(settings, "dropout", 0.0)
+    return spec_of(tensors, kind=kind, rank=rank, alpha=scale * rank, dropout=dropout), tensors
 
 
-def spec_of(tensors: Mapping[str, Tensor], *, rank: int, scale: float, dropout: float) -> AdapterSpec:
+def spec_of(tensors: Mapping[str, Tensor], *, kind: str, rank: int, alpha: float, dropout: float) -> AdapterSpec:
     """Return the spec that these tensors imply; raises AdapterError where a rank is not the stated one."""
     for name, tensor in tensors.items():
+        if name.endswith(".lora_magnitude_vector"):
+            continue
         found = tensor.shape[0] if name.endswith("lora_A") else tensor.shape[-1]
         if found != rank:
             raise AdapterError(f'adapter tensor "{name}" has rank {found}', expected=f"rank {rank} by {CONFIG_FILE}")
     modules = sorted({name.rpartition(".")[0] for name in tensors}, key=natural)
     if not modules:
         raise AdapterError("the adapter holds no tensors", fix="train it again")
-    return AdapterSpec("lora", rank=rank, alpha=scale * rank, dropout=dropout, modules=tuple(modules))
+    return AdapterSpec(kind, rank=rank, alpha=alpha, dropout=dropout, modules=tuple(modules))
 
 
 def check_fit(adapter: Adapter, info: ModelInfo) -> None:
@@ -214,7 +243,13 @@ def check_fit(adapter: Adapter, info: ModelInfo) -> None:
         )
     for name in adapter.spec.modules:
         out, width = info.linears[name]
-        for leaf, shape in (("lora_A", (adapter.spec.rank, width)), ("lora_B", (out, adapter.spec.rank))):
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (adapter.spec.rank, width),
+            "lora_B": (out, adapter.spec.rank),
+        }
+        if adapter.spec.kind == "dora":
+            shapes["lora_magnitude_vector"] = (out,)
+        for leaf, shape in shapes.items():
             found = adapter.tensors.get(f"{name}.{leaf}")
             if found is None or tuple(found.shape) != shape:
                 state = "is missing" if found is None else f"has shape {tuple(found.shape)}"

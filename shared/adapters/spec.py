@@ -10,12 +10,16 @@ import numpy as np
 
 from shared.errors import ConfigError, did_you_mean
 from shared.seeds import uniform
+from shared.tensors import to_float32
 from shared.types import AdapterSpec, ModelInfo, Tensor
 
 if TYPE_CHECKING:
     from shared.config import AdapterConfig
+    from shared.protocols import Model
 
+ADAPTER_LEAVES = (".lora_A", ".lora_B", ".lora_magnitude_vector")  # how names of adapter tensors end
 SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # siblings that read one tensor
+SQUARED_ELEMENTS = 2**22  # widened to float64 at a time: 32 MiB
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -28,7 +32,7 @@ def resolve(config: AdapterConfig, info: ModelInfo) -> AdapterSpec:
     inside = [name for name in every if layer_of(name) in layers]
     modules = match_targets(config.targets, inside, every=every)
     return AdapterSpec(
-        "lora", rank=config.rank, alpha=float(config.alpha), dropout=config.dropout, modules=tuple(modules)
+        config.type, rank=config.rank, alpha=float(config.alpha), dropout=config.dropout, modules=tuple(modules)
     )
 
 
@@ -73,17 +77,17 @@ def is_match(target: str, name: str) -> bool:
 
 
 def shared_inputs(spec: AdapterSpec) -> list[tuple[str, ...]]:
-    """Return groups of modules that read the same input, as far as the spec adapts them.
+    """Return groups of modules that read the same input and have one scale, as far as the spec adapts them.
 
     >>> shared_inputs(AdapterSpec("lora", 8, 16.0, 0.0, ("a.0.k_proj", "a.0.o_proj", "a.0.q_proj")))
     [('a.0.k_proj', 'a.0.q_proj')]
     """
-    groups: dict[tuple[str, int], list[str]] = {}
+    groups: dict[tuple[str, int, float], list[str]] = {}
     for name in spec.modules:
         parent, _, leaf = name.rpartition(".")
         for number, leaves in enumerate(SHARED_INPUT):
             if leaf in leaves:
-                groups.setdefault((parent, number), []).append(name)
+                groups.setdefault((parent, number, spec.scale_of(name)), []).append(name)
     return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
@@ -115,7 +119,25 @@ def initial_adapter(spec: AdapterSpec, linears: Mapping[str, tuple[int, int]], *
     tensors: dict[str, Tensor] = {}
     for name in spec.modules:
         out, width = linears[name]
-        values = uniform(seed=seed, name=name, shape=(spec.rank, width), bound=width**-0.5)
+        rank = spec.rank_of(name)
+        values = uniform(seed=seed, name=name, shape=(rank, width), bound=width**-0.5)
         tensors[f"{name}.lora_A"] = Tensor("F32", values)
-        tensors[f"{name}.lora_B"] = Tensor("F32", np.zeros((out, spec.rank), dtype=np.float32))
+        tensors[f"{name}.lora_B"] = Tensor("F32", np.zeros((out, rank), dtype=np.float32))
     return tensors
+
+
+def first_values(spec: AdapterSpec, model: Model, *, seed: int) -> dict[str, Tensor]:
+    """Return what an adapter starts from: A and B of the seed, and DoRA's magnitudes of the base's weights."""
+    return {**initial_adapter(spec, model.info.linears, seed=seed), **model.magnitudes()}
+
+
+def row_squares(weight: Tensor) -> np.ndarray:
+    """Return (O,) float32: the sum of squares of each row, added in float64 and so the same on every backend.
+
+    >>> row_squares(Tensor("F32", np.float32([[3, 4], [0, 2]]))).tolist()
+    [25.0, 4.0]
+    """
+    rows = max(SQUARED_ELEMENTS // weight.shape[1], 1)
+    parts = (Tensor(weight.dtype, weight.data[n : n + rows]) for n in range(0, weight.shape[0], rows))
+    wide = (to_float32(part).astype(np.float64) for part in parts)
+    return np.concatenate([np.einsum("od,od->o", part, part) for part in wide]).astype(np.float32)

@@ -257,7 +257,8 @@ def num_trained(shape: Shape, spec: AdapterSpec) -> int:
     """Return the number of trained parameters."""
     if spec.kind == "none":
         return sum(elements for elements, _ in shape.floats.values())
-    return sum(spec.rank * sum(shape.info.linears[name]) for name in spec.modules)
+    magnitudes = sum(shape.info.linears[name][0] for name in spec.modules) if spec.kind == "dora" else 0
+    return magnitudes + sum(spec.rank_of(name) * sum(shape.info.linears[name]) for name in spec.modules)
 
 
 def load_scheme(config: RunConfig, shape: Shape) -> Scheme | None:

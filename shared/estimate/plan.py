@@ -166,7 +166,7 @@ def differences(config: RunConfig, found: Decision, *, quantization: str | None)
 
 def can_quantize(config: RunConfig, shape: Shape) -> bool:
     """Return whether the base could be quantized at load and is not."""
-    return config.adapter.type == "lora" and config.quantization == "none" and not shape.schemes
+    return config.adapter.type != "none" and config.quantization == "none" and not shape.schemes
 
 
 def with_settings(config: RunConfig, changes: dict[str, Any]) -> RunConfig:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import errors
-from shared.adapters.spec import initial_adapter, resolve
+from shared.adapters.spec import first_values, resolve
 from shared.config import RunConfig, parse_scheme
 from shared.config_file import build_config
 from shared.data.batch import Plan, update_batches
@@ -89,7 +89,7 @@ def load(backend: Backend, config: RunConfig, rows: Sequence[Example]) -> Loaded
     )  # fmt: skip
     spec = resolve(config.adapter, model.info)
     model.attach(spec)
-    model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=config.train.seed))
+    model.load_tensors("adapter", first_values(spec, model, seed=config.train.seed))
     layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=chosen.micro_tokens)
     trainer = backend.trainer(model, objective="sft", state=config.optimizer.state)
     return Loaded(model, trainer, layout, chosen.recompute)

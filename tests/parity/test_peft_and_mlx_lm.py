@@ -87,8 +87,11 @@ def test_curve_is_that_of_peft(make_config, tiny_model_folder, backend):
         ("adapter.layers=1",),
         ("adapter.layers=[0]", "adapter.targets=[q_proj, up_proj]"),
         ("adapter.targets=[model.layers.1.self_attn.q_proj, o_proj]", "adapter.alpha=5", "adapter.rank=3"),
+        ("adapter.type=rslora", "adapter.rank=4"),
+        ("adapter.type=dora", "adapter.layers=[0]", "adapter.targets=[q_proj, up_proj]"),
+        ("adapter.type=dora",),
     ],
-    ids=["all", "last-layer", "first-layer", "mixed"],
+    ids=["all", "last-layer", "first-layer", "mixed", "rslora", "dora-first-layer", "dora"],
 )
 def test_adapter_folder_loads_in_peft_and_mlx_lm_with_the_same_logits(make_config, tiny_model_folder, family, settings):
     import mlx.core as mx

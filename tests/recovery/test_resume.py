@@ -270,6 +270,26 @@ def test_moments_in_8bit_go_on_on_the_other_backend(settings, whole, tmp_path, f
     assert ours == pytest.approx(wanted, rel=tolerances.CURVE)
 
 
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_dora_goes_on_bit_for_bit(tiny_model_folder, tmp_path, backend):
+    rows = "".join(json.dumps({"text": f"hello {n} world"}) + "\n" for n in range(12))
+    (tmp_path / "train.jsonl").write_text(rows)
+    config = build_config(
+        {
+            "model": str(tiny_model_folder()), "data": {"path": str(tmp_path)}, "output": str(tmp_path / "run"),
+            "adapter": {"type": "dora", "dropout": 0.1, "rank": 4}, "optimizer": {"lr": 0.01}, "backend": backend,
+            "train": {"batch_size": 4, "updates": 6, "dtype": "float32"}, "checkpoint": {"every": 3},
+            "quantization": "affine-4bit-g64",
+        }
+    )  # fmt: skip
+    train(config)
+    wanted = {file.name: file.read_bytes() for file in (tmp_path / "run/adapter").glob("*.safetensors")}
+    for name in ("adapter", "checkpoints/step-000006"):
+        shutil.rmtree(tmp_path / "run" / name)
+    assert not train(config).already_complete
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run/adapter").glob("*.safetensors")} == wanted
+
+
 def test_moments_of_the_other_format_are_refused(settings, whole, tmp_path):
     shutil.copytree(whole("torch"), tmp_path / "run")
     code, err = finish(settings(tmp_path / "run", "backend=torch", EIGHT_BITS))

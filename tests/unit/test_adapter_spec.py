@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shared.adapters.spec import initial_adapter, is_match, layer_of, resolve
+from shared.adapters.spec import initial_adapter, is_match, layer_of, resolve, shared_inputs
 from shared.config import AdapterConfig
 from shared.errors import ConfigError
 from shared.types import AdapterSpec, ModelInfo
@@ -88,6 +88,21 @@ def test_a_target_outside_of_the_chosen_layers_is_refused(info):
 def test_numbers_come_from_the_config(info):
     spec = resolve(AdapterConfig(rank=4, alpha=10, dropout=0.1), info)
     assert (spec.kind, spec.rank, spec.alpha, spec.dropout, spec.scale) == ("lora", 4, 10.0, 0.1, 2.5)
+
+
+def test_rslora_divides_by_the_root_of_the_rank(info):
+    assert resolve(AdapterConfig(type="rslora", rank=16, alpha=10), info).scale == 2.5
+    assert resolve(AdapterConfig(type="dora", rank=16, alpha=8), info).scale == 0.5
+
+
+def test_modules_with_numbers_of_their_own_do_not_share_a_product_with_others_of_another_scale():
+    names = tuple(f"a.0.{kind}_proj" for kind in "kqv")
+    spec = AdapterSpec("lora", 8, 16.0, 0.0, names, ranks={names[0]: 4}, alphas={names[1]: 4.0, names[2]: 8.0})
+    assert [spec.scale_of(name) for name in names] == [4.0, 0.5, 1.0]
+    assert shared_inputs(spec) == []
+    assert shared_inputs(AdapterSpec("lora", 8, 16.0, 0.0, names, ranks={names[0]: 4}, alphas={names[0]: 8.0})) == [
+        names
+    ]
 
 
 def test_full_fine_tuning_has_no_modules(info):

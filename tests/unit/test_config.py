@@ -143,7 +143,7 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(load, text):
         ("adapter: {layers: []}", "adapter.layers"),
         ("adapter: {layers: [-1]}", "adapter.layers"),
         ("adapter: {layers: true}", "adapter.layers"),
-        ("adapter: {type: dora}", "adapter.type"),
+        ("adapter: {type: vera}", "adapter.type"),
         ("schedule: {name: linear}", "schedule.name"),
         ("schedule: {warmup: -1}", "schedule.warmup"),
         ("schedule: {final: 2}", "schedule.final"),
