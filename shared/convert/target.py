@@ -1,0 +1,114 @@
+"""A new folder that is whole or absent: written beside its place, synced, then renamed into it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from shared.errors import ConfigError, StorageError
+
+# What marks a folder as one that these commands write; --force replaces no other.
+OWN = ("config.json", "adapter_config.json", "Modelfile", "*.gguf")
+
+
+def check_target(target: Path, *, sources: Sequence[Path], force: bool) -> None:
+    """Raise ConfigError unless a folder can be made at `target` without touching a source or anything unknown."""
+    place = target.resolve()
+    for source in sources:
+        theirs = source.resolve()
+        if place == theirs or place.is_relative_to(theirs) or theirs.is_relative_to(place):
+            how = "is" if place == theirs else ("lies inside" if place.is_relative_to(theirs) else "holds")
+            raise ConfigError(
+                f"--output {target} {how} {source}, which is never changed", fix="choose another --output"
+            )
+    if not target.exists() and not target.is_symlink():
+        return
+    if not force:
+        raise ConfigError(f"--output {target} exists", fix="choose another --output, or --force to replace it")
+    if target.is_symlink() or not target.is_dir() or Path.cwd().is_relative_to(place):
+        raise ConfigError(f"--output {target} is not a folder that --force replaces", fix="choose another --output")
+    if any(place.iterdir()) and not any(found for pattern in OWN for found in place.glob(pattern)):
+        raise ConfigError(
+            f"--output {target} holds no model and no adapter, so --force does not replace it",
+            fix="choose another --output",
+        )
+
+
+@contextmanager
+def new_folder(target: Path, *, sources: Sequence[Path], force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that takes its place at `target` when the block ends well, and vanishes otherwise.
+
+    Raises ConfigError as `check_target` does, StorageError where the disk is full or not writable.
+    """
+    check_target(target, sources=sources, force=force)
+    staged = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target)
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        yield staged
+        for file in staged.rglob("*"):
+            sync(file)
+        put_in_place(staged, target)
+    except OSError as error:
+        if isinstance(error, StorageError) or not is_own(error, target):
+            raise
+        raise StorageError(
+            f"cannot write {target}: {error.strerror or error}", fix="check the space left and the permissions"
+        ) from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def is_own(error: OSError, target: Path) -> bool:
+    """Return whether an error is about what is being written, not about a file that is read."""
+    return error.filename is None or str(target.parent) in str(error.filename)
+
+
+def put_in_place(staged: Path, target: Path) -> None:
+    """Rename the finished folder to its place; an older one there goes away behind it."""
+    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(staged, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's or a folder's contents are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(target: Path) -> None:
+    """Remove what a killed process left beside `target`."""
+    left = re.compile(re.escape(f".{target.name}.partial-") + r"(\d+)")
+    for path in target.parent.iterdir():
+        match = left.fullmatch(path.name)
+        if match and not is_running(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_running(process: int) -> bool:
+    """Return whether a process of this machine is alive."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
