@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shared.doctor import Check
     from shared.estimate.report import Report
     from shared.evaluate import Evaluation
+    from shared.fusing import FuseResult
     from shared.measuring.bench import BenchResult
     from shared.parity import ParityResult
     from shared.quickstart import QuickstartResult
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "bench", "doctor", "estimate", "evaluate", "generate", "load_config", "parity", "quickstart", "schema", "train",
+    "bench", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "parity", "quickstart", "schema",
+    "train",
 ]  # fmt: skip
 
 DEMO = Path(__file__).parent / "demo"
@@ -136,6 +138,17 @@ def stream(
     sampling = sessions.sampling_for(session, max_tokens=max_tokens, temperature=temperature, seed=seed)
     for piece, _ in sessions.stream(session, ids, sampling):
         yield piece
+
+
+def fuse(model: str | Path, *, adapter: str | Path, output: str | Path, **options: Any) -> FuseResult:
+    """Write base and adapter as one model folder, and return how much of the adapter is in it.
+
+    options: scheme ("none" for full precision, "same" for the base's own grid), dtype, accept_loss, force, data,
+    backend.
+    """
+    from shared.fusing import fuse as run
+
+    return run(str(model), adapter=str(adapter), output=str(output), sample=DEMO / "task", **options)
 
 
 def parity(

@@ -1,0 +1,72 @@
+"""What an adapter does to a base's weights, row by row, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared.adapters.folder import Adapter
+from shared.convert.source import Weight
+from shared.errors import AdapterError
+from shared.tensors import is_finite, to_float32
+from shared.types import Tensor
+
+# O rows of the weight, I its width, R rank
+
+
+@dataclass(frozen=True)
+class Change:
+    """The low-rank change of one weight: W + scale * B A."""
+
+    A: np.ndarray  # (R, I) float32
+    B: np.ndarray  # (O, R) float32
+    scale: float
+
+    def is_nothing(self) -> bool:
+        """Return whether the weight stays as it is, bit for bit."""
+        return self.scale == 0 or not (self.A.any() and self.B.any())
+
+    def apply(self, weight: np.ndarray, rows: slice) -> np.ndarray:
+        """Return these rows of the changed weight, float64; weight: the same rows of the base, (rows, I)."""
+        product = self.B[rows].astype(np.float64) @ self.A.astype(np.float64)
+        return np.asarray(weight, dtype=np.float64) + self.scale * product
+
+
+def find_changes(adapter: Adapter, weights: Mapping[str, Weight]) -> dict[str, Change]:
+    """Return the change of every weight that an adapter touches, by the weight's name.
+
+    Raises AdapterError where the adapter does not fit the base or holds NaN or infinity.
+    """
+    spec = adapter.spec
+    missing = [module for module in spec.modules if f"{module}.weight" not in weights]
+    if missing:
+        raise AdapterError(
+            f'the adapter does not fit this base: it has no layer "{missing[0]}" '
+            f"({len(missing)} of {len(spec.modules)} modules are missing)",
+            fix="use the base that the adapter was trained on",
+        )
+    changes: dict[str, Change] = {}
+    for module in spec.modules:
+        shape = weights[f"{module}.weight"].shape
+        if len(shape) != 2:
+            raise AdapterError(f'"{module}" has a weight of shape {shape}', expected="a matrix (out, in)")
+        leaves = {"lora_A": (spec.rank, shape[1]), "lora_B": (shape[0], spec.rank)}
+        A, B = (read_leaf(adapter.tensors, f"{module}.{leaf}", shape=size) for leaf, size in leaves.items())
+        changes[f"{module}.weight"] = Change(A, B, spec.scale)
+    return changes
+
+
+def read_leaf(tensors: Mapping[str, Tensor], name: str, *, shape: tuple[int, int]) -> np.ndarray:
+    """Return a tensor of an adapter as float32; raises AdapterError unless it is there, fits and is finite."""
+    found = tensors.get(name)
+    if found is None or found.shape != shape:
+        state = "is missing" if found is None else f"has shape {found.shape}"
+        raise AdapterError(
+            f'adapter tensor "{name}" {state}', expected=f"{shape} for this base",
+            fix="use the base that the adapter was trained on",
+        )  # fmt: skip
+    if not is_finite(found):
+        raise AdapterError(f'adapter tensor "{name}" holds NaN or infinity', fix="train or copy the adapter again")
+    return to_float32(found)

@@ -1,0 +1,301 @@
+"""Fusing: full precision is exact, the base's own grid keeps what it can, and a zero adapter changes no byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.convert.change import Change
+from shared.convert.fuse import Survival
+from shared.convert.shards import row_blocks
+from shared.convert.source import open_rows, plain_weights
+from shared.errors import AdapterError, CapabilityError, ConfigError, ModelError
+from shared.folder import open_folder, sha256
+from shared.fusing import KEPT, Lost, fuse
+from shared.quant.affine import AffineQuantizer, unpack
+from shared.tensors import from_float32, load_file, save_file, to_float32
+from shared.types import Scheme, Tensor
+from tests.adapters import save_adapter
+
+
+@pytest.fixture(scope="module")
+def affine_folder(tiny_model_folder, tmp_path_factory):
+    """Return a factory of the tiny model quantized by mlx-lm, with `bits` per code in groups of `group`."""
+    import mlx_lm
+
+    made: dict[tuple[int, int, str], Path] = {}
+
+    def make(bits: int, group: int = 32, dtype: str = "float32") -> Path:
+        if (bits, group, dtype) not in made:
+            target = tmp_path_factory.mktemp(f"affine-{bits}-{group}") / "model"
+            mlx_lm.convert(
+                str(tiny_model_folder(dtype=dtype)), mlx_path=str(target), quantize=True, q_bits=bits,
+                q_group_size=group, dtype=dtype,
+            )  # fmt: skip
+            made[bits, group, dtype] = target
+        return made[bits, group, dtype]
+
+    return make
+
+
+def sharded(source: Path, target: Path) -> Path:
+    """Return a copy of a model with its tensors in two shards and an index."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file(target / file, ((name, tensors[name]) for name in part), metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    return target
+
+
+def decoded(folder: Path) -> dict[str, np.ndarray]:
+    """Return all weights of a folder as float32, decoded."""
+    opened = open_folder(folder)
+    weights = plain_weights(opened)
+    return {
+        name: np.concatenate(
+            [to_float32(open_rows(opened, weight)(rows)) for rows in row_blocks(weight.shape)]
+        ).reshape(weight.shape)
+        for name, weight in weights.items()
+    }
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {file.name: sha256(file) for file in sorted(folder.iterdir())}
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in hashes(folder).items() if name.endswith(".safetensors")}
+
+
+def expected(base: Path, adapter: Path, *, scale: float) -> dict[str, np.ndarray]:
+    """Return the fused weights in float64."""
+    found = {name: value.astype(np.float64) for name, value in decoded(base).items()}
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name in tensors:
+        if name.endswith("lora_A.weight"):
+            A, B = (to_float32(tensors[key]).astype(np.float64) for key in (name, name.replace("lora_A", "lora_B")))
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            found[f"{module}.weight"] = found[f"{module}.weight"] + scale * (B @ A)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_full_precision_is_the_float64_sum_rounded_once(tiny_model_folder, affine_folder, tmp_path, dtype):
+    kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    for number, base in enumerate((tiny_model_folder(), affine_folder(4))):
+        adapter = save_adapter(tmp_path / f"adapter{number}", base)
+        result = fuse(str(base), adapter=str(adapter), output=str(tmp_path / f"out{number}"), dtype=dtype)
+        written = load_file(result.output / "model.safetensors")
+        for name, value in expected(base, adapter, scale=2.0).items():
+            wanted = from_float32(value.astype(np.float32), kind)
+            assert written[name].dtype == kind
+            assert np.array_equal(written[name].data, wanted.data), name
+        assert result.weights == 14
+        assert result.cosine > (0.9999999 if dtype == "float32" else 0.999)
+
+
+def test_the_fused_model_is_that_of_peft(tiny_model_folder, tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_model_folder("qwen2")
+    adapter = save_adapter(tmp_path / "adapter", base, use_rslora=True)
+    output = fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out")).output
+    ids = torch.tensor([[5, 90, 17, 200, 33]])
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        merged = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()(ids).logits
+        ours = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)(ids).logits
+    assert torch.allclose(ours, merged, atol=2e-5, rtol=0)
+
+
+def test_both_backends_load_what_was_fused_from_mlx(affine_folder, tmp_path):
+    """The plain model gives the log-probabilities of base and adapter; rows as `fuse` measures them."""
+    from shared.data.rows import Row
+    from shared.fusing import log_probs
+
+    base = affine_folder(4)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    output = fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out")).output
+    rows = [Row("text", {"text": "hello there, he said"}, "made:1")]
+    for backend in ("mlx", "torch"):
+        apart, fused = log_probs(base, adapter, rows, backend), log_probs(output, None, rows, backend)
+        np.testing.assert_allclose(fused, apart, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_zero_adapter_gives_identical_bytes_of_a_float_model(tiny_model_folder, tmp_path, dtype):
+    base = sharded(tiny_model_folder(dtype=dtype), tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base, size=0.0)
+    for scheme in ("none", "same"):
+        result = fuse(str(base), adapter=str(adapter), output=str(tmp_path / scheme), scheme=scheme)
+        assert weight_hashes(result.output) == weight_hashes(base)
+        assert (result.weights, result.cosine, result.share) == (0, 1.0, 1.0)
+    index = json.loads((tmp_path / "same/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in base.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_a_zero_adapter_gives_identical_bytes_of_an_affine_model(affine_folder, tmp_path, bits):
+    base = affine_folder(bits, 64)
+    adapter = save_adapter(tmp_path / "adapter", base, size=0.0)
+    result = fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out"), scheme="same")
+    assert weight_hashes(result.output) == weight_hashes(base)
+    assert (result.output / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def test_fusing_into_4_bits_reports_the_loss_and_refuses(affine_folder, tmp_path):
+    base = affine_folder(4)
+    before = hashes(base)
+    adapter = save_adapter(tmp_path / "adapter", base, size=0.002)
+    with pytest.raises(Lost, match="fusing would lose the adapter") as caught:
+        fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out"), scheme="same")
+    assert caught.value.exit_code == 3
+    assert caught.value.result.cosine < 0.4
+    assert [part.name for part in caught.value.result.layers] == ["layer 0", "layer 1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    result = fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out"), scheme="same", accept_loss=True)
+    assert result.cosine == caught.value.result.cosine
+    assert hashes(base) == before
+
+
+def test_an_adapter_larger_than_the_steps_survives_on_the_grid(affine_folder, tmp_path):
+    """8 bits: every code is the nearest there is, scales and biases stay, and the survival is what float64 says."""
+    base = affine_folder(8)
+    adapter = save_adapter(tmp_path / "adapter", base, size=0.02)
+    result = fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out"), scheme="same")
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, result.output))
+    wanted, before, after = expected(base, adapter, scale=2.0), decoded(base), decoded(result.output)
+    sums = Survival()
+    for name in (name for name in wanted if "proj" in name):
+        module = name.removesuffix(".weight")
+        for leaf in ("scales", "biases"):
+            assert np.array_equal(old[f"{module}.{leaf}"].data, new[f"{module}.{leaf}"].data)
+        step = np.repeat(np.abs(to_float32(old[f"{module}.scales"])), 32, axis=1)
+        codes = unpack(new[f"{module}.weight"].data, bits=8)
+        inside = (codes > 0) & (codes < 255)
+        assert (np.abs(after[name] - wanted[name])[inside] <= 0.5001 * step[inside]).all()
+        sums.add(wanted[name] - before[name], after[name].astype(np.float64) - before[name])
+    assert result.cosine == pytest.approx(sums.cosine, abs=1e-9)
+    assert result.cosine > KEPT
+
+
+def test_what_log_probabilities_say_of_the_loss(affine_folder, tmp_path, write_jsonl):
+    rows = write_jsonl(*({"text": f"hello world number {n}"} for n in range(4)))
+    base = affine_folder(8)
+    adapter = save_adapter(tmp_path / "adapter", base, size=0.02)
+    result = fuse(
+        str(base), adapter=str(adapter), output=str(tmp_path / "out"), scheme="same", data=str(rows), backend="torch"
+    )
+    assert result.text is not None
+    assert result.text.rows == "train.jsonl"
+    assert 0.9 < result.text.cosine <= 1
+    assert 0.8 < result.text.share < 1.2
+
+
+def test_requantizing_a_weight_on_its_own_grid_gives_its_own_codes():
+    random = np.random.default_rng(0)
+    for bits in (2, 3, 4, 5, 6, 8):
+        for dtype in ("F32", "F16", "BF16"):
+            quantizer = AffineQuantizer(Scheme("affine", bits, 32))
+            packed = quantizer.quantize(from_float32(random.standard_normal((8, 64)).astype(np.float32), dtype))
+            again = quantizer.requantize(to_float32(quantizer.dequantize(packed)), like=packed)
+            for key, array in packed.arrays.items():
+                assert np.array_equal(again.arrays[key].data, array.data), (bits, dtype, key)
+
+
+def test_survival_of_a_known_loss():
+    found = Survival()
+    found.add(np.array([3.0, 4.0]), np.array([3.0, 0.0]))
+    assert (found.cosine, found.share) == (0.6, 9 / 25)
+
+
+def test_a_change_is_that_of_the_formula():
+    change = Change(np.float32([[1, 2]]), np.float32([[3], [4]]), 0.5)
+    assert change.apply(np.ones((1, 2)), slice(1, 2)).tolist() == [[3.0, 5.0]]
+
+
+def changed(folder: Path, edit) -> Path:
+    """Change the tensors of an adapter folder in place."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    file.unlink()
+    save_file(file, tensors.items(), metadata={"format": "pt"})
+    return folder
+
+
+def poison(tensors: dict[str, Tensor]) -> None:
+    next(iter(tensors.values())).data[0, 0] = np.nan
+
+
+@pytest.mark.parametrize("scheme", ["none", "same"])
+def test_an_adapter_with_nan_is_refused(tiny_model_folder, tmp_path, scheme):
+    base = tiny_model_folder()
+    adapter = changed(save_adapter(tmp_path / "adapter", base), poison)
+    with pytest.raises(AdapterError, match="NaN or infinity"):
+        fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out"), scheme=scheme)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_model_folder, tmp_path):
+    deep = save_adapter(tmp_path / "deep", tiny_model_folder())
+    with pytest.raises(AdapterError, match=r"no layer .*model\.layers\.1.* \(7 of 14 modules"):
+        fuse(str(tiny_model_folder(layers=1)), adapter=str(deep), output=str(tmp_path / "out"))
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    narrow = changed(deep, lambda tensors: tensors.update({key: Tensor("F32", np.zeros((4, 32), np.float32))}))
+    with pytest.raises(AdapterError, match=r"q_proj\.lora_A\" has shape \(4, 32\)"):
+        fuse(str(tiny_model_folder()), adapter=str(narrow), output=str(tmp_path / "out"))
+
+
+def test_a_weight_too_large_for_float16_is_refused_not_made_infinite(tiny_model_folder, tmp_path):
+    base = tiny_model_folder()
+    adapter = save_adapter(tmp_path / "adapter", base, size=1e6)
+    with pytest.raises(CapabilityError, match="does not fit into float16"):
+        fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out"), dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_base_with_nan_is_refused(tiny_model_folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_folder(), base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"].data[0] = np.nan
+    (base / "model.safetensors").unlink()
+    save_file(base / "model.safetensors", tensors.items())
+    adapter = save_adapter(tmp_path / "adapter", base)
+    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
+        fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out"), dtype="bfloat16")
+
+
+def test_a_base_without_tokenizer_is_fused_and_not_measured(affine_folder, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(affine_folder(8), base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    adapter, notes = save_adapter(tmp_path / "adapter", base), []
+    rows = tmp_path / "valid.jsonl"
+    rows.write_text('{"text": "hello"}\n')
+    result = fuse(
+        str(base), adapter=str(adapter), output=str(tmp_path / "out"), scheme="same", sample=tmp_path,
+        note=notes.append,
+    )  # fmt: skip
+    assert result.text is None
+    assert any("not measured" in note for note in notes)
+
+
+@pytest.mark.parametrize("options", [{"scheme": "smae"}, {"dtype": "fp16"}, {"scheme": "same", "dtype": "float32"}])
+def test_unknown_options_are_refused_before_anything_is_read(options):
+    with pytest.raises(ConfigError):
+        fuse("nowhere", adapter="nowhere", output="nowhere", **options)
