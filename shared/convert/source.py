@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shared.convert.shards import row_blocks
-from shared.folder import PACKED_LEAVES, ModelFolder
+from shared.folder import ModelFolder
 from shared.registry import find_quantizer
 from shared.types import Packed, Scheme, Tensor
 
@@ -35,21 +35,17 @@ class Weight:
 def plain_weights(folder: ModelFolder) -> dict[str, Weight]:
     """Return every tensor of the model by its plain name, quantized modules as one weight each, in stored order."""
     found: dict[str, Weight] = {}
-    held = {name: module for module in folder.schemes for name in place(folder, module).names.values()}
+    owners = {name: module for module, place in folder.places.items() for name in (*place.names.values(), *place.extra)}
     for name, entry in folder.entries.items():
-        if name not in held:
+        if name not in owners:
             found[name] = Weight(name, entry.dtype, entry.shape, entry.file, {})
-        elif f"{held[name]}.weight" not in found:
-            found[f"{held[name]}.weight"] = place(folder, held[name])
+        elif f"{owners[name]}.weight" not in found:
+            place = folder.places[owners[name]]
+            plain = f"{owners[name]}.weight"
+            found[plain] = Weight(
+                plain, place.stored.dtype, place.stored.shape, entry.file, place.names, place.stored.scheme
+            )
     return found
-
-
-def place(folder: ModelFolder, module: str) -> Weight:
-    """Return the weight of a module that is stored quantized."""
-    scheme, scales = folder.schemes[module], folder.entries[f"{module}.scales"]
-    names = {leaf: f"{module}.{leaf}" for leaf in PACKED_LEAVES}
-    shape = (scales.shape[0], scales.shape[1] * scheme.group_size)
-    return Weight(f"{module}.weight", scales.dtype, shape, scales.file, names, scheme)
 
 
 def open_rows(folder: ModelFolder, weight: Weight) -> Rows:
@@ -69,15 +65,15 @@ def open_rows(folder: ModelFolder, weight: Weight) -> Rows:
 
 
 def is_by_rows(packed: Packed) -> bool:
-    """Return whether every array of a packed weight has the weight's rows, so that rows can be taken alone."""
-    return all(array.shape[:1] == packed.shape[:1] for array in packed.arrays.values())
+    """Return whether every array of a packed weight is a matrix with its rows, so that rows can be taken alone."""
+    return all(len(array.shape) == 2 and array.shape[0] == packed.shape[0] for array in packed.arrays.values())
 
 
 def packed_rows(packed: Packed, rows: slice) -> Packed:
     """Return some rows of a packed weight that `is_by_rows`."""
     arrays = {key: Tensor(array.dtype, array.data[rows]) for key, array in packed.arrays.items()}
     count = next(iter(arrays.values())).shape[0]
-    return Packed(packed.scheme, arrays, (count, packed.shape[1]))
+    return replace(packed, arrays=arrays, shape=(count, packed.shape[1]))
 
 
 def blocks(weight: Weight, read: Rows) -> Iterator[Tensor]:
