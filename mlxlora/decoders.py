@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
+from mlxlora.state import TO_MLX
 from shared.errors import CapabilityError
 from shared.types import Scheme, Stored
 
@@ -32,12 +33,65 @@ def affine_product(arrays: Arrays, stored: Stored, x: mx.array, *, transpose: bo
     )  # fmt: skip
 
 
+def microscaling_product(arrays: Arrays, stored: Stored, x: mx.array, *, transpose: bool) -> mx.array:
+    """Return x @ W.T or x @ W by MLX's kernel."""
+    scheme = stored.scheme
+    return mx.quantized_matmul(
+        x, arrays["weight"], arrays["scales"], None, transpose=transpose, group_size=scheme.group_size,
+        bits=scheme.bits, mode=scheme.name,
+    )  # fmt: skip
+
+
+def decode_microscaling(arrays: Arrays, stored: Stored) -> mx.array:
+    """Return the weight (O, I) of words (O, I*bits/32) and scale bytes (O, G); bfloat16 holds every value."""
+    scheme, dtype = stored.scheme, TO_MLX[stored.dtype]
+    return mx.dequantize(
+        arrays["weight"], arrays["scales"], None, group_size=scheme.group_size, bits=scheme.bits,
+        mode=scheme.name, dtype=dtype,
+    )  # fmt: skip
+
+
+def decode_bitnet(arrays: Arrays, stored: Stored) -> mx.array:
+    """Return the weight (O, I) of bytes (O/4, I), four rows of codes in each, and one scale."""
+    dtype = TO_MLX[stored.dtype]
+    trits = unpack_rows(arrays["weight"], bits=2).astype(mx.float32) - 1
+    scale = arrays["weight_scale"].astype(mx.float32)
+    return (trits / scale if stored.scheme.name == "bitnet-inverse" else trits * scale).astype(dtype)
+
+
+def decode_quanto_rows(arrays: Arrays, stored: Stored) -> mx.array:
+    """Return the weight (O, I) of int8 codes or E4M3 bytes (O, I), and scales (O, 1)."""
+    codes, scales = arrays["weight"], arrays["scales"]
+    is_float = stored.scheme.name == "quanto-qfloat8"
+    values = mx.from_fp8(codes, dtype=scales.dtype) if is_float else codes.astype(scales.dtype)
+    return values * scales
+
+
+def decode_quanto_groups(arrays: Arrays, stored: Stored) -> mx.array:
+    """Return the weight (O, I) of bytes over groups (G, I/G), scales and shifts (G, 1)."""
+    scales = arrays["scales"]
+    codes = unpack_rows(arrays["weight"], bits=stored.scheme.bits)[: len(scales)]
+    return (codes.astype(scales.dtype) * scales - arrays["shifts"]).reshape(stored.shape)
+
+
+def unpack_rows(raw: mx.array, *, bits: int) -> mx.array:
+    """Return codes (R * 8/bits, I) of bytes (R, I): byte (r, i) holds rows r, r + R, ..., lowest bits first."""
+    return mx.concatenate([(raw >> bits * place) & (2**bits - 1) for place in range(8 // bits)])
+
+
 DECODERS: dict[str, Decoder] = {
     "affine": decode_affine,
+    "ternary": decode_affine,
+    **dict.fromkeys(("mxfp4", "nvfp4", "mxfp8"), decode_microscaling),
+    **dict.fromkeys(("bitnet", "bitnet-inverse"), decode_bitnet),
+    **dict.fromkeys(("quanto-qint2", "quanto-qint4"), decode_quanto_groups),
+    **dict.fromkeys(("quanto-qint8", "quanto-qfloat8"), decode_quanto_rows),
 }
 # MLX's own kernels, for a GPU with activations in the weight's dtype: x @ W.T or x @ W without a decoded W.
 PRODUCTS: dict[str, Callable[..., mx.array]] = {
     "affine": affine_product,
+    "ternary": affine_product,
+    **dict.fromkeys(("mxfp4", "nvfp4", "mxfp8"), microscaling_product),
 }
 
 

@@ -21,7 +21,7 @@ from pydantic import (
 
 from shared.errors import CapabilityError, ConfigError, did_you_mean
 from shared.registry import QUANTIZERS
-from shared.types import FIXED, MomentFormat, Scheme
+from shared.types import FIXED, TERNARY_RULES, MomentFormat, Scheme
 
 Places = dict[tuple[Any, ...], str]  # key path -> where it was set: "run.yaml:3", "--set"
 
@@ -217,7 +217,7 @@ def named_schemes() -> dict[str, Scheme]:
     schemes = [
         *affine,
         *(replace(scheme, solver="hqq") for scheme in affine),
-        *(Scheme("ternary", 2, group) for group in groups),
+        *(Scheme("ternary", 2, group, solver=rule) for group in groups for rule in ("", *TERNARY_RULES)),
         *(Scheme(name, *FIXED[name]) for name in FIXED),
         *(Scheme(name, *FIXED[name], double=True) for name in ("nf4", "fp4")),
     ]

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import CapabilityError, ConfigError, did_you_mean
+from shared.types import TERNARY_RULES
 
 if TYPE_CHECKING:
     from shared.protocols import Backend, Quantizer
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 BACKENDS = {"mlx": "mlxlora.backend:create", "torch": "torch_backend.backend:create"}
 QUANTIZERS = {  # Scheme.codec: the format, and "+solver" where the config names one
     "affine": "shared.quant.affine:AffineQuantizer",
+    "affine+hqq": "shared.quant.hqq:HQQuantizer",
+    **{name: "shared.quant.microscaling:MicroscalingQuantizer" for name in ("mxfp4", "nvfp4", "mxfp8")},
+    "ternary": "shared.quant.ternary:TernaryQuantizer",
+    **{f"ternary+{rule}": "shared.quant.ternary:TernaryQuantizer" for rule in TERNARY_RULES},
+    **{name: "shared.quant.bitnet:BitnetQuantizer" for name in ("bitnet", "bitnet-inverse")},
+    **{f"quanto-{kind}": "shared.quant.quanto:QuantoQuantizer" for kind in ("qint2", "qint4", "qint8", "qfloat8")},
 }
 OBJECTIVES = {"sft": "shared.objectives.sft:sft"}
 INSTALL = {

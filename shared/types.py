@@ -111,7 +111,12 @@ class Memory:
 FIXED = {
     "nf4": (4, 64), "fp4": (4, 64), "int8": (8, 0), "mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32),
     "quanto-qint2": (2, 128), "quanto-qint4": (4, 128), "quanto-qint8": (8, 0), "quanto-qfloat8": (8, 0),
+    "bitnet": (2, 0), "bitnet-inverse": (2, 0),
 }  # fmt: skip
+
+
+# Rules that choose ternary codes; sparsityN gives N percent of each group to zero.
+TERNARY_RULES = ("exact", "absmean", "twn", "quantile", "stochastic", *(f"sparsity{n}" for n in range(10, 100, 10)))
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,16 @@ Legend: O output width, I input width, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
 import torch
 
 from shared.errors import CapabilityError
+from shared.quant.microscaling import e2m1_table, e4m3_table, scale_table
 from shared.types import Scheme, Stored
+from torch_backend.state import TO_TORCH
 
 Arrays = Mapping[str, torch.Tensor]  # under the names that the codec gives them
 Decoder = Callable[[Arrays, Stored], torch.Tensor]
@@ -56,8 +59,65 @@ def decode_affine(arrays: Arrays, stored: Stored) -> torch.Tensor:
     return grouped.mul_(scales[..., None]).add_(biases[..., None]).view(codes.shape[0], -1)
 
 
+def decode_microscaling(arrays: Arrays, stored: Stored) -> torch.Tensor:
+    """Return the weight (O, I) of words (O, I*bits/32) and scale bytes (O, G); bfloat16 holds every value."""
+    scheme, raw, scales = stored.scheme, arrays["weight"].view(torch.uint8), arrays["scales"]
+    tables = load_tables(scheme, dtype=TO_TORCH[stored.dtype], device=raw.device)
+    values = tables.elements.index_select(0, unpack(raw, scheme.bits).int().view(-1))
+    steps = tables.scales.index_select(0, scales.int().view(-1))
+    return values.view(-1, scheme.group_size).mul_(steps[:, None]).view(len(raw), -1)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the codes and the scale bytes of a format stand for, on one device."""
+
+    elements: torch.Tensor  # (16,) or (256,)
+    scales: torch.Tensor  # (256,)
+
+
+@lru_cache(maxsize=8)
+def load_tables(scheme: Scheme, *, dtype: torch.dtype, device: torch.device) -> Tables:
+    """Return the tables of a format, copied to a device once."""
+    elements = e2m1_table() if scheme.bits == 4 else e4m3_table()
+    made = (torch.tensor(table, dtype=dtype, device=device) for table in (elements, scale_table(scheme.group_size)))
+    return Tables(*made)
+
+
+def decode_bitnet(arrays: Arrays, stored: Stored) -> torch.Tensor:
+    """Return the weight (O, I) of bytes (O/4, I), four rows of codes in each, and one scale."""
+    dtype = TO_TORCH[stored.dtype]
+    trits = unpack_rows(arrays["weight"], bits=2).float().sub_(1)
+    scale = arrays["weight_scale"].float()
+    return (trits.div_(scale) if stored.scheme.name == "bitnet-inverse" else trits.mul_(scale)).to(dtype)
+
+
+def decode_quanto_rows(arrays: Arrays, stored: Stored) -> torch.Tensor:
+    """Return the weight (O, I) of int8 codes or E4M3 bytes (O, I), and scales (O, 1)."""
+    codes, scales = arrays["weight"], arrays["scales"]
+    values = codes.view(torch.float8_e4m3fn) if stored.scheme.name == "quanto-qfloat8" else codes
+    return values.to(scales.dtype).mul_(scales)
+
+
+def decode_quanto_groups(arrays: Arrays, stored: Stored) -> torch.Tensor:
+    """Return the weight (O, I) of bytes over groups (G, I/G), scales and shifts (G, 1)."""
+    scales = arrays["scales"]
+    codes = unpack_rows(arrays["weight"], bits=stored.scheme.bits)[: len(scales)]
+    return codes.to(scales.dtype).mul_(scales).sub_(arrays["shifts"]).view(stored.shape)
+
+
+def unpack_rows(raw: torch.Tensor, *, bits: int) -> torch.Tensor:
+    """Return codes (R * 8/bits, I) of bytes (R, I): byte (r, i) holds rows r, r + R, ..., lowest bits first."""
+    return torch.cat([(raw >> bits * place) & (2**bits - 1) for place in range(8 // bits)])
+
+
 DECODERS: dict[str, Decoder] = {
     "affine": decode_affine,
+    "ternary": decode_affine,
+    **dict.fromkeys(("mxfp4", "nvfp4", "mxfp8"), decode_microscaling),
+    **dict.fromkeys(("bitnet", "bitnet-inverse"), decode_bitnet),
+    **dict.fromkeys(("quanto-qint2", "quanto-qint4"), decode_quanto_groups),
+    **dict.fromkeys(("quanto-qint8", "quanto-qfloat8"), decode_quanto_rows),
 }
 
 

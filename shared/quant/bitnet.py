@@ -51,7 +51,7 @@ class BitnetQuantizer:
             "weight": Tensor("U8", pack((trits + 1).astype(np.uint8))),
             "weight_scale": from_float32(self.turn(scale).reshape(1), weight.dtype),
         }
-        return Packed(self.scheme, arrays, (rows, width))
+        return Packed(self.scheme, arrays, (rows, width), weight.dtype)
 
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the weight (O, I) in the scale's dtype, rounded once."""

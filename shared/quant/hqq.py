@@ -59,7 +59,7 @@ class HQQuantizer:
             "scales": from_float32(scale.reshape(rows, -1), weight.dtype),
             "biases": from_float32((-grid.zero * scale).reshape(rows, -1), weight.dtype),
         }
-        return Packed(self.scheme, arrays, (rows, width))
+        return Packed(self.scheme, arrays, (rows, width), weight.dtype)
 
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the weight (O, I), as affine."""

@@ -52,7 +52,7 @@ class MicroscalingQuantizer:
         scaled = to_float32(from_float32(scaled, weight.dtype)).reshape(rows, width)
         codes = encode_e2m1(scaled) if self.scheme.bits == 4 else encode_e4m3(scaled)
         arrays = {"weight": Tensor("U32", pack(codes, bits=self.scheme.bits)), "scales": Tensor("U8", bits)}
-        return Packed(self.scheme, arrays, (rows, width))
+        return Packed(self.scheme, arrays, (rows, width), "BF16")
 
     def choose_scales(self, ratio: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         """Return scale bytes and the steps they stand for, of each group's largest magnitude / 6 (or 448)."""

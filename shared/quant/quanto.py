@@ -49,7 +49,7 @@ class QuantoQuantizer:
         if not self.fits((rows, width)):
             raise ModelError(f"quanto stores a weight of shape {(rows, width)} in another way")
         arrays = self.by_rows(weight) if self.scheme.bits == 8 else self.by_groups(weight)
-        return Packed(self.scheme, arrays, (rows, width))
+        return Packed(self.scheme, arrays, (rows, width), weight.dtype)
 
     def by_rows(self, weight: Tensor) -> dict[str, Tensor]:
         """Return the arrays of an 8-bit format."""

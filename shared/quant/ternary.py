@@ -69,7 +69,7 @@ class TernaryQuantizer:
             "scales": scale,
             "biases": from_float32(np.float32(0) - to_float32(scale), weight.dtype),
         }
-        return Packed(self.scheme, arrays, (rows, width))
+        return Packed(self.scheme, arrays, (rows, width), weight.dtype)
 
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the weight (O, I) in the scales' dtype."""

@@ -68,7 +68,7 @@ def test_any_codes_and_scales_decode_as_in_mlx(scheme):
     codes = random.integers(0, 2**32, (64, 256 * scheme.bits // 32), dtype=np.uint32)
     scales = np.arange(64 * 256 // scheme.group_size, dtype=np.uint32).astype(np.uint8).reshape(64, -1)
     arrays = {"weight": Tensor("U32", codes), "scales": Tensor("U8", scales)}
-    ours = MicroscalingQuantizer(scheme).dequantize(Packed(scheme, arrays, (64, 256)))
+    ours = MicroscalingQuantizer(scheme).dequantize(Packed(scheme, arrays, (64, 256), "BF16"))
     theirs = from_mlx(mx.dequantize(*map(to_mlx, arrays.values()), mode=scheme.name))
     values, wanted = to_float32(ours), to_float32(theirs)
     assert ours.dtype == theirs.dtype == "BF16"

@@ -125,7 +125,7 @@ def test_any_bytes_decode_as_in_optimum_quanto():
         layer = quantize(weights("BF16", 256), scheme)
         raw = random.integers(0, 256, tuple(layer._data._data.shape), dtype=np.uint8)
         layer._data._data.copy_(torch.from_numpy(raw))
-        packed = Packed(scheme, stored(layer, scheme), (19, 256))
+        packed = Packed(scheme, stored(layer, scheme), (19, 256), "BF16")
         packed.arrays["weight"] = Tensor("U8", raw)
         found = QuantoQuantizer(scheme).dequantize(packed)
         assert np.array_equal(to_float32(found), to_float32(dequantize(layer, scheme)))
