@@ -17,10 +17,10 @@ BACKENDS = {"mlx": "mlxlora.backend:create", "torch": "torch_backend.backend:cre
 QUANTIZERS = {  # Scheme.codec: the format, and "+solver" where the config names one
     "affine": "shared.quant.affine:AffineQuantizer",
     "affine+hqq": "shared.quant.hqq:HQQuantizer",
-    **{name: "shared.quant.microscaling:MicroscalingQuantizer" for name in ("mxfp4", "nvfp4", "mxfp8")},
+    **dict.fromkeys(("mxfp4", "nvfp4", "mxfp8"), "shared.quant.microscaling:MicroscalingQuantizer"),
     "ternary": "shared.quant.ternary:TernaryQuantizer",
     **{f"ternary+{rule}": "shared.quant.ternary:TernaryQuantizer" for rule in TERNARY_RULES},
-    **{name: "shared.quant.bitnet:BitnetQuantizer" for name in ("bitnet", "bitnet-inverse")},
+    **dict.fromkeys(("bitnet", "bitnet-inverse"), "shared.quant.bitnet:BitnetQuantizer"),
     **{f"quanto-{kind}": "shared.quant.quanto:QuantoQuantizer" for kind in ("qint2", "qint4", "qint8", "qfloat8")},
 }
 OBJECTIVES = {"sft": "shared.objectives.sft:sft"}

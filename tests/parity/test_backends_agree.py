@@ -75,3 +75,19 @@ def test_pretrained_models(make_config, stored_model, name):
 @pytest.mark.parametrize("quantization", ["none", "affine-4bit-g32"])
 def test_pretrained_models_over_50_updates(make_config, stored_model, name, quantization):
     check(parity(make_config(stored_model(name), f"quantization={quantization}", "adapter.dropout=0.1"), updates=50))
+
+
+FORMATS = ["mxfp4", "nvfp4", "mxfp8", "ternary-g32", "bitnet", "quanto-qint2", "quanto-qint4", "quanto-qint8",
+       "quanto-qfloat8", "affine-4bit-g64+hqq"]  # fmt: skip
+
+
+@pytest.mark.parametrize("quantization", ["nvfp4", "ternary-g64", "quanto-qint4"])
+def test_formats_of_three_owners(make_config, tiny_model_folder, quantization):
+    check(parity(make_config(tiny_model_folder(layers=1), f"quantization={quantization}"), updates=6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", FORMATS)
+@pytest.mark.parametrize("name", ["TinyStories-656K", "stories260K"])
+def test_pretrained_models_in_every_format(make_config, stored_model, name, quantization):
+    check(parity(make_config(stored_model(name), f"quantization={quantization}"), updates=50))
