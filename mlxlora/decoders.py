@@ -6,11 +6,17 @@ Legend: O output width, I input width, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import mlx.core as mx
+import numpy as np
 
+from mlxlora import blockwise
 from mlxlora.state import TO_MLX
 from shared.errors import CapabilityError
+from shared.quant.blockwise import BLOCK
+from shared.quant.four_bit import pair_table
+from shared.quant.row_int8 import STEP
 from shared.types import Scheme, Stored
 
 Arrays = Mapping[str, mx.array]  # under the names that the codec gives them
@@ -79,6 +85,37 @@ def unpack_rows(raw: mx.array, *, bits: int) -> mx.array:
     return mx.concatenate([(raw >> bits * place) & (2**bits - 1) for place in range(8 // bits)])
 
 
+def decode_four_bit(arrays: Arrays, stored: Stored) -> mx.array:
+    """Return the weight (O, I) of nf4 or fp4 bytes: code * absmax in float32, then rounded."""
+    size, block = stored.shape[0] * stored.shape[1], stored.scheme.group_size
+    pairs = blockwise.look_up(load_pairs(stored.scheme.name), arrays["weight"].reshape(-1))
+    values, absmax = pairs.view(mx.float32)[:size], expand_absmax(arrays, stored)
+    if size % block:
+        product = values * mx.repeat(absmax, block)[:size]
+    else:
+        product = values.reshape(-1, block) * absmax[:, None]
+    return product.reshape(stored.shape).astype(TO_MLX[stored.dtype])
+
+
+def expand_absmax(arrays: Arrays, stored: Stored) -> mx.array:
+    """Return the float32 absmax of every block, decoded where it is quantized too."""
+    if not stored.scheme.double:
+        return arrays["absmax"]
+    values = blockwise.look_up(arrays["nested_quant_map"], arrays["absmax"])
+    return values * mx.repeat(arrays["nested_absmax"], BLOCK)[: values.size] + arrays["nested_offset"]
+
+
+@cache
+def load_pairs(name: str) -> mx.array:
+    """Return (256,) uint64: the two float32 values of every byte, so that one look-up gives both."""
+    return mx.array(pair_table(name).view(np.uint64).reshape(-1))
+
+
+def decode_int8(arrays: Arrays, stored: Stored) -> mx.array:
+    """Return the float32 weight (O, I): code * absmax of the row, then / 127, each rounded."""
+    return arrays["weight"].astype(mx.float32) * arrays["SCB"][:, None] * float(STEP)
+
+
 DECODERS: dict[str, Decoder] = {
     "affine": decode_affine,
     "ternary": decode_affine,
@@ -86,6 +123,9 @@ DECODERS: dict[str, Decoder] = {
     **dict.fromkeys(("bitnet", "bitnet-inverse"), decode_bitnet),
     **dict.fromkeys(("quanto-qint2", "quanto-qint4"), decode_quanto_groups),
     **dict.fromkeys(("quanto-qint8", "quanto-qfloat8"), decode_quanto_rows),
+    "nf4": decode_four_bit,
+    "fp4": decode_four_bit,
+    "int8": decode_int8,
 }
 # MLX's own kernels, for a GPU with activations in the weight's dtype: x @ W.T or x @ W without a decoded W.
 PRODUCTS: dict[str, Callable[..., mx.array]] = {

@@ -310,9 +310,11 @@ def schemes_of(zoo: nn.Module) -> Iterator[tuple[str, Scheme]]:
 
 def packed_keys(zoo: nn.Module) -> set[str]:
     """Return the names of the arrays that hold quantized weights."""
-    kinds = QuantizedLinear | QuantizedEmbedding
     return {
-        f"{name}.{key}" for name, module in zoo.named_modules() if isinstance(module, kinds) for key in module._keys
+        f"{name}.{key}"
+        for name, module in zoo.named_modules()
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding)
+        for key in module._keys
     }
 
 

@@ -22,6 +22,9 @@ QUANTIZERS = {  # Scheme.codec: the format, and "+solver" where the config names
     **{f"ternary+{rule}": "shared.quant.ternary:TernaryQuantizer" for rule in TERNARY_RULES},
     **dict.fromkeys(("bitnet", "bitnet-inverse"), "shared.quant.bitnet:BitnetQuantizer"),
     **{f"quanto-{kind}": "shared.quant.quanto:QuantoQuantizer" for kind in ("qint2", "qint4", "qint8", "qfloat8")},
+    "nf4": "shared.quant.four_bit:FourBitQuantizer",
+    "fp4": "shared.quant.four_bit:FourBitQuantizer",
+    "int8": "shared.quant.row_int8:RowInt8Quantizer",
 }
 OBJECTIVES = {"sft": "shared.objectives.sft:sft"}
 INSTALL = {

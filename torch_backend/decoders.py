@@ -5,17 +5,22 @@ Legend: O output width, I input width, G groups.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 
 from shared.errors import CapabilityError
+from shared.quant.blockwise import BLOCK
+from shared.quant.four_bit import FourBitQuantizer, pair_table
 from shared.quant.microscaling import e2m1_table, e4m3_table, scale_table
-from shared.types import Scheme, Stored
-from torch_backend.state import TO_TORCH
+from shared.quant.row_int8 import STEP
+from shared.types import Packed, Scheme, Stored, Tensor
+from torch_backend.state import TO_TORCH, from_torch
 
 Arrays = Mapping[str, torch.Tensor]  # under the names that the codec gives them
 Decoder = Callable[[Arrays, Stored], torch.Tensor]
@@ -111,6 +116,64 @@ def unpack_rows(raw: torch.Tensor, *, bits: int) -> torch.Tensor:
     return torch.cat([(raw >> bits * place) & (2**bits - 1) for place in range(8 // bits)])
 
 
+def decode_four_bit(arrays: Arrays, stored: Stored) -> torch.Tensor:
+    """Return the weight (O, I) of nf4 or fp4 bytes: code * absmax in float32, then rounded."""
+    name, block, raw = stored.scheme.name, stored.scheme.group_size, arrays["weight"]
+    size, absmax, dtype = stored.shape[0] * stored.shape[1], expand_absmax(arrays, stored), TO_TORCH[stored.dtype]
+    if has_bitsandbytes(raw.device.type, name, stored.dtype) and stored.shape[1] % block == 0:
+        return torch.ops.bitsandbytes.dequantize_4bit(raw, absmax, block, name, stored.shape, dtype)
+    values = load_pairs(name, raw.device).index_select(0, raw.view(-1).int()).view(torch.float32)[:size]
+    if size % block:
+        values.mul_(absmax.repeat_interleave(block)[:size])
+    else:
+        values.view(-1, block).mul_(absmax[:, None])
+    return values.view(stored.shape).to(dtype)
+
+
+def expand_absmax(arrays: Arrays, stored: Stored) -> torch.Tensor:
+    """Return the float32 absmax of every block, decoded where it is quantized too."""
+    if not stored.scheme.double:
+        return arrays["absmax"]
+    values = arrays["nested_quant_map"].index_select(0, arrays["absmax"].int())
+    return values.mul_(arrays["nested_absmax"].repeat_interleave(BLOCK)[: len(values)]).add_(arrays["nested_offset"])
+
+
+@cache
+def load_pairs(name: str, device: torch.device) -> torch.Tensor:
+    """Return (256,) int64: the two float32 values of every byte, so that one look-up gives both."""
+    return torch.tensor(pair_table(name).view(np.int64).reshape(-1), device=device)
+
+
+@cache
+def has_bitsandbytes(device: str, name: str, dtype: str) -> bool:
+    """Return whether bitsandbytes is there and its kernel decodes all bytes as the NumPy codec does, on this device.
+
+    Only for rows of whole blocks: in others its fp4 kernel on a CPU gives a zero the sign of its code.
+    """
+    if find_spec("bitsandbytes") is None:
+        return False
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it asks for kernels that nobody calls here
+    import bitsandbytes  # noqa: F401  registers torch.ops.bitsandbytes
+
+    scheme, shape = Scheme(name, 4, 64), (8, 64)
+    scales = np.linspace(1e-3, 3, 8, dtype=np.float32)
+    raw = np.arange(256, dtype=np.uint8)[:, None]
+    packed = Packed(scheme, {"weight": Tensor("U8", raw), "absmax": Tensor("F32", scales)}, shape, dtype)
+    try:
+        found = torch.ops.bitsandbytes.dequantize_4bit(
+            torch.from_numpy(raw).to(device), torch.from_numpy(scales).to(device), 64, name, shape, TO_TORCH[dtype]
+        )
+    except (RuntimeError, NotImplementedError):
+        return False
+    wanted = FourBitQuantizer(scheme).dequantize(packed).data
+    return from_torch(found).data.tobytes() == wanted.tobytes()
+
+
+def decode_int8(arrays: Arrays, stored: Stored) -> torch.Tensor:
+    """Return the float32 weight (O, I): code * absmax of the row, then / 127, each rounded."""
+    return arrays["weight"].to(torch.float32).mul_(arrays["SCB"][:, None]).mul_(float(STEP))
+
+
 DECODERS: dict[str, Decoder] = {
     "affine": decode_affine,
     "ternary": decode_affine,
@@ -118,6 +181,9 @@ DECODERS: dict[str, Decoder] = {
     **dict.fromkeys(("bitnet", "bitnet-inverse"), decode_bitnet),
     **dict.fromkeys(("quanto-qint2", "quanto-qint4"), decode_quanto_groups),
     **dict.fromkeys(("quanto-qint8", "quanto-qfloat8"), decode_quanto_rows),
+    "nf4": decode_four_bit,
+    "fp4": decode_four_bit,
+    "int8": decode_int8,
 }
 
 
