@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shared.errors import CapabilityError, ModelError, did_you_mean
-from shared.quant.folders import Place, find_places
+from shared.quant.folders import find_places
+from shared.quant.place import Place
 from shared.tensors import Entry, is_finite, read_header, read_tensor
 from shared.types import Packed, Scheme, Tensor
 
@@ -67,6 +70,7 @@ class ModelFolder:
         """Return a quantized module's arrays; raises ModelError unless they stand for a weight of `shape`."""
         place = self.places[module]
         arrays = {key: read_tensor(self.entries[name]) for key, name in place.names.items()} | dict(place.constants)
+        arrays |= {key: Tensor("U8", arrays[key].data.view(np.uint8)) for key in place.raw}
         if not all(is_finite(tensor) for tensor in arrays.values()):
             raise ModelError(
                 f'{self.path}: the scales of "{module}" hold NaN or infinity', fix="convert the model again"

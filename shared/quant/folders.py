@@ -6,44 +6,36 @@ A reader looks at config.json and at the headers, and returns a `Place` for ever
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shared.errors import CapabilityError, ModelError
+from shared.quant.bnb_folder import find_bitsandbytes
+from shared.quant.place import Place
 from shared.tensors import Entry
-from shared.types import Scheme, Stored, Tensor
+from shared.types import Scheme, Stored
 
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a folder keeps one quantized weight."""
-
-    stored: Stored
-    names: Mapping[str, str]  # the codec's name of an array -> the tensor that holds it
-    constants: Mapping[str, Tensor] = field(default_factory=dict)  # arrays that the folder keeps in another form
-    extra: tuple[str, ...] = ()  # further tensors that belong to the weight and hold none of the arrays
-
-
 def find_places(path: Path, config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Place]:
     """Return the place of every module that the folder stores quantized; raises ModelError or CapabilityError."""
-    return find_mlx(path, quantization_of(config), entries)
+    foreign = config.get("quantization_config")
+    method = foreign.get("quant_method") if isinstance(foreign, dict) and not config.get("quantization") else None
+    if method is None:
+        return find_mlx(path, quantization_of(config), entries)
+    if method not in READERS:
+        raise CapabilityError(
+            f"the folder is quantized with {method}, which this version does not read",
+            expected=f"float weights, an mlx-lm folder, or one of: {', '.join(READERS)}",
+            fix="use the unquantized model with quantization: affine-4bit-g64",
+        )
+    return READERS[method](path, config, entries)
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return mlx-lm's quantization entry; raises CapabilityError for the formats of others."""
-    foreign = config.get("quantization_config")
-    own = config.get("quantization") or (
-        foreign if isinstance(foreign, dict) and "quant_method" not in foreign else None
-    )
-    if isinstance(foreign, dict) and "quant_method" in foreign and not config.get("quantization"):
-        raise CapabilityError(
-            f"the folder is quantized with {foreign['quant_method']}, which this version does not read",
-            expected="float weights, or an mlx-lm folder with affine quantization",
-            fix="use the unquantized model with quantization: affine-4bit-g64",
-        )
+    """Return mlx-lm's quantization entry; raises CapabilityError for a mode without a codec."""
+    own = config.get("quantization") or config.get("quantization_config")
     if own is not None and not isinstance(own, dict):
         raise ModelError(f"config.json: quantization is {own!r}", expected='{"group_size": 64, "bits": 4}')
     if own is not None and own.get("mode", "affine") != "affine":
@@ -77,3 +69,8 @@ def find_mlx(path: Path, quantization: dict[str, Any] | None, entries: Mapping[s
         names = {leaf: f"{module}.{leaf}" for leaf in ("weight", "scales", "biases")}
         places[module] = Place(Stored(Scheme("affine", bits, group), shape, scales.dtype), names)
     return places
+
+
+READERS = {  # quant_method of a folder's quantization_config -> its reader
+    "bitsandbytes": find_bitsandbytes,
+}

@@ -227,7 +227,7 @@ def test_packed_codes_must_be_32_bit_words(make):
         open_folder(make(*quantized(weight=floats(4, 8))))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
 def test_a_foreign_quantization_is_refused_by_its_name(make, method):
     with pytest.raises(CapabilityError, match=rf"(?s)quantized with {method}.*fix: use the unquantized model"):
         open_folder(make({**CONFIG, "quantization_config": {"quant_method": method, "bits": 4}}))
