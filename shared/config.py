@@ -19,8 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from shared.errors import CapabilityError, ConfigError, did_you_mean
-from shared.registry import QUANTIZERS
+from shared.errors import ConfigError, did_you_mean
 from shared.types import FIXED, TERNARY_RULES, MomentFormat, Scheme
 
 Places = dict[tuple[Any, ...], str]  # key path -> where it was set: "run.yaml:3", "--set"
@@ -227,7 +226,7 @@ def named_schemes() -> dict[str, Scheme]:
 def parse_scheme(text: str) -> Scheme | None:
     """Return the scheme a quantization name stands for, None for "none".
 
-    Raises ConfigError for an unknown name, CapabilityError for one without a codec in this version.
+    Raises ConfigError for an unknown name.
 
     >>> parse_scheme("affine-4bit-g64")
     Scheme(name='affine', bits=4, group_size=64, double=False, solver='')
@@ -235,12 +234,7 @@ def parse_scheme(text: str) -> Scheme | None:
     if text == "none":
         return None
     if scheme := named_schemes().get(text):
-        if scheme.codec in QUANTIZERS:
-            return scheme
-        raise CapabilityError(
-            f'quantization "{text}" is not in this version: it knows {", ".join(QUANTIZERS)}',
-            fix="use affine-4bit-g64 (or 2, 3, 5, 6, 8 bit; g32, g128)",
-        )
+        return scheme
     if short := re.match(r"(?:q|int)?([234568])", text):
         raise ConfigError(f'quantization: unknown scheme "{text}"', fix=f'did you mean "affine-{short[1]}bit-g64"?')
     raise ConfigError(f'quantization: unknown scheme "{text}"', fix=did_you_mean(text, ["none", *named_schemes()]))

@@ -62,9 +62,9 @@ def find_four_bit(path: Path, module: str, kind: str, entries: Mapping[str, Entr
     """Return the place of an nf4 or fp4 weight."""
     key, prefix = f"{module}{STATE}{kind}", f"{module}.weight."
     state = read_state(path, key, entries[key])
-    shape, block, dtype = state.get("shape"), state.get("blocksize"), DTYPES.get(str(state.get("dtype")))
-    sound = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 1 <= n < 2**31 for n in shape)
-    if kind not in CODES or state.get("quant_type") != kind or block not in BLOCKS or not sound or dtype is None:
+    shape, block, dtype = shape_of(state), state.get("blocksize"), DTYPES.get(str(state.get("dtype")))
+    known = kind in CODES and state.get("quant_type") == kind and type(block) is int and block in BLOCKS
+    if not known or shape is None or dtype is None:
         told = ", ".join(f"{key} {state.get(key)!r}" for key in ("quant_type", "blocksize", "dtype", "shape"))
         raise damaged(path, module, f"its quant_state says {told}")
     rows, width = shape
@@ -94,6 +94,13 @@ def read_state(path: Path, key: str, entry: Entry) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ModelError(f'{path}: "{key}" does not hold a JSON object', fix="download the model again")
     return state
+
+
+def shape_of(state: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the (O, I) that a quant_state tells, None where it is not that of a matrix."""
+    shape = state.get("shape")
+    sound = isinstance(shape, list) and all(type(n) is int and 1 <= n < 2**31 for n in shape)
+    return (shape[0], shape[1]) if isinstance(shape, list) and sound and len(shape) == 2 else None
 
 
 def nested_offset(path: Path, module: str, state: Mapping[str, Any]) -> np.ndarray:

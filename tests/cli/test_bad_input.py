@@ -414,7 +414,6 @@ CONFIG = [
     case("device misspelt", section("device: cuda"), 2, "config.yaml:6: device, found 'cuda'", "'gpu'"),
     case("quantization misspelt", section("quantization: affine-4bit-g46"), 2, "quantization",
          'mean "affine-4bit-g64"'),
-    case("quantization of another version", section("quantization: nf4"), 4, "quantization", "nf4", "affine-4bit-g64"),
     case("full fine-tuning of a base quantized at load",
          section("quantization: affine-4bit-g64\nadapter: {type: none}"), 2, "config.yaml", "adapter.type", "none"),
     case("a section is a number", section("adapter: 8"), 2, "config.yaml:6: adapter, found 8",

@@ -150,6 +150,7 @@ def raw(words):
         (state_of(blocksize=0), "blocksize 0"),
         (state_of(blocksize=128), "absmax"),
         (state_of(blocksize=True), "blocksize True"),
+        (state_of(blocksize=64.0), "blocksize 64.0"),
         (state_of(dtype="float8"), "dtype 'float8'"),
         (state_of(quant_type="fp4"), "quant_type 'fp4'"),
         (state_of(nested_offset="x"), "nested_offset 'x'"),
