@@ -79,3 +79,25 @@ def test_a_base_quantized_at_load_trains_alike_on_both_backends(
 ):
     folder = tiny_model_folder()
     check(folder, scheme, make_examples=make_examples, make_update=make_update, tmp_path=tmp_path, expected=scheme)
+
+
+FOLDERS = {
+    "nf4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "bfloat16"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_of_bitsandbytes_trains_alike_on_both_backends(
+    tiny_model_folder, make_examples, make_update, tmp_path, kind
+):
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config, folder = BitsAndBytesConfig(**FOLDERS[kind]), tmp_path / "packed"
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model_folder(), quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    check(folder, None, make_examples=make_examples, make_update=make_update, tmp_path=tmp_path, expected=kind)
