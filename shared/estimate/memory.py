@@ -28,6 +28,7 @@ from shared.types import AdapterSpec, ModelInfo, Recompute, Scheme
 
 SIZES = {"float32": 4, "bfloat16": 2}
 STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+IN_FLOAT32 = {"nf4", "fp4", "int8"}  # formats that are decoded in float32, and have no kernel in MLX
 # Logits of one chunk, as the backends' objectives cut them, and the fewest rows.
 CHUNK_ELEMENTS = {"torch-cpu": 2**24, "torch-gpu": 2**26, "mlx-cpu": 2**21, "mlx-gpu": 2**21}
 CHUNK_ROWS = 64
@@ -288,13 +289,16 @@ def loss_bytes(shape: Shape, work: Work, costs: Costs, *, place: str, size: int)
 
 def decode_bytes(config: RunConfig, shape: Shape, costs: Costs, *, place: str) -> float:
     """Return the bytes of the largest quantized weight, decoded in the scales' dtype and cast to the activations'."""
-    if not (shape.schemes or load_scheme(config, shape)):
+    at_load = load_scheme(config, shape)
+    names = {scheme.name for scheme in ([at_load] if at_load else shape.schemes.values())}
+    if not names:
         return 0
-    same = shape.scale_bytes == SIZES[config.train.dtype]
-    if place == "mlx-gpu" and same:
+    word = WORD if names & IN_FLOAT32 else shape.scale_bytes
+    same = word == SIZES[config.train.dtype]
+    if place == "mlx-gpu" and same and not names & IN_FLOAT32:
         return 0  # quantized_matmul decodes in its kernel
     largest = max((out * wide for out, wide in shape.info.linears.values()), default=0)
-    return costs.decodes * largest * (shape.scale_bytes + (0 if same else SIZES[config.train.dtype]))
+    return costs.decodes * largest * (word + (0 if same else SIZES[config.train.dtype]))
 
 
 def head_decode_bytes(config: RunConfig, shape: Shape) -> int:

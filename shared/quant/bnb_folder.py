@@ -63,8 +63,8 @@ def find_four_bit(path: Path, module: str, kind: str, entries: Mapping[str, Entr
     key, prefix = f"{module}{STATE}{kind}", f"{module}.weight."
     state = read_state(path, key, entries[key])
     shape, block, dtype = shape_of(state), state.get("blocksize"), DTYPES.get(str(state.get("dtype")))
-    known = kind in CODES and state.get("quant_type") == kind and type(block) is int and block in BLOCKS
-    if not known or shape is None or dtype is None:
+    known = kind in CODES and state.get("quant_type") == kind
+    if not known or type(block) is not int or block not in BLOCKS or shape is None or dtype is None:
         told = ", ".join(f"{key} {state.get(key)!r}" for key in ("quant_type", "blocksize", "dtype", "shape"))
         raise damaged(path, module, f"its quant_state says {told}")
     rows, width = shape
