@@ -24,6 +24,10 @@ from torch_backend.state import TO_TORCH, from_torch
 
 Arrays = Mapping[str, torch.Tensor]  # under the names that the codec gives them
 Decoder = Callable[[Arrays, Stored], torch.Tensor]
+WORDS = {
+    2: (1, 4, torch.int32), 3: (3, 8, torch.int64), 4: (1, 2, torch.int16), 5: (5, 8, torch.int64),
+    6: (6, 8, torch.int64),
+}  # bits: bytes that make up a word, codes in them, what they are spread over  # fmt: skip
 PLAIN_DECODE = "triton is not installed: quantized weights are decoded by many small kernels (pip install triton)"
 
 
@@ -34,21 +38,28 @@ def has_triton() -> bool:
 
 
 def unpack(raw: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return codes (O, I) of a row's bytes (O, I*bits/8) uint8; the codes are one little-endian bit stream."""
+    """Return codes (O, I) of a row's bytes (O, I*bits/8) uint8; the codes are one little-endian bit stream.
+
+    A word's codes are moved apart by halves until each has a byte of its own: whole arrays of words at a time.
+    """
     if bits == 8:
         return raw
-    rows = raw.shape[0]
-    if bits in (2, 4):
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=raw.device)
-        return ((raw[..., None] >> shifts) & (2**bits - 1)).reshape(rows, -1)
-    num_bytes, num_codes = {3: (3, 8), 5: (5, 8), 6: (3, 4)}[bits]
-    wide = torch.int64 if bits == 5 else torch.int32
-    groups = raw.reshape(rows, -1, num_bytes).to(wide)
-    word = groups[..., 0]
-    for n in range(1, num_bytes):
-        word = word | (groups[..., n] << (8 * n))
-    shifts = torch.arange(num_codes, dtype=wide, device=raw.device) * bits
-    return ((word[..., None] >> shifts) & (2**bits - 1)).reshape(rows, -1)
+    num_bytes, num_codes, dtype = WORDS[bits]
+    words = raw.to(dtype) if num_bytes == 1 else widen(raw, num_bytes).view(dtype)
+    while num_codes > 1:
+        num_codes //= 2
+        low = sum((2 ** (bits * num_codes) - 1) << at for at in range(0, 8 * dtype.itemsize, 16 * num_codes))
+        upper = (words << ((8 - bits) * num_codes)).bitwise_and_(low << (8 * num_codes))
+        words = upper.bitwise_or_(words & low)
+    return words.view(torch.uint8)
+
+
+def widen(raw: torch.Tensor, num_bytes: int) -> torch.Tensor:
+    """Return rows (O, I) with every `num_bytes` bytes filled up to 8."""
+    groups = raw.view(len(raw), -1, num_bytes)
+    wide = torch.zeros(*groups.shape[:2], 8, dtype=torch.uint8, device=raw.device)
+    wide[..., :num_bytes] = groups
+    return wide.view(len(raw), -1)
 
 
 def decode_affine(arrays: Arrays, stored: Stored) -> torch.Tensor:
