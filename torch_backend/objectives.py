@@ -12,7 +12,7 @@ import torch
 
 from shared.families import HeadFacts
 
-CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, so that its matmuls have rows enough to be fast
+CHUNK_ELEMENTS = 2**25  # logits of one chunk: 128 MiB in float32, so that its matmuls have rows enough to be fast
 CHUNK_ELEMENTS_CUDA = 2**26  # every chunk reads the whole head: a GPU needs some 500 rows to be busy meanwhile
 LEAST_ROWS = 64
 
