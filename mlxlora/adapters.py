@@ -86,6 +86,10 @@ class LoRALinear(nn.Module):
         """Return base(x) + scale * dropout(x) A.T B.T."""
         return self._readers.output_of(self, x_BTD)
 
+    def after_gate(self, gate_BTD: mx.array, up_BTD: mx.array) -> mx.array:
+        """Return the output for silu(gate) * up, which is not kept."""
+        return self._readers.output_of(self, gate_BTD, up_BTD)
+
 
 def attach_lora(root: nn.Module, spec: AdapterSpec, dropout: Dropout, linears: Mapping[str, tuple[int, int]]) -> None:
     """Replace the spec's modules, in place, by LoRA layers over them."""

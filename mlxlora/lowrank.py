@@ -11,6 +11,8 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
+from mlxlora.elementwise import sigmoid
+from mlxlora.gated import gated, gated_gradients
 from mlxlora.quantized import back_product, base_arrays, product
 
 Layers = Sequence[Any]  # LoRALinear layers of adapters.py
@@ -24,16 +26,20 @@ class Readers:
 
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
-        self.function = low_rank(layers)
+        self.function, self.after_gate = low_rank(layers), low_rank_after_gate(layers)
         self.x: mx.array | None = None
         self.waiting: dict[str, mx.array] = {}
 
-    def output_of(self, layer: Any, x_BTD: mx.array) -> mx.array:
-        """Return the layer's output for x, computed now or when one of the others was asked."""
+    def output_of(self, layer: Any, x_BTD: mx.array, up_BTD: mx.array | None = None) -> mx.array:
+        """Return the layer's output for x, computed now or when one of the others was asked.
+
+        With `up` the layers read silu(x) * up.
+        """
         if self.x is not x_BTD or layer._name not in self.waiting:
             factors = [factor for reader in self.layers for factor in (reader.lora_A, reader.lora_B)]
             bases = [array for reader in self.layers for array in base_arrays(reader.base)]
-            outputs = self.function(x_BTD, *factors, *bases)
+            read = (x_BTD,) if up_BTD is None else (x_BTD, up_BTD)
+            outputs = (self.function if up_BTD is None else self.after_gate)(*read, *factors, *bases)
             self.waiting = {reader._name: y for reader, y in zip(self.layers, outputs, strict=True)}
             self.x = x_BTD
         output = self.waiting.pop(layer._name)
@@ -57,6 +63,23 @@ def low_rank(layers: Layers) -> Callable[..., list[mx.array]]:
     @forward.vjp
     def backward(primals: list[mx.array], grads: list[mx.array], _outputs: list[mx.array]) -> list[mx.array]:
         return gradients_of(layers, primals[0], primals[1:], grads)
+
+    return cast(Callable[..., list[mx.array]], forward)
+
+
+def low_rank_after_gate(layers: Layers) -> Callable[..., list[mx.array]]:
+    """Return `low_rank` of x = silu(gate) * up as a function of gate, up, factors and bases: x is made again."""
+
+    @mx.custom_function
+    def forward(gate: mx.array, up: mx.array, *arrays: mx.array) -> list[mx.array]:
+        return outputs_of(layers, gated(gate, up), arrays)
+
+    @forward.vjp
+    def backward(primals: list[mx.array], grads: list[mx.array], _outputs: list[mx.array]) -> list[mx.array]:
+        gate, up, *arrays = primals
+        share = sigmoid(gate)
+        dx, *others = gradients_of(layers, gate * share * up, arrays, grads)
+        return [*gated_gradients(gate, up, dx, share), *others]
 
     return cast(Callable[..., list[mx.array]], forward)
 

@@ -21,6 +21,7 @@ from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
 from mlxlora.attention import PACKABLE, Segments, packing
 from mlxlora.decoders import find_decoder
 from mlxlora.dora import attach_dora, magnitudes
+from mlxlora.gated import gating
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
 from shared.adapters.spec import ADAPTER_LEAVES, layer_of
@@ -28,6 +29,7 @@ from shared.errors import ModelError
 from shared.families import (
     CHECKED,
     CONFIG_FAULTS,
+    GATED,
     KEEPS_SCHEME,
     UNVERIFIED,
     check_logits,
@@ -137,6 +139,8 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     if can_pack(zoo, folder):
         for layer in zoo.model.layers:
             layer.self_attn.__class__ = packing(type(layer.self_attn))
+    for layer in zoo.model.layers if folder.family in GATED else ():
+        layer.mlp.__class__ = gating(type(layer.mlp))
     if recompute:
         for layer in zoo.model.layers:
             layer.__class__ = recomputing(type(layer))

@@ -13,6 +13,9 @@ from shared.types import Scheme
 # compared with the zoo's own logits when it is loaded, and refused where they differ.
 CHECKED = frozenset({"llama", "mistral", "qwen2"})
 
+# Families whose feed-forward layers are down(silu(gate) * up) in both zoos.
+GATED = CHECKED | {"cohere", "granite", "olmo2", "qwen3", "smollm3"}
+
 WINDOWS_APPLIED = frozenset({"gemma3", "gemma3_text"})  # by mlx-lm 0.32, compared with transformers
 UNVERIFIED = "{family} is not among the families proven by tests; `mlxlora parity` compares both backends on your data"
 KEEPS_SCHEME = ("the folder is quantized already; its own scheme is kept",)

@@ -96,6 +96,10 @@ class LoRALinear(nn.Module):
         """Return base(x) + scale * dropout(x) A.T B.T."""
         return self.readers.output_of(self, x_BTD)
 
+    def after_gate(self, gate_BTD: torch.Tensor, up_BTD: torch.Tensor) -> torch.Tensor:
+        """Return the output for silu(gate) * up, which is not kept."""
+        return self.readers.output_of(self, gate_BTD, up_BTD)
+
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the base's (O, D) weight, decoded where it is quantized."""
         base: Any = self.base

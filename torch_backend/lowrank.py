@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from torch_backend.gated import gated, gated_gradients
+
 Layers = Sequence[Any]  # LoRALinear layers of adapters.py
 
 
@@ -24,11 +26,14 @@ class Readers:
         self.x: torch.Tensor | None = None
         self.waiting: dict[str, torch.Tensor] = {}
 
-    def output_of(self, layer: Any, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output for x, computed now or when one of the others was asked."""
+    def output_of(self, layer: Any, x_BTD: torch.Tensor, up_BTD: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the layer's output for x, computed now or when one of the others was asked.
+
+        With `up` the layers read silu(x) * up.
+        """
         if self.x is not x_BTD or layer.name not in self.waiting:
             factors = [factor for reader in self.layers for factor in (reader.lora_A, reader.lora_B)]
-            outputs = _LowRank.apply(x_BTD, self.layers, *factors)
+            outputs = _LowRank.apply(x_BTD, up_BTD, self.layers, *factors)
             self.waiting = {reader.name: y for reader, y in zip(self.layers, outputs, strict=True)}
             self.x = x_BTD
         output = self.waiting.pop(layer.name)
@@ -40,14 +45,16 @@ class Readers:
 class _LowRank(torch.autograd.Function):
     """y_i = x W_i.T + b_i + scale * dropout(x) A_i.T B_i.T for every reader i of x; of the inputs x alone is saved.
 
+    Where x is silu(gate) * up, these two are saved in its stead, and x is made again.
     With g_i = dy_i and u_i = scale * g_i B_i:
     dx = sum g_i W_i + u_i A_i,  dA_i = u_i.T x,  dB_i = scale * g_i.T (x A_i.T).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layers: Layers, *factors: torch.Tensor) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, up: torch.Tensor | None, layers: Layers, *factors: torch.Tensor) -> Any:
         ctx.layers = layers
-        ctx.save_for_backward(x, *factors)
+        ctx.save_for_backward(x, up, *factors)
+        x = x if up is None else gated(x, up)
         x_ND = x.reshape(-1, x.shape[-1])
         A_KD = stack(factors[0::2], x.dtype)
         low_NK = dropped(layers, x, x_ND) @ A_KD.T
@@ -62,7 +69,8 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        (x, *factors), layers = ctx.saved_tensors, ctx.layers
+        (gate, up, *factors), layers = ctx.saved_tensors, ctx.layers
+        x = gate if up is None else gated(gate, up)
         x_ND, A_KD = x.reshape(-1, x.shape[-1]), stack(factors[0::2], x.dtype)
         read_ND = dropped(layers, x, x_ND)
         low_NK, u_NK = read_ND @ A_KD.T, torch.zeros(len(x_ND), len(A_KD), dtype=x.dtype, device=x.device)
@@ -82,7 +90,10 @@ class _LowRank(torch.autograd.Function):
         if dx_ND is not None:
             dx_ND = add_low(dx_ND, u_NK, A_KD, layers=layers, x=x).view(x.shape)
         dA = (u_NK.T @ read_ND).to(factors[0].dtype).split(ranks(layers))
-        return dx_ND, None, *(factor for pair in zip(dA, dB, strict=True) for factor in pair)
+        dup = None
+        if dx_ND is not None and up is not None:
+            dx_ND, dup = gated_gradients(gate, up, dx_ND)
+        return dx_ND, dup, None, *(factor for pair in zip(dA, dB, strict=True) for factor in pair)
 
 
 def stack(factors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

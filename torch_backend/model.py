@@ -20,6 +20,7 @@ from shared.errors import ModelError
 from shared.families import (
     CHECKED,
     CONFIG_FAULTS,
+    GATED,
     KEEPS_SCHEME,
     UNVERIFIED,
     check_logits,
@@ -37,6 +38,7 @@ from torch_backend import attention, generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
 from torch_backend.decoders import PLAIN_DECODE, find_decoder, has_triton
 from torch_backend.dora import attach_dora, magnitudes
+from torch_backend.gated import gating, is_gated
 from torch_backend.offload import offload_layers
 from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from torch_backend.state import from_torch, send, to_torch, torch_dtype
@@ -126,7 +128,11 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     zoo.eval().requires_grad_(False).to(device)
     if tied:
         tie_head(zoo)
-    set_recompute(zoo.get_decoder().layers, recompute, device=torch.device(device))
+    layers: Any = zoo.get_decoder().layers
+    for layer in layers if folder.family in GATED else ():
+        if is_gated(layer.mlp):
+            layer.mlp.__class__ = gating(type(layer.mlp))
+    set_recompute(layers, recompute, device=torch.device(device))
     if device == "cuda" and any(schemes_of(zoo)) and not has_triton():
         notes = (*notes, PLAIN_DECODE)
     head = objectives.Head(zoo.get_output_embeddings(), head_facts(folder.config))
