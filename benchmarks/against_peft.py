@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from shared.adapters.folder import PEFT_PREFIX
+from shared.adapters.names import PEFT_PREFIX
 from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import build_config

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shared.callbacks import Callback
     from shared.config import RunConfig
+    from shared.convert.adapters import Converted
     from shared.doctor import Check
     from shared.estimate.report import Report
     from shared.evaluate import Evaluation
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "bench", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "parity", "quickstart", "schema",
-    "train",
+    "bench", "convert", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "parity",
+    "quickstart", "schema", "train",
 ]  # fmt: skip
 
 DEMO = Path(__file__).parent / "demo"
@@ -138,6 +139,16 @@ def stream(
     sampling = sessions.sampling_for(session, max_tokens=max_tokens, temperature=temperature, seed=seed)
     for piece, _ in sessions.stream(session, ids, sampling):
         yield piece
+
+
+def convert(
+    source: str | Path, *, to: str, output: str | Path, base: str | Path | None = None, force: bool = False
+) -> Converted:
+    """Write an adapter folder for "peft" or "mlx" (mlx-lm); converted back it has its first bytes again."""
+    from shared.convert.adapters import convert_adapter
+
+    folders = Path(source).expanduser(), Path(output).expanduser()
+    return convert_adapter(*folders, to=to, base=text(base), force=force)
 
 
 def fuse(model: str | Path, *, adapter: str | Path, output: str | Path, **options: Any) -> FuseResult:

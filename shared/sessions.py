@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.adapters.folder import Adapter, check_fit, read_adapter
+from shared.adapters.folder import Adapter, check_copies, check_fit, read_adapter
 from shared.config import parse_scheme
 from shared.data.layout import choose_layout
 from shared.data.rows import Row, find_data, read_rows, split_file
@@ -69,6 +69,7 @@ def open_session(
     )
     if found is not None:
         check_fit(found, loaded.info)
+        check_copies(found, base)
     for text in (*loaded.info.notes, *differences(found, base, dtype=dtype)):
         note(text)
     if found is not None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.adapters.folder import write_adapter
 from shared.adapters.spec import first_values, resolve
+from shared.adapters.writing import write_adapter
 from shared.callbacks import Callback, tell
 from shared.card import write_card
 from shared.checkpoint import Checkpoint

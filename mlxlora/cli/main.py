@@ -11,11 +11,13 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from mlxlora.cli.app import app
+from mlxlora.cli.converting import convert
 from mlxlora.cli.fusing import fuse
 from mlxlora.cli.measuring import bench
 from mlxlora.cli.planning import estimate
 
 app.command()(bench)
+app.command()(convert)
 app.command()(estimate)
 app.command()(fuse)
 

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from shared.config import AdapterConfig
     from shared.protocols import Model
 
-ADAPTER_LEAVES = (".lora_A", ".lora_B", ".lora_magnitude_vector")  # how names of adapter tensors end
+ADAPTER_LEAVES = (
+    ".lora_A",
+    ".lora_B",
+    ".lora_magnitude_vector",
+    ".lora_embedding_A",
+    ".lora_embedding_B",
+)  # how names of adapter tensors end
 SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # siblings that read one tensor
 SQUARED_ELEMENTS = 2**22  # widened to float64 at a time: 32 MiB
 LAYER = re.compile(r"\.(\d+)\.")

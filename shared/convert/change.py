@@ -14,24 +14,31 @@ from shared.tensors import is_finite, to_float32
 from shared.types import Tensor
 
 # O rows of the weight, I its width, R rank
+ROUNDING = 2.0**-23  # of a norm kept in float32
 
 
 @dataclass(frozen=True)
 class Change:
-    """The low-rank change of one weight: W + scale * B A."""
+    """The change of one weight: W + scale * B A; with DoRA's magnitudes m / |W + scale B A| times that, row by row."""
 
     A: np.ndarray  # (R, I) float32
     B: np.ndarray  # (O, R) float32
     scale: float
+    magnitude: np.ndarray | None = None  # (O,) float32
 
     def is_nothing(self) -> bool:
-        """Return whether the weight stays as it is, bit for bit."""
-        return self.scale == 0 or not (self.A.any() and self.B.any())
+        """Return whether the weight surely stays as it is, bit for bit."""
+        return self.magnitude is None and (self.scale == 0 or not (self.A.any() and self.B.any()))
 
     def apply(self, weight: np.ndarray, rows: slice) -> np.ndarray:
         """Return these rows of the changed weight, float64; weight: the same rows of the base, (rows, I)."""
         product = self.B[rows].astype(np.float64) @ self.A.astype(np.float64)
-        return np.asarray(weight, dtype=np.float64) + self.scale * product
+        changed = np.asarray(weight, dtype=np.float64) + self.scale * product
+        if self.magnitude is None:
+            return changed
+        gain = self.magnitude[rows] / np.linalg.norm(changed, axis=1)
+        gain[np.abs(gain - 1) <= ROUNDING] = 1  # a magnitude that was never moved
+        return changed * gain[:, None]
 
 
 def find_changes(adapter: Adapter, weights: Mapping[str, Weight]) -> dict[str, Change]:
@@ -52,13 +59,16 @@ def find_changes(adapter: Adapter, weights: Mapping[str, Weight]) -> dict[str, C
         shape = weights[f"{module}.weight"].shape
         if len(shape) != 2:
             raise AdapterError(f'"{module}" has a weight of shape {shape}', expected="a matrix (out, in)")
-        leaves = {"lora_A": (spec.rank, shape[1]), "lora_B": (shape[0], spec.rank)}
-        A, B = (read_leaf(adapter.tensors, f"{module}.{leaf}", shape=size) for leaf, size in leaves.items())
-        changes[f"{module}.weight"] = Change(A, B, spec.scale)
+        rank = spec.rank_of(module)
+        leaves: dict[str, tuple[int, ...]] = {"lora_A": (rank, shape[1]), "lora_B": (shape[0], rank)}
+        if spec.kind == "dora":
+            leaves["lora_magnitude_vector"] = (shape[0],)
+        A, B, *magnitude = (read_leaf(adapter.tensors, f"{module}.{leaf}", shape=size) for leaf, size in leaves.items())
+        changes[f"{module}.weight"] = Change(A, B, spec.scale_of(module), *magnitude)
     return changes
 
 
-def read_leaf(tensors: Mapping[str, Tensor], name: str, *, shape: tuple[int, int]) -> np.ndarray:
+def read_leaf(tensors: Mapping[str, Tensor], name: str, *, shape: tuple[int, ...]) -> np.ndarray:
     """Return a tensor of an adapter as float32; raises AdapterError unless it is there, fits and is finite."""
     found = tensors.get(name)
     if found is None or found.shape != shape:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shared.adapters.folder import PEFT_PREFIX, read_adapter
+from shared.adapters.folder import read_adapter
+from shared.adapters.names import PEFT_PREFIX
 from shared.adapters.spec import initial_adapter
 from shared.callbacks import Metrics
 from shared.data.batch import Plan

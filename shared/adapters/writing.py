@@ -1,0 +1,169 @@
+"""What PEFT and mlx-lm keep of an adapter: a config and named tensors of each, from one spec.
+
+PEFT says rank and alpha per module where they differ. mlx-lm has one rank and one scale: there smaller ranks are filled
+up with zeros, and another scale goes into lora_b.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.adapters.names import MLX_FILE, PEFT_FILE, leaves_of, mlx_name, peft_name, turned
+from shared.adapters.schema import CONFIG_FILE
+from shared.adapters.spec import LAYER, layer_of, natural, short_name
+from shared.tensors import from_float32, save_file, to_float32
+from shared.types import AdapterSpec, ModelInfo, Tensor
+
+METADATA = {PEFT_FILE: {"format": "pt"}, MLX_FILE: {"format": "mlx"}}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the base: how many layers, and the names of its modules; None where nobody said."""
+
+    num_layers: int | None = None
+    modules: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An adapter as one library keeps it."""
+
+    file: str
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def write_adapter(
+    folder: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor], info: ModelInfo, *, base: str, notes: dict[str, Any]
+) -> None:
+    """Write the files of an adapter, for both libraries, into an existing folder; base: path or hub id of the model."""
+    facts = Facts(info.num_layers, frozenset(info.linears))
+    layouts = (to_peft(spec, tensors, facts, base=base), to_mlx(spec, tensors, facts))
+    for layout in layouts:
+        save_file(folder / layout.file, layout.tensors.items(), metadata=METADATA[layout.file])
+    write_config(folder, {**layouts[0].config, **layouts[1].config, "mlxlora": notes})
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write adapter_config.json."""
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def to_peft(spec: AdapterSpec, tensors: Mapping[str, Tensor], facts: Facts, *, base: str | None) -> Layout:
+    """Return an adapter as PEFT keeps it; base: what its config calls the model."""
+    targets, layers = peft_targets(spec.modules, facts)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "r": spec.rank,
+        "lora_alpha": plain_number(spec.alpha),
+        "rank_pattern": dict(spec.ranks),
+        "alpha_pattern": {name: plain_number(alpha) for name, alpha in spec.alphas.items()},
+        "lora_dropout": spec.dropout,
+        "target_modules": targets,
+        "layers_to_transform": layers,
+        "use_rslora": spec.kind == "rslora",
+        "use_dora": spec.kind == "dora",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    return Layout(PEFT_FILE, config, {peft_name(name): tensor for name, tensor in tensors.items()})
+
+
+def plain_number(value: float) -> int | float:
+    """Return a whole number as int, as PEFT writes alpha."""
+    return int(value) if value == int(value) else value
+
+
+def peft_targets(modules: Sequence[str], facts: Facts) -> tuple[list[str], list[int] | None]:
+    """Return target_modules and layers_to_transform: short names where they mean just these modules, else paths."""
+    kinds = sorted({short_name(name) for name in modules})
+    if facts.modules is not None:
+        same = {name for name in facts.modules if short_name(name) in kinds} == set(modules)
+        return (kinds if same else list(modules)), None
+    by_layer = parts_by_layer(modules)
+    if None in by_layer or len(set(map(frozenset, by_layer.values()))) != 1:
+        return list(modules), None
+    layers = sorted(layer for layer in by_layer if layer is not None)
+    return kinds, None if facts.num_layers == len(layers) else layers
+
+
+def parts_by_layer(modules: Sequence[str]) -> dict[int | None, set[str]]:
+    """Return the adapted paths inside each layer; those outside of all layers under None."""
+    found: dict[int | None, set[str]] = {}
+    for name in modules:
+        found.setdefault(layer_of(name), set()).add(LAYER.split(name, maxsplit=1)[-1])
+    return found
+
+
+def to_mlx(spec: AdapterSpec, tensors: Mapping[str, Tensor], facts: Facts) -> Layout:
+    """Return an adapter as mlx-lm keeps it."""
+    num_layers, keys = mlx_keys([mlx_name(f"{name}.lora_A").removesuffix(".lora_a") for name in spec.modules], facts)
+    scale, rank = common_scale(spec), max(spec.rank_of(name) for name in spec.modules)
+    config = {
+        "fine_tune_type": "dora" if spec.kind == "dora" else "lora",
+        "num_layers": num_layers,
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": spec.dropout, "keys": keys},
+    }
+    even = dict(tensors)
+    for module in spec.modules:
+        A, B = (f"{module}.{leaf}" for leaf in leaves_of(module))
+        even[A] = with_zeros(tensors[A], rank, axis=0)
+        even[B] = folded(with_zeros(tensors[B], rank, axis=1), spec.scale_of(module) / scale)
+    return Layout(MLX_FILE, config, {mlx_name(name): turned(tensor) for name, tensor in even.items()})
+
+
+def mlx_keys(modules: Sequence[str], facts: Facts) -> tuple[int, list[str]]:
+    """Return num_layers and keys. mlx-lm adapts the last N blocks by paths inside them, and whole paths anywhere."""
+    by_layer = parts_by_layer(modules)
+    outside = by_layer.pop(None, set())
+    layers = sorted(layer for layer in by_layer if layer is not None)
+    total = facts.num_layers
+    if layers and len(set(map(frozenset, by_layer.values()))) == 1:
+        inside = next(iter(by_layer.values()))
+        if total is None and layers == list(range(len(layers))):
+            return -1, sorted(inside | outside)  # all blocks; those without tensors stay as they are
+        if total is not None and layers == list(range(layers[0], total)):
+            return len(layers), sorted(inside | outside)
+    return total or -1, sorted(modules, key=natural)
+
+
+def common_scale(spec: AdapterSpec) -> float:
+    """Return the scale that most modules have."""
+    return Counter(spec.scale_of(name) for name in spec.modules).most_common(1)[0][0]
+
+
+def with_zeros(matrix: Tensor, rank: int, *, axis: int) -> Tensor:
+    """Return A or B filled up with zeros to a rank."""
+    missing = rank - matrix.shape[axis]
+    if missing == 0:
+        return matrix
+    return Tensor(matrix.dtype, np.pad(matrix.data, [(0, missing if n == axis else 0) for n in range(2)]))
+
+
+def folded(matrix: Tensor, ratio: float) -> Tensor:
+    """Return B times a ratio: in its own dtype where that is exact, else in float32."""
+    if ratio == 1.0:
+        return matrix
+    dtype = matrix.dtype if math.frexp(ratio)[0] == 0.5 else "F32"
+    return from_float32((to_float32(matrix).astype(np.float64) * ratio).astype(np.float32), dtype)
+
+
+def unfolded(matrix: Tensor, ratio: float, *, dtype: str) -> Tensor:
+    """Return B of what `folded` made of it, up to a rounding of float32."""
+    if ratio == 1.0:
+        return matrix
+    return from_float32((to_float32(matrix).astype(np.float64) / ratio).astype(np.float32), dtype)

@@ -1,0 +1,293 @@
+"""Adapters from PEFT to mlx-lm and back: the same numbers, and the way back gives the first bytes again.
+
+A converted folder remembers under `mlxlora.origin` in its config what it came from: the config's text and the header of
+the tensor file. The way back uses them where the adapter is still the one that was converted, which its hash tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.adapters.folder import Adapter, check_copies, from_peft, no_adapter, no_tensors, read_as
+from shared.adapters.names import (
+    COPY,
+    MLX_FILE,
+    PEFT_FILE,
+    is_embedding,
+    leaves_of,
+    mlx_name,
+    own_name,
+    own_name_of_mlx,
+    peft_name,
+    turned,
+)
+from shared.adapters.schema import CONFIG_FILE
+from shared.adapters.spec import layer_of
+from shared.adapters.writing import (
+    METADATA,
+    Facts,
+    Layout,
+    common_scale,
+    to_mlx,
+    to_peft,
+    unfolded,
+    write_config,
+)
+from shared.convert.target import new_folder
+from shared.errors import AdapterError, CapabilityError, ConfigError, MlxloraError, ModelError
+from shared.families import is_tied
+from shared.folder import ModelFolder, find_folder, open_folder, read_json
+from shared.tensors import NUMPY, is_finite, load_file, save_file
+from shared.types import AdapterSpec, Tensor
+
+FILES = {"peft": PEFT_FILE, "mlx": MLX_FILE}
+OTHER = {"peft": "mlx", "mlx": "peft"}
+# What mlx-lm's files have no place for: what a folded lora_b lost in a rounding, in units of the last place; weights
+# of the base that PEFT saved with the adapter.
+RESTORE_FILE = "mlxlora_restore.safetensors"
+MAX_ORIGIN = 8_000_000
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion gave."""
+
+    output: Path
+    source: str  # peft, mlx
+    to: str
+    modules: int
+    tensors: int
+    restored: bool  # the bytes of what the source once came from
+    notes: tuple[str, ...]
+
+
+def convert_adapter(source: Path, target: Path, *, to: str, base: str | None = None, force: bool = False) -> Converted:
+    """Write an adapter folder for the other library; the source is never touched, the target whole or absent.
+
+    base: the model, for its number of layers and to check names; where None, the folder that the config names, if it
+    is here. Raises AdapterError, CapabilityError where the other library has no way to say it, ConfigError.
+    """
+    form = find_form(source, to=to)
+    adapter, config = read_as(source, FILES[form]), read_json(source / CONFIG_FILE)
+    damaged = next((name for name, tensor in adapter.tensors.items() if not is_finite(tensor)), None)
+    if damaged:
+        raise AdapterError(f'adapter tensor "{damaged}" holds NaN or infinity', fix="use an earlier checkpoint")
+    stored = load_file(source / FILES[form])
+    first = restored(config, stored, load_restore(source), to=to)
+    folder = find_base(config, base)
+    facts = facts_of(folder)
+    check_expressible(adapter.spec, folder)
+    if folder is not None:
+        check_copies(adapter, folder)
+    with new_folder(target, sources=[source], force=force) as staged:
+        if first is not None:
+            text, data = first
+            (staged / CONFIG_FILE).write_text(text, encoding="utf-8")
+            (staged / FILES[to]).write_bytes(data)
+        else:
+            write_converted(staged, source, adapter, config, facts, form=form, to=to)
+        if (source / "README.md").is_file():
+            (staged / "README.md").write_bytes((source / "README.md").read_bytes())
+    notes = tuple(remarks(adapter.spec, folder, base=base, to=to))
+    return Converted(target, form, to, len(adapter.spec.modules), len(adapter.tensors), first is not None, notes)
+
+
+def find_form(source: Path, *, to: str) -> str:
+    """Return which library's file of a folder is to be converted: the other's; raises AdapterError."""
+    if not source.is_dir():
+        raise AdapterError(f"no adapter folder at {source}", expected=f"a folder with {CONFIG_FILE}")
+    if not (source / CONFIG_FILE).is_file():
+        raise no_adapter(source)
+    form = OTHER[to]
+    if (source / FILES[form]).is_file():
+        return form
+    if (source / FILES[to]).is_file():
+        raise ConfigError(f"{source} holds {FILES[to]}: it is {to} already", fix=f"--to {form}, or use it as it is")
+    raise no_tensors(source)
+
+
+def find_base(config: Mapping[str, Any], base: str | None) -> ModelFolder | None:
+    """Return the base's folder: the one asked for, else the one that the config names where it is on this machine."""
+    if base is not None:
+        return open_folder(find_folder(base))
+    named = config.get("base_model_name_or_path") or config.get("model")
+    try:
+        if isinstance(named, str) and (Path(named).expanduser() / "config.json").is_file():
+            return open_folder(Path(named).expanduser())
+    except (MlxloraError, OSError, ValueError):
+        pass  # a name that some other machine gave it
+    return None
+
+
+def facts_of(folder: ModelFolder | None) -> Facts:
+    """Return what conversion wants to know of a base."""
+    if folder is None:
+        return Facts()
+    layers = {layer for name in folder.entries if (layer := layer_of(name)) is not None}
+    return Facts(num_layers=len(layers) or None)
+
+
+def check_expressible(spec: AdapterSpec, folder: ModelFolder | None) -> None:
+    """Refuse what the two libraries compute differently, and modules that the base does not have."""
+    names = set() if folder is None else {name.rpartition(".")[0] for name in folder.entries}
+    missing = [name for name in spec.modules if names and name not in names and name != "lm_head"]
+    if missing:
+        raise AdapterError(
+            f'the adapter does not fit this base: it has no module "{missing[0]}" '
+            f"({len(missing)} of {len(spec.modules)} are missing)", fix="give the base that it was trained on",
+        )  # fmt: skip
+    ends = [name for name in spec.modules if is_embedding(name) or name == "lm_head"]
+    if not ends:
+        return
+    if folder is None:
+        raise CapabilityError(
+            f'the adapter changes "{ends[0]}", which PEFT and mlx-lm compute alike only where embedding and head '
+            "are two tensors; nobody says whether they are", fix="name the base: --base MODEL",
+        )  # fmt: skip
+    if is_tied(folder.config, has_head="lm_head.weight" in folder.entries):
+        raise CapabilityError(
+            f'the adapter changes "{ends[0]}" of a base whose head is its embedding: there PEFT adapts one of the two, '
+            "mlx-lm both", expected="a base with a head of its own",
+        )  # fmt: skip
+
+
+def write_converted(
+    staged: Path, source: Path, adapter: Adapter, config: Mapping[str, Any], facts: Facts, *, form: str, to: str
+) -> None:
+    """Write the other library's files, with what leads back."""
+    named = config.get("base_model_name_or_path") or config.get("model")
+    layout = to_peft(adapter.spec, adapter.tensors, facts, base=named) if to == "peft" else None
+    layout = layout or to_mlx(adapter.spec, adapter.tensors, facts)
+    written = {**layout.config, **({"model": named} if to == "mlx" else {})}
+    notes = {key: value for key, value in adapter.notes.items() if key != "origin"}
+    origin = {
+        "format": form,
+        "config": (source / CONFIG_FILE).read_text(encoding="utf-8"),
+        "header": header_text(source / FILES[form]),
+        "sha256": hashlib.sha256((source / FILES[form]).read_bytes()).hexdigest(),
+        "converted": digest(written),
+    }
+    if len(origin["config"]) + len(origin["header"]) <= MAX_ORIGIN:
+        notes["origin"] = origin
+    save_file(staged / layout.file, layout.tensors.items(), metadata=METADATA[layout.file])
+    write_config(staged, {**written, "mlxlora": notes})
+    lost = {**dict(rounded_away(adapter, layout)), **adapter.copies} if to == "mlx" else {}
+    if lost:
+        save_file(staged / RESTORE_FILE, lost.items(), metadata={"format": "mlxlora"})
+
+
+def header_text(file: Path) -> str:
+    """Return the header of a safetensors file that has been read."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        return stream.read(length).decode("utf-8")
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """Return a hash of a config without our own notes."""
+    plain = {key: value for key, value in config.items() if key != "mlxlora"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def ratio_of(spec: AdapterSpec, module: str) -> float:
+    """Return what mlx-lm's lora_b of a module has been multiplied with."""
+    return spec.scale_of(module) / common_scale(spec)
+
+
+def rounded_away(adapter: Adapter, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Yield by how many units of the last place each B is off that does not come back from mlx-lm's exactly."""
+    for module in adapter.spec.modules:
+        name = f"{module}.{leaves_of(module)[1]}"
+        B = adapter.tensors[name]
+        back = brought_back(layout.tensors[mlx_name(name)], B.shape, B.dtype, ratio=ratio_of(adapter.spec, module))
+        words = f"<i{B.data.dtype.itemsize}"
+        off = B.data.view(words).astype(np.int64) - back.data.view(words).astype(np.int64)
+        if off.any():
+            yield name, Tensor("I32", off.astype(np.int32))
+
+
+def brought_back(found: Tensor, shape: tuple[int, ...], dtype: str, *, ratio: float) -> Tensor:
+    """Return a tensor of mlx-lm in PEFT's orientation, without the zeros and the ratio that were put in."""
+    own = turned(found)
+    part = own.data[tuple(slice(size) for size in shape)]
+    return unfolded(Tensor(own.dtype, np.ascontiguousarray(part)), ratio, dtype=dtype)
+
+
+def load_restore(source: Path) -> Mapping[str, Tensor]:
+    """Return what was lost in roundings on the way to this folder."""
+    return load_file(source / RESTORE_FILE) if (source / RESTORE_FILE).is_file() else {}
+
+
+def restored(
+    config: Mapping[str, Any], stored: Mapping[str, Tensor], lost: Mapping[str, Tensor], *, to: str
+) -> tuple[str, bytes] | None:
+    """Return the config's text and the tensor file that this adapter came from; None where it is another now."""
+    notes = config.get("mlxlora")
+    origin = notes.get("origin") if isinstance(notes, dict) else None
+    try:
+        if origin is None or origin["format"] != to or origin["converted"] != digest(config):
+            return None
+        data = rebuilt(origin, stored, lost, to=to)
+        return (origin["config"], data) if hashlib.sha256(data).hexdigest() == origin["sha256"] else None
+    except (LookupError, TypeError, ValueError, AttributeError, MlxloraError):
+        return None  # notes that somebody changed
+
+
+def rebuilt(origin: Mapping[str, Any], stored: Mapping[str, Tensor], lost: Mapping[str, Tensor], *, to: str) -> bytes:
+    """Return the bytes of the first tensor file, as far as this adapter still has them."""
+    header = origin["header"].encode("utf-8")
+    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    back = back_to_peft(json.loads(origin["config"]), entries, stored, lost) if to == "peft" else None
+    pieces = [struct.pack("<Q", len(header)), header]
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        found = back[name] if back is not None else back_to_mlx(name, stored)
+        if found.dtype != entry["dtype"] or list(found.shape) != entry["shape"]:
+            raise ModelError(f'"{name}" is another tensor now')
+        pieces.append(np.ascontiguousarray(found.data).tobytes())
+    return b"".join(pieces)
+
+
+def back_to_peft(
+    config: Mapping[str, Any], entries: Mapping[str, Any], stored: Mapping[str, Tensor], lost: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return PEFT's tensors under their first names, from mlx-lm's."""
+    shapes = {
+        name: Tensor(entry["dtype"], np.broadcast_to(np.zeros((), NUMPY[entry["dtype"]]), entry["shape"]))
+        for name, entry in entries.items()
+    }
+    spec, _ = from_peft(config, shapes)
+    tensors: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        own = own_name(name)
+        if own.endswith(COPY):
+            tensors[name] = lost[f"{own.removesuffix(COPY)}.weight"]
+            continue
+        ratio = ratio_of(spec, own.rpartition(".")[0]) if own.endswith("_B") else 1.0
+        found = brought_back(stored[mlx_name(own)], shape.shape, shape.dtype, ratio=ratio)
+        if own in lost:
+            words = f"<i{found.data.dtype.itemsize}"
+            off = lost[own].data.astype(words)
+            found = Tensor(found.dtype, (found.data.view(words) + off).view(found.data.dtype))
+        tensors[name] = found
+    return tensors
+
+
+def back_to_mlx(name: str, stored: Mapping[str, Tensor]) -> Tensor:
+    """Return mlx-lm's tensor of a name, from PEFT's."""
+    return turned(stored[peft_name(own_name_of_mlx(name))])
+
+
+def remarks(spec: AdapterSpec, folder: ModelFolder | None, *, base: str | None, to: str) -> Iterator[str]:
+    """Yield what a user should know of a conversion that is right, but not the whole story."""
+    if spec.kind == "dora" and spec.dropout:
+        yield "DoRA with dropout: both libraries give the same answers, but they train it on differently"
+    if to == "peft" and folder is None:
+        yield "the base is not here: --base MODEL checks that the adapter fits it"
