@@ -73,6 +73,13 @@ class MLXBackend:
 
         return decode_packed(packed)
 
+    def input_gradient(self, packed: Packed, grad: np.ndarray) -> np.ndarray:
+        """Return the gradient (N, I) that a layer over a packed weight gives its input for (N, O) of its output."""
+        lend_blas()
+        from mlxlora.quantized import input_gradient
+
+        return input_gradient(packed, grad)
+
     def dropout_mask(
         self, *, seed: int, step: int, name: str, slots: Sequence[int], shape: tuple[int, int], p: float
     ) -> np.ndarray:

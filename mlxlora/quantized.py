@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from mlxlora.decoders import PRODUCTS, Arrays, find_decoder
@@ -133,3 +134,9 @@ class QuantizedEmbedding(nn.Module):
     def as_linear(self, x: mx.array) -> mx.array:
         """Return x @ table.T, as mlx-lm's models call a tied head."""
         return x @ self.decoded(x.dtype).T
+
+
+def input_gradient(packed: Packed, grad: np.ndarray) -> np.ndarray:
+    """Return the gradient (N, I) of a layer's input for the float32 gradient (N, O) of its output."""
+    layer, given = QuantizedLinear(packed, None), mx.array(grad)
+    return np.array(mx.grad(lambda x: (layer(x) * given).sum())(mx.zeros((len(grad), packed.shape[1]))))

@@ -22,6 +22,7 @@ from pydantic import (
 from shared.errors import ConfigError, did_you_mean
 from shared.types import FIXED, TERNARY_RULES, MomentFormat, Scheme
 
+DOUBLED = ("nf4", "fp4")  # formats whose scales may be quantized too
 Places = dict[tuple[Any, ...], str]  # key path -> where it was set: "run.yaml:3", "--set"
 
 
@@ -217,8 +218,11 @@ def named_schemes() -> dict[str, Scheme]:
         *affine,
         *(replace(scheme, solver="hqq") for scheme in affine),
         *(Scheme("ternary", 2, group, solver=rule) for group in groups for rule in ("", *TERNARY_RULES)),
-        *(Scheme(name, *FIXED[name]) for name in FIXED),
-        *(Scheme(name, *FIXED[name], double=True) for name in ("nf4", "fp4")),
+        *(
+            Scheme(name, *FIXED[name], double=double)
+            for name in FIXED
+            for double in (False, True)[: 1 + (name in DOUBLED)]
+        ),
     ]
     return {str(scheme): scheme for scheme in schemes}
 

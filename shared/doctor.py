@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from shared.capabilities import examine_schemes, summarize
 from shared.config_file import build_config
 from shared.errors import MlxloraError
 from shared.registry import BACKENDS, resolve
@@ -82,10 +83,18 @@ def examine_backend(name: str, demo: Path, losses: dict[str, float]) -> list[Che
     took = time.perf_counter() - began
     return [
         *checks,
+        examine_formats(name),
         Check(
             f"{name} step", "PASS", f"two LoRA updates of the demo base in {took:.1f} s, loss {losses[name]:.4f}", None
         ),
     ]
+
+
+def examine_formats(name: str) -> Check:
+    """Return the line on storage formats: which of them this backend trains over, and why not the others."""
+    cells = examine_schemes(resolve(BACKENDS, name, "backend")())
+    wrong = any(cell.verdict != "trains" for cell in cells)
+    return Check(f"{name} quantization", "INFO" if wrong else "PASS", summarize(cells), None)
 
 
 def smoke_step(backend: str, demo: Path) -> float:

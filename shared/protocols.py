@@ -150,6 +150,10 @@ class Backend(Protocol):
         """Return the weight a packed array stands for, as this backend's kernels see it."""
         ...
 
+    def input_gradient(self, packed: Packed, grad: np.ndarray) -> np.ndarray:
+        """Return the gradient (N, I) that a layer over a packed weight gives its input for (N, O) of its output."""
+        ...
+
     def dropout_mask(
         self, *, seed: int, step: int, name: str, slots: Sequence[int], shape: tuple[int, int], p: float
     ) -> np.ndarray:

@@ -67,6 +67,12 @@ class TorchBackend:
 
         return decode_packed(packed)
 
+    def input_gradient(self, packed: Packed, grad: np.ndarray) -> np.ndarray:
+        """Return the gradient (N, I) that a layer over a packed weight gives its input for (N, O) of its output."""
+        from torch_backend.quantized import input_gradient
+
+        return input_gradient(packed, grad)
+
     def dropout_mask(
         self, *, seed: int, step: int, name: str, slots: Sequence[int], shape: tuple[int, int], p: float
     ) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -116,3 +117,12 @@ class QuantizedEmbedding(nn.Module):
         """Return the rows of `tokens`."""
         rows = decoded_rows({key: getattr(self, key) for key in self.keys}, self.stored, tokens).to(self.dtype)
         return rows if self.scale == 1.0 else rows * self.scale
+
+
+def input_gradient(packed: Packed, grad: np.ndarray) -> np.ndarray:
+    """Return the gradient (N, I) of a layer's input for the float32 gradient (N, O) of its output."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.zeros(len(grad), packed.shape[1], device=device, requires_grad=True)
+    QuantizedLinear(packed, None).to(device)(x).backward(torch.from_numpy(grad).to(device))
+    assert x.grad is not None
+    return x.grad.cpu().numpy()

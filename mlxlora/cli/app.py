@@ -196,9 +196,9 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
     if as_json:
         emit_object({"ok": usable, "checks": [vars(check) for check in checks]})
     for check in checks if not as_json else ():
-        print(f"{check.status:<4}  {check.name:<11}  {check.found}")
+        print(f"{check.status:<4}  {check.name:<18}  {check.found}")
         if check.fix:
-            print(f"{'':<19}fix: {check.fix}")
+            print(f"{'':<26}fix: {check.fix}")
     raise typer.Exit(0 if usable else 4)
 
 

@@ -426,6 +426,8 @@ def test_doctor_tries_every_backend_and_gives_one_object(capsys):
     answer = answer_of(capsys.readouterr().out)
     checks = {check["name"]: check for check in answer["checks"]}
     assert {"machine", "system", "disk", "mlx", "torch", "mlx step", "torch step"} <= set(checks)
+    for name in BACKENDS:
+        assert "trains affine-{2,3,4,5,6,8}bit-g{32,64,128}, " in checks[f"{name} quantization"]["found"]
     assert {check["status"] for check in checks.values()} <= {"PASS", "FAIL", "INFO"}
     assert all(check["fix"] for check in checks.values() if check["status"] == "FAIL")
     usable = any(checks[f"{name} step"]["status"] == "PASS" for name in BACKENDS)

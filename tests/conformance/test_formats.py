@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from shared.config import named_schemes
+from shared.errors import CapabilityError
 from shared.registry import QUANTIZERS, find_quantizer
 from shared.tensors import from_float32
+from shared.types import Packed, Scheme
 
 SCHEMES = [
     scheme
@@ -27,6 +29,12 @@ def test_decoded_weights_are_those_of_the_codec_bit_for_bit(backend, scheme, dty
     found, wanted = backend.decode(packed), quantizer.dequantize(packed)
     assert found.dtype == wanted.dtype == packed.dtype
     assert np.array_equal(found.data.view(np.uint8), wanted.data.view(np.uint8))
+
+
+def test_a_format_without_a_decoder_is_refused_by_its_name(backend):
+    packed = Packed(Scheme("huffman", 4, 64), {}, (8, 64), "F32")
+    with pytest.raises(CapabilityError, match=rf'"huffman-g64" does not run on the {backend.name} backend'):
+        backend.decode(packed)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
