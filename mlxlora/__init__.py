@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shared.callbacks import Callback
     from shared.config import RunConfig
     from shared.convert.adapters import Converted
+    from shared.convert.quantize import QuantizeResult
     from shared.doctor import Check
     from shared.estimate.report import Report
     from shared.evaluate import Evaluation
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "bench", "convert", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "parity",
+    "bench", "convert", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "parity", "quantize",
     "quickstart", "schema", "train",
 ]  # fmt: skip
 
@@ -160,6 +161,16 @@ def fuse(model: str | Path, *, adapter: str | Path, output: str | Path, **option
     from shared.fusing import fuse as run
 
     return run(str(model), adapter=str(adapter), output=str(output), sample=DEMO / "task", **options)
+
+
+def quantize(model: str | Path, *, scheme: str, output: str | Path | None, **options: Any) -> QuantizeResult:
+    """Write a float model in fewer bits to a new folder, or with output None only measure what it would cost.
+
+    options: overrides (`PATTERN=SCHEME`), keep (patterns of modules that stay floats), force.
+    """
+    from shared.convert.quantize import quantize as run
+
+    return run(str(model), scheme=scheme, output=None if output is None else Path(output), **options)
 
 
 def parity(

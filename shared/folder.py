@@ -18,6 +18,7 @@ import numpy as np
 from shared.errors import CapabilityError, ModelError, did_you_mean
 from shared.quant.folders import find_places
 from shared.quant.place import Place
+from shared.quant.sound import find_fault
 from shared.tensors import Entry, is_finite, read_header, read_tensor
 from shared.types import Packed, Scheme, Tensor
 
@@ -71,13 +72,12 @@ class ModelFolder:
         place = self.places[module]
         arrays = {key: read_tensor(self.entries[name]) for key, name in place.names.items()} | dict(place.constants)
         arrays |= {key: Tensor("U8", arrays[key].data.view(np.uint8)) for key in place.raw}
-        if not all(is_finite(tensor) for tensor in arrays.values()):
-            raise ModelError(
-                f'{self.path}: the scales of "{module}" hold NaN or infinity', fix="convert the model again"
-            )
         if tuple(shape) != place.stored.shape:
             raise ModelError(f'{self.path}: "{module}" has shape {place.stored.shape}', expected=f"{tuple(shape)}")
-        return Packed(place.stored.scheme, arrays, place.stored.shape, place.stored.dtype)
+        packed = Packed(place.stored.scheme, arrays, place.stored.shape, place.stored.dtype)
+        if fault := find_fault(packed):
+            raise ModelError(f'{self.path}: "{module}" {fault}', fix="convert the model again")
+        return packed
 
     @property
     def files(self) -> list[Path]:

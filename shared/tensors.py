@@ -22,6 +22,7 @@ from shared.types import Tensor
 MAX_HEADER = 16_000_000
 MAX_RANK = 8
 MAX_DIMENSION = 2**40
+BLOCK = 2**22  # values that are checked at once
 NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "|b1", "F8_E4M3": "|u1", "F8_E5M2": "|u1",
@@ -29,6 +30,7 @@ NUMPY = {
 LIBRARY = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
 }  # fmt: skip
 
 
@@ -171,9 +173,17 @@ def from_float32(values: np.ndarray, dtype: str) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a float tensor has neither NaN nor infinity; true for integers."""
-    if tensor.dtype == "BF16":
-        return not bool(((tensor.data & np.uint16(0x7F80)) == np.uint16(0x7F80)).any())
-    if tensor.dtype in ("F64", "F32", "F16"):
-        return bool(np.isfinite(tensor.data).all())
+    """Return whether a float tensor has neither NaN nor infinity; true for integers. A few values at a time."""
+    flat = tensor.data.reshape(-1)
+    return all(block_is_finite(tensor.dtype, flat[at : at + BLOCK]) for at in range(0, flat.size, BLOCK))
+
+
+def block_is_finite(dtype: str, values: np.ndarray) -> bool:
+    """Return whether the words of a dtype stand for finite numbers."""
+    if dtype == "BF16":
+        return not bool(((values & np.uint16(0x7F80)) == np.uint16(0x7F80)).any())
+    if dtype in ("F64", "F32", "F16"):
+        return bool(np.isfinite(values).all())
+    if dtype == "F8_E4M3":
+        return not bool(((values & np.uint8(0x7F)) == np.uint8(0x7F)).any())  # it has no infinities
     return True

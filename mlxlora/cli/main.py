@@ -15,10 +15,12 @@ from mlxlora.cli.converting import convert
 from mlxlora.cli.fusing import fuse
 from mlxlora.cli.measuring import bench
 from mlxlora.cli.planning import estimate
+from mlxlora.cli.quantizing import quantize
 
 app.command()(bench)
 app.command()(convert)
 app.command()(estimate)
+app.command()(quantize)
 app.command()(fuse)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def find_four_bit(path: Path, module: str, kind: str, entries: Mapping[str, Entr
     if not known or type(block) is not int or block not in BLOCKS or shape is None or dtype is None:
         told = ", ".join(f"{key} {state.get(key)!r}" for key in ("quant_type", "blocksize", "dtype", "shape"))
         raise damaged(path, module, f"its quant_state says {told}")
-    rows, width = shape
+    rows, width = cast(list[int], shape)
     blocks, double = -(-rows * width // block), "nested_offset" in state
     names = {"weight": f"{module}.weight", "absmax": f"{prefix}absmax"}
     check_bytes(path, names["weight"], entries, count=-(-rows * width // 2))

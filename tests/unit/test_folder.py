@@ -10,7 +10,7 @@ import pytest
 
 from shared.errors import CapabilityError, ModelError
 from shared.folder import check_tensors, end_tokens, find_folder, nearest_family, open_folder, sha256
-from shared.quant.folders import quantization_of
+from shared.quant.mlx_folder import quantization_of
 from shared.tensors import save_file
 from shared.types import Scheme, Tensor
 

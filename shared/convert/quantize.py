@@ -1,0 +1,288 @@
+"""A float model folder written again with quantized weights, as the tool that owns the format loads it.
+
+Shard by shard: in memory are what one shard becomes and the matrix at hand, never the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+
+from shared.adapters.spec import layer_of
+from shared.config import parse_scheme
+from shared.convert.files import DTYPES, QUANTIZED_KEYS, write_tokenizer
+from shared.convert.owners import Owner, check_together, find_owner
+from shared.convert.shards import SINGLE, row_blocks, write_index
+from shared.convert.target import new_folder
+from shared.errors import ConfigError, ModelError, did_you_mean
+from shared.families import is_tied
+from shared.folder import ModelFolder, find_folder, open_folder
+from shared.protocols import Quantizer
+from shared.registry import find_quantizer
+from shared.tensors import is_finite, read_tensor, save_file, to_float32
+from shared.types import Packed, Scheme, Tensor
+
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+HEADS = ("lm_head", "embed_out", "output")
+WHOLE = {"hqq", "stochastic"}  # solvers that look at a whole matrix
+BY_ROWS = ("affine", "ternary", "mxfp4", "nvfp4", "mxfp8", "int8", "quanto-qint8", "quanto-qfloat8")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module: how it is stored, what that costs, and how far its values move."""
+
+    module: str
+    shape: tuple[int, int]
+    scheme: str  # "none": stays a float
+    bits_per_weight: float
+    error: float | None  # |decoded - given| / |given|, root of mean squares; None where it was not measured
+    why: str  # "" or why it stays a float
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What was written, or with `--plan` would be."""
+
+    output: Path | None  # None: a plan
+    scheme: str
+    loads_with: str
+    layers: tuple[Layer, ...]
+    bits_per_weight: float  # of the modules that are quantized
+    num_bytes: int  # of all tensors
+    source_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The modules of a folder that could be quantized, in model order, with what is decided for each."""
+
+    folder: ModelFolder
+    scheme: Scheme
+    owner: Owner
+    modules: Mapping[str, Scheme | None]
+    why: Mapping[str, str] = field(default_factory=dict)  # of those that stay floats
+
+
+def quantize(
+    model: str, *, scheme: str, output: Path | None, overrides: Sequence[str] = (), keep: Sequence[str] = (),
+    force: bool = False, tell: Callable[[Layer], None] = lambda layer: None,
+) -> QuantizeResult:  # fmt: skip
+    """Write `model` in `scheme` to a new folder and return what each module became; output None: measure only.
+
+    overrides: `PATTERN=SCHEME` by module name, the last match counts; keep: patterns of modules that stay floats.
+    """
+    plan = make_plan(model, scheme=scheme, overrides=[*overrides, *(f"{pattern}=none" for pattern in keep)])
+    if output is None:
+        return summarize(plan, list(measure(plan, tell)), output=None)
+    with new_folder(output, sources=[plan.folder.path], force=force) as staged:
+        layers = write(plan, staged, tell)
+    return summarize(plan, layers, output=output)
+
+
+def make_plan(model: str, *, scheme: str, overrides: Sequence[str]) -> Plan:
+    """Return what becomes of every module; raises ConfigError, ModelError for a folder that is quantized already."""
+    chosen = parse_scheme(scheme)
+    if chosen is None:
+        raise ConfigError("--scheme none leaves the model as it is", expected="a format, e.g. affine-4bit-g64")
+    owner = find_owner(chosen)
+    rules = [parse_override(text, chosen, owner) for text in overrides]
+    folder = open_folder(find_folder(model))
+    if folder.places:
+        held = ", ".join(sorted({str(found) for found in folder.schemes.values()}))
+        raise ModelError(f"{folder.path} is quantized already ({held})", fix="quantize the model it was made from")
+    shapes = find_modules(folder)
+    if not shapes:
+        raise ModelError(f"{folder.path} holds no float matrices that could be quantized")
+    for pattern, _ in rules:
+        if not any(fnmatchcase(module, pattern) for module in shapes):
+            raise ConfigError(f'no module is called "{pattern}"', fix=did_you_mean(pattern, shapes))
+    decided = {module: decide(module, shape, chosen, owner, rules) for module, shape in shapes.items()}
+    modules = {module: found for module, (found, _) in decided.items()}
+    return Plan(folder, chosen, owner, modules, {module: why for module, (_, why) in decided.items() if why})
+
+
+def parse_override(text: str, scheme: Scheme, owner: Owner) -> tuple[str, Scheme | None]:
+    """Return pattern and scheme of `PATTERN=SCHEME`."""
+    pattern, separator, name = text.rpartition("=")
+    if not separator or not pattern:
+        raise ConfigError(f'--override "{text}"', expected="PATTERN=SCHEME, e.g. *.down_proj=affine-6bit-g64")
+    found = parse_scheme(name)
+    if found is not None:
+        check_together(owner, scheme, found, place=f'--override "{text}"')
+    return pattern, found
+
+
+def find_modules(folder: ModelFolder) -> dict[str, tuple[int, int]]:
+    """Return the shapes of linear layers inside the decoder layers, of the embedding, and of an untied head."""
+    tied = is_tied(folder.config, has_head="lm_head.weight" in folder.entries)
+    found: dict[str, tuple[int, int]] = {}
+    for name, entry in folder.entries.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or len(entry.shape) != 2 or entry.dtype not in DTYPES:
+            continue
+        kind = module.rpartition(".")[2]
+        if layer_of(module) is not None or kind in EMBEDDINGS or (kind in HEADS and not tied):
+            found[module] = (entry.shape[0], entry.shape[1])
+    return found
+
+
+def decide(
+    module: str, shape: tuple[int, int], scheme: Scheme, owner: Owner, rules: Sequence[tuple[str, Scheme | None]]
+) -> tuple[Scheme | None, str]:
+    """Return a module's scheme, or None and why it stays a float; raises ConfigError for an override that cannot be."""
+    named = [found for pattern, found in rules if fnmatchcase(module, pattern)]
+    kind = module.rpartition(".")[2]
+    if named and named[-1] is None:
+        return None, "asked for"
+    if owner.linears_only and kind in EMBEDDINGS:
+        if named:
+            raise ConfigError(f'"{module}" is an embedding, and {owner.name} quantizes linear layers only')
+        return None, f"an embedding ({owner.name} quantizes linear layers)"
+    if owner.linears_only and kind in HEADS and not named:
+        return None, f"the head, as {owner.name} keeps it"
+    chosen = named[-1] if named else scheme
+    assert chosen is not None
+    if find_quantizer(chosen).fits(shape):
+        return chosen, ""
+    if named:
+        raise ConfigError(f'"{module}" of shape {shape} does not divide into groups of {chosen}')
+    return None, f"its shape {shape} does not divide"
+
+
+def measure(plan: Plan, tell: Callable[[Layer], None]) -> Iterator[Layer]:
+    """Yield every module with its bits and its error; nothing is written and nothing kept."""
+    for module in plan.modules:
+        weight = read_weight(plan.folder, f"{module}.weight")
+        scheme = plan.modules[module]
+        packed = None if scheme is None else pack_weight(find_quantizer(scheme), weight, module=module)
+        layer = describe(plan, module, weight, packed, error=None if packed is None else error_of(weight, packed))
+        tell(layer)
+        yield layer
+
+
+def write(plan: Plan, staged: Path, tell: Callable[[Layer], None]) -> list[Layer]:
+    """Write weights, config and tokenizer into an empty folder; return every module."""
+    layers: list[Layer] = []
+    weight_map: dict[str, str] = {}
+    total = 0
+    files = plan.folder.files
+    for number, file in enumerate(files, start=1):
+        name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        held: dict[str, Tensor] = {}
+        for found, tensors in convert(plan, file):
+            held.update(tensors)
+            if found is not None:
+                tell(found)
+                layers.append(found)
+        save_file(staged / name, held.items(), metadata=dict(plan.owner.metadata))
+        weight_map.update(dict.fromkeys(held, name))
+        total += sum(tensor.data.nbytes for tensor in held.values())
+    if len(files) > 1:
+        write_index(staged, weight_map, total=total)
+    write_config(plan, staged)
+    write_tokenizer(plan.folder, staged)
+    return layers
+
+
+def convert(plan: Plan, file: Path) -> Iterator[tuple[Layer | None, Mapping[str, Tensor]]]:
+    """Yield what the tensors of a shard become, in stored order, with the module that they belong to."""
+    ours = sorted(
+        (name for name, entry in plan.folder.entries.items() if entry.file == file),
+        key=lambda name: plan.folder.entries[name].start,
+    )
+    for name in ours:
+        weight, module = read_weight(plan.folder, name), name.removesuffix(".weight")
+        scheme = plan.modules.get(module) if name.endswith(".weight") else None
+        if scheme is None:
+            known = module in plan.modules and name.endswith(".weight")
+            yield (describe(plan, module, weight, None, error=None) if known else None), {name: weight}
+            continue
+        packed = pack_weight(find_quantizer(scheme), weight, module=module)
+        yield describe(plan, module, weight, packed, error=None), plan.owner.tensors(module, packed)
+
+
+def write_config(plan: Plan, staged: Path) -> None:
+    """Write config.json and what the owner wants beside it."""
+    config = {key: value for key, value in plan.folder.config.items() if key not in QUANTIZED_KEYS}
+    first = next(iter(plan.modules))
+    dtype = DTYPES[plan.folder.entries[f"{first}.weight"].dtype]
+    files = {"config.json": {**config, **plan.owner.config(plan.scheme, plan.modules, dtype)}}
+    for name, value in {**files, **plan.owner.files(plan.modules)}.items():
+        (staged / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_weight(folder: ModelFolder, name: str) -> Tensor:
+    """Return a tensor mapped from its file; raises ModelError where it is not finite."""
+    tensor = read_tensor(folder.entries[name])
+    if not is_finite(tensor):
+        raise ModelError(f'{folder.path}: tensor "{name}" holds NaN or infinity', fix="download the model again")
+    return tensor
+
+
+def pack_weight(quantizer: Quantizer, weight: Tensor, *, module: str) -> Packed:
+    """Return a packed matrix, block of rows by block of rows where the format allows it."""
+    scheme = quantizer.scheme
+    try:
+        if scheme.name not in BY_ROWS or scheme.solver in WHOLE:
+            return quantizer.quantize(weight)
+        parts = [quantizer.quantize(Tensor(weight.dtype, weight.data[rows])) for rows in blocks_of(weight.shape)]
+    except ModelError as error:
+        raise ModelError(f'"{module}": {error.what}', expected=error.expected, fix=error.fix) from None
+    arrays = {
+        key: Tensor(tensor.dtype, np.concatenate([part.arrays[key].data for part in parts]))
+        for key, tensor in parts[0].arrays.items()
+    }
+    return Packed(scheme, arrays, (weight.shape[0], weight.shape[1]), parts[0].dtype)
+
+
+def blocks_of(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield blocks of rows, none of a single row: some formats store that differently."""
+    found = list(row_blocks(shape))
+    if len(found) > 1 and found[-1].stop - found[-1].start == 1:
+        found[-2:] = [slice(found[-2].start, found[-1].stop)]
+    yield from found
+
+
+def error_of(weight: Tensor, packed: Packed) -> float:
+    """Return how far a packed matrix is from the given one, relative, by root of mean squares."""
+    decoded = find_quantizer(packed.scheme).dequantize(packed)
+    moved = size = 0.0
+    for rows in row_blocks(weight.shape):
+        given = to_float32(Tensor(weight.dtype, weight.data[rows]))
+        moved += float(np.square(to_float32(Tensor(decoded.dtype, decoded.data[rows])) - given).sum(dtype=np.float64))
+        size += float(np.square(given).sum(dtype=np.float64))
+    return (moved / size) ** 0.5 if size else 0.0
+
+
+def describe(plan: Plan, module: str, weight: Tensor, packed: Packed | None, *, error: float | None) -> Layer:
+    """Return what a module became."""
+    held = sum(tensor.data.nbytes for tensor in packed.arrays.values()) if packed else weight.data.nbytes
+    return Layer(
+        module, (weight.shape[0], weight.shape[1]), str(packed.scheme) if packed else "none",
+        8 * held / max(weight.data.size, 1), error, plan.why.get(module, ""),
+    )  # fmt: skip
+
+
+def summarize(plan: Plan, layers: Sequence[Layer], *, output: Path | None) -> QuantizeResult:
+    """Return the result of all modules."""
+    entries = plan.folder.entries
+    source = sum(entry.end - entry.start for entry in entries.values())
+    packed = [layer for layer in layers if layer.scheme != "none"]
+    values = sum(layer.shape[0] * layer.shape[1] for layer in packed)
+    bits = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in packed)
+    given = sum(entries[f"{layer.module}.weight"].end - entries[f"{layer.module}.weight"].start for layer in packed)
+    return QuantizeResult(
+        output=output,
+        scheme=str(plan.scheme),
+        loads_with=plan.owner.name,
+        layers=tuple(layers),
+        bits_per_weight=bits / max(values, 1),
+        num_bytes=round(source - given + bits / 8),
+        source_bytes=source,
+    )
