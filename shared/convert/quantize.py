@@ -6,7 +6,7 @@ Shard by shard: in memory are what one shard becomes and the matrix at hand, nev
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -231,18 +231,27 @@ def pack_weight(quantizer: Quantizer, weight: Tensor, *, module: str) -> Packed:
     try:
         if scheme.name not in BY_ROWS or scheme.solver in WHOLE:
             return quantizer.quantize(weight)
-        parts = [quantizer.quantize(Tensor(weight.dtype, weight.data[rows])) for rows in blocks_of(weight.shape)]
+        return pack_blocks(quantizer, weight, blocks_of(weight.shape))
     except ModelError as error:
         raise ModelError(f'"{module}": {error.what}', expected=error.expected, fix=error.fix) from None
+
+
+def pack_blocks(quantizer: Quantizer, weight: Tensor, blocks: Iterable[slice]) -> Packed:
+    """Return a packed matrix made of blocks of rows, which a format by rows packs to the same bytes as the whole."""
+    parts = [quantizer.quantize(Tensor(weight.dtype, weight.data[rows])) for rows in blocks]
     arrays = {
         key: Tensor(tensor.dtype, np.concatenate([part.arrays[key].data for part in parts]))
         for key, tensor in parts[0].arrays.items()
     }
-    return Packed(scheme, arrays, (weight.shape[0], weight.shape[1]), parts[0].dtype)
+    return Packed(quantizer.scheme, arrays, (weight.shape[0], weight.shape[1]), parts[0].dtype)
 
 
 def blocks_of(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield blocks of rows, none of a single row: some formats store that differently."""
+    """Yield blocks of rows, none of a single row: some formats store that differently.
+
+    >>> list(blocks_of((9, 2**20)))
+    [slice(0, 4, None), slice(4, 9, None)]
+    """
     found = list(row_blocks(shape))
     if len(found) > 1 and found[-1].stop - found[-1].start == 1:
         found[-2:] = [slice(found[-2].start, found[-1].stop)]

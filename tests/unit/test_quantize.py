@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from shared.convert.quantize import quantize
+from shared.config import named_schemes
+from shared.convert.quantize import BY_ROWS, WHOLE, pack_blocks, quantize
 from shared.errors import ConfigError, ModelError
 from shared.folder import open_folder
 from shared.registry import find_quantizer
@@ -16,6 +17,8 @@ from shared.tensors import Tensor, from_float32, load_file, read_tensor, save_fi
 from shared.types import Scheme
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+IN_BLOCKS = [scheme for scheme in named_schemes().values() if scheme.name in BY_ROWS and scheme.solver not in WHOLE]
 
 
 def tree(folder):
@@ -113,13 +116,18 @@ def test_shards_stay_shards_and_say_where_each_tensor_is(tiny_model_folder, tmp_
     assert stated["metadata"]["total_size"] == sum(entry.end - entry.start for entry in one.entries.values())
 
 
-@pytest.mark.parametrize("scheme", ["affine-4bit-g64", "mxfp8", "ternary-g64", "quanto-qint8", "int8"])
-def test_rows_packed_in_blocks_are_those_packed_at_once(monkeypatch, tiny_model_folder, tmp_path, scheme):
-    monkeypatch.setattr("shared.convert.shards.BLOCK_VALUES", 64 * 9)  # 64 rows: seven blocks of 9 and one row
-    quantize(str(tiny_model_folder(layers=1)), scheme=scheme, output=tmp_path / "blocks")
-    monkeypatch.undo()
-    quantize(str(tiny_model_folder(layers=1)), scheme=scheme, output=tmp_path / "whole")
-    assert tree(tmp_path / "blocks") == tree(tmp_path / "whole")
+@pytest.mark.parametrize(
+    "scheme", [s for s in named_schemes().values() if s.name in BY_ROWS and s.solver not in WHOLE], ids=str
+)
+def test_rows_packed_in_blocks_are_those_packed_at_once(scheme):
+    weight = from_float32(np.random.default_rng(0).standard_normal((23, 256)) * 0.1, "BF16")
+    quantizer = find_quantizer(scheme)
+    one = pack_blocks(quantizer, weight, [slice(0, 9), slice(9, 18), slice(18, 23)])
+    other = quantizer.quantize(weight)
+    assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    assert {key: tensor.data.tobytes() for key, tensor in one.arrays.items()} == {
+        key: tensor.data.tobytes() for key, tensor in other.arrays.items()
+    }
 
 
 def test_a_target_that_exists_is_refused_and_replaced_by_force_only(tiny_model_folder, tmp_path):

@@ -162,7 +162,8 @@ def test_what_we_write_the_library_reads(tmp_path, tensors):
     found = safetensors.torch.load_file(tmp_path / "x")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        words = found[name].view(torch.uint16) if tensor.dtype == "BF16" else found[name]
+        words = {"BF16": torch.uint16, "F8_E4M3": torch.uint8}.get(tensor.dtype)
+        words = found[name] if words is None else found[name].view(words)
         assert tuple(words.shape) == tensor.shape
         assert np.array_equal(words.numpy(), tensor.data)
 
