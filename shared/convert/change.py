@@ -14,7 +14,7 @@ from shared.tensors import is_finite, to_float32
 from shared.types import Tensor
 
 # O rows of the weight, I its width, R rank
-ROUNDING = 2.0**-23  # of a norm kept in float32
+ROUNDING = 1e-6  # a magnitude this near to its row's norm is that norm, summed in float32
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ class Change:
 
     def apply(self, weight: np.ndarray, rows: slice) -> np.ndarray:
         """Return these rows of the changed weight, float64; weight: the same rows of the base, (rows, I)."""
-        product = self.B[rows].astype(np.float64) @ self.A.astype(np.float64)
-        changed = np.asarray(weight, dtype=np.float64) + self.scale * product
+        base = np.asarray(weight, dtype=np.float64)
+        product = self.scale * (self.B[rows].astype(np.float64) @ self.A.astype(np.float64))
+        changed = np.where(product == 0, base, base + product)  # a sum would turn -0 into 0
         if self.magnitude is None:
             return changed
-        gain = self.magnitude[rows] / np.linalg.norm(changed, axis=1)
+        norms = np.linalg.norm(changed, axis=1)
+        gain = self.magnitude[rows] / np.where(norms == 0, 1.0, norms)
         gain[np.abs(gain - 1) <= ROUNDING] = 1  # a magnitude that was never moved
         return changed * gain[:, None]
 

@@ -226,6 +226,38 @@ def test_a_change_is_that_of_the_formula():
     assert change.apply(np.ones((1, 2)), slice(1, 2)).tolist() == [[3.0, 5.0]]
 
 
+def dora(tensors: dict[str, Tensor], base: Path, *, factor: float) -> None:
+    """Add magnitudes that are the norms of the base's rows times a factor."""
+    for name, weight in decoded(base).items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_magnitude_vector"
+        if key.replace("magnitude_vector", "A.weight") in tensors:
+            tensors[key] = Tensor("F32", np.linalg.norm(weight.astype(np.float32), axis=1) * np.float32(factor))
+
+
+def test_dora_is_fused_as_peft_merges_it(tiny_model_folder, tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_model_folder()
+    adapter = save_adapter(tmp_path / "adapter", base, use_dora=True)
+    changed(adapter, lambda tensors: dora(tensors, base, factor=1.1))
+    output = fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out")).output
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload().state_dict()
+    for name, value in decoded(output).items():
+        np.testing.assert_allclose(value, merged[name].numpy(), rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_a_fresh_dora_adapter_changes_no_byte(tiny_model_folder, affine_folder, tmp_path):
+    for number, base in enumerate((tiny_model_folder(), affine_folder(4))):
+        adapter = save_adapter(tmp_path / f"adapter{number}", base, size=0.0, use_dora=True)
+        changed(adapter, lambda tensors, base=base: dora(tensors, base, factor=1.0))
+        result = fuse(str(base), adapter=str(adapter), output=str(tmp_path / f"out{number}"), scheme="same")
+        assert weight_hashes(result.output) == weight_hashes(base)
+        assert result.cosine == 1.0
+
+
 def changed(folder: Path, edit) -> Path:
     """Change the tensors of an adapter folder in place."""
     file = folder / "adapter_model.safetensors"
