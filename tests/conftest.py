@@ -34,7 +34,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NEEDED = ("mlx", "mlx_lm", "torch", "transformers", "tokenizers", "peft", "bitsandbytes")
+NEEDED = ("mlx", "mlx_lm", "torch", "transformers", "tokenizers", "peft", "gguf", "bitsandbytes")
 FAMILIES = ("llama", "mistral", "qwen2")
 BOS, EOS, PAD = "<|begin|>", "<|im_end|>", "<|pad|>"
 SPECIAL = (PAD, BOS, "<|im_start|>", EOS)

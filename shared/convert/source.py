@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from shared.convert.shards import row_blocks
 from shared.folder import ModelFolder
 from shared.registry import find_quantizer
 from shared.types import Packed, Scheme, Tensor
 
 FLOATS = ("F32", "F16", "BF16")
-Rows = Callable[[slice], Tensor]  # a slice of rows -> their values
+Choice = slice | np.ndarray  # rows, by range or by number
+Rows = Callable[[Choice], Tensor]  # rows -> their values
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def is_by_rows(packed: Packed) -> bool:
     return all(len(array.shape) == 2 and array.shape[0] == packed.shape[0] for array in packed.arrays.values())
 
 
-def packed_rows(packed: Packed, rows: slice) -> Packed:
+def packed_rows(packed: Packed, rows: Choice) -> Packed:
     """Return some rows of a packed weight that `is_by_rows`."""
     arrays = {key: Tensor(array.dtype, array.data[rows]) for key, array in packed.arrays.items()}
     count = next(iter(arrays.values())).shape[0]

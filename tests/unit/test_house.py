@@ -48,7 +48,7 @@ OPEN = {
 }
 LAZY = {
     0: set(),
-    1: {"transformers", "huggingface_hub"},
+    1: {"transformers", "huggingface_hub", "gguf"},
     2: {"transformers", "huggingface_hub", "rich"},
     4: {"psutil"},
 }
