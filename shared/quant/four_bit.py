@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 
 from shared.quant import blockwise
-from shared.tensors import from_float32, to_float32
+from shared.tensors import NUMPY, from_float32, to_float32
 from shared.types import Packed, Scheme, Tensor
 
 CODES = {
@@ -31,6 +31,7 @@ CODES = {
     "fp4": np.array([0, 1 / 16, 8, 12, 4, 6, 2, 3, 0, -1 / 16, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12),
 }  # fmt: skip
 LEAST_ABSMAX = np.float32(1e-38)
+CHUNK = 2**18  # values at a time: they stay in a core's cache; whole blocks of any size
 
 
 @dataclass(frozen=True)
@@ -56,30 +57,38 @@ class FourBitQuantizer:
 
     def quantize(self, weight: Tensor) -> Packed:
         """Return codes and scales of a weight (O, I): the nearest code, on a midpoint the lower one."""
-        rows, width = weight.shape
-        scaled, absmax = scale_blocks(to_float32(weight).reshape(-1), block=self.scheme.group_size)
-        midpoints, order = search_table(self.scheme.name)
-        scaled = np.append(
-            scaled, np.zeros(scaled.size % 2, dtype=np.float32)
-        )  # a byte is filled up with a zero's code
-        codes = order[np.searchsorted(midpoints, scaled, side="left")]
-        arrays = {"weight": Tensor("U8", ((codes[0::2] << 4) | codes[1::2])[:, None])}
-        scales = compress(absmax) if self.scheme.double else {"absmax": Tensor("F32", absmax)}
-        return Packed(self.scheme, arrays | scales, (rows, width), weight.dtype)
+        values, block = weight.data.reshape(-1), self.scheme.group_size
+        raw, absmax = np.empty(-(-values.size // 2), dtype=np.uint8), []
+        for at in range(0, values.size, CHUNK):
+            piece = to_float32(Tensor(weight.dtype, values[at : at + CHUNK]))
+            scaled, largest = scale_blocks(piece, block=block)
+            codes = encode(np.append(scaled, np.zeros(scaled.size % 2, dtype=np.float32)), self.scheme.name)
+            raw[at // 2 : (at + CHUNK) // 2] = (codes[0::2] << 4) | codes[1::2]
+            absmax.append(largest)
+        found = np.concatenate(absmax)
+        scales = compress(found) if self.scheme.double else {"absmax": Tensor("F32", found)}
+        return Packed(self.scheme, {"weight": Tensor("U8", raw[:, None])} | scales, shape_of(weight), weight.dtype)
 
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the weight (O, I): code * absmax in float32, then rounded to the packed dtype."""
-        size, block = packed.shape[0] * packed.shape[1], packed.scheme.group_size
-        pairs = pair_table(packed.scheme.name)
-        values = pairs[packed.arrays["weight"].data.reshape(-1)].reshape(-1)[:size]
+        block, raw = packed.scheme.group_size, packed.arrays["weight"].data.reshape(-1)
         absmax = expand(packed.arrays) if packed.scheme.double else packed.arrays["absmax"].data
-        whole = size // block * block
-        product = np.empty(size, dtype=np.float32)
-        np.multiply(
-            values[:whole].reshape(-1, block), absmax[: whole // block, None], out=product[:whole].reshape(-1, block)
-        )
-        product[whole:] = values[whole:] * absmax[-1]
-        return from_float32(product.reshape(packed.shape), packed.dtype)
+        pairs = pair_table(packed.scheme.name).view(np.uint64).reshape(-1)
+        out = np.empty(packed.shape[0] * packed.shape[1], dtype=NUMPY[packed.dtype])
+        for at in range(0, out.size, CHUNK):
+            size = min(CHUNK, out.size - at)
+            values = pairs[raw[at // 2 : (at + size + 1) // 2]].view(np.float32)[:size]
+            whole = size // block * block
+            values[:whole].reshape(-1, block)[:] *= absmax[at // block : (at + whole) // block, None]
+            values[whole:] *= absmax[-1]
+            out[at : at + size] = from_float32(values, packed.dtype).data
+        return Tensor(packed.dtype, out.reshape(packed.shape))
+
+
+def shape_of(weight: Tensor) -> tuple[int, int]:
+    """Return the (O, I) of a weight."""
+    rows, width = weight.shape
+    return rows, width
 
 
 def scale_blocks(flat: np.ndarray, *, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,12 +106,37 @@ def scale_blocks(flat: np.ndarray, *, block: int) -> tuple[np.ndarray, np.ndarra
     return scaled.reshape(-1).clip(-1, 1), absmax
 
 
+def encode(scaled: np.ndarray, name: str) -> np.ndarray:
+    """Return the code of every float32 value on [-1, 1].
+
+    Values with the same upper 16 bits have one midpoint among them at most, so that two look-ups replace a search.
+    """
+    table = search_table(name)
+    places = table.starts[scaled.view(np.uint32) >> np.uint32(16)]
+    places += scaled > table.midpoints[places]
+    return table.order[places]
+
+
+@dataclass(frozen=True)
+class SearchTable:
+    """How the nearest code of a value is found: its place among the ascending values, then that place's code."""
+
+    midpoints: np.ndarray  # (16,) float32: between neighbours, ascending; behind them infinity
+    starts: np.ndarray  # (65536,) uint8: midpoints below the least value with these upper 16 bits
+    order: np.ndarray  # (16,) uint8: the code of each place
+
+
 @cache
-def search_table(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 15 midpoints between a format's values, ascending, and the code of each of the 16."""
+def search_table(name: str) -> SearchTable:
+    """Return the table of nf4 or fp4."""
     order = np.argsort(CODES[name], kind="stable").astype(np.uint8)
     ascending = CODES[name][order]
-    return (ascending[:-1] + ascending[1:]) / np.float32(2), order
+    midpoints = (ascending[:-1] + ascending[1:]) / np.float32(2)
+    edges = np.arange(2**16, dtype=np.uint32) << np.uint32(16)
+    ends = np.stack([edges, edges | np.uint32(0xFFFF)]).view(np.float32)
+    lower = np.where(np.isnan(ends).any(axis=0), np.float32(0), ends.min(axis=0))
+    starts = np.searchsorted(midpoints, lower, side="left").astype(np.uint8)
+    return SearchTable(np.append(midpoints, np.float32(np.inf)), starts, order)
 
 
 @cache

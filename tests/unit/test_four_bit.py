@@ -10,7 +10,7 @@ from bitsandbytes import functional
 
 from shared.config import parse_scheme
 from shared.errors import ModelError
-from shared.quant.four_bit import CODES, FourBitQuantizer, compress, expand, search_table
+from shared.quant.four_bit import CHUNK, CODES, FourBitQuantizer, compress, encode, expand, search_table
 from shared.quant.row_int8 import RowInt8Quantizer
 from shared.registry import find_quantizer
 from shared.tensors import from_float32, to_float32
@@ -43,9 +43,14 @@ def test_codes_and_midpoints_are_those_of_bitsandbytes(name):
 
     assert CODES[name].tobytes() == functional.get_4bit_type(name, device="cpu").numpy().tobytes()
     bounds, order = _get_4bit_quantize_bounds(name, torch.device("cpu"))
-    midpoints, codes = search_table(name)
-    assert np.array_equal(midpoints, bounds.numpy())
-    assert np.array_equal(codes, order.numpy())
+    table = search_table(name)
+    assert np.array_equal(table.midpoints[:-1], bounds.numpy())
+    assert np.array_equal(table.order, order.numpy())
+    around = np.concatenate([np.nextafter(table.midpoints[:-1], np.float32(edge)) for edge in (-2, 2)])
+    random = np.random.default_rng(0).uniform(-1, 1, 10_000).astype(np.float32)
+    asked = np.concatenate([table.midpoints[:-1], around, CODES[name], random, np.float32([0.0, -0.0, 1e-40, -1e-40])])
+    searched = table.order[np.searchsorted(table.midpoints[:-1], asked, side="left")]
+    assert np.array_equal(encode(asked, name), searched)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
@@ -58,6 +63,17 @@ def test_bytes_and_absmax_are_those_of_bitsandbytes(name, dtype, shape, block):
     raw, state = functional.quantize_4bit(to_torch(weight), quant_type=name, blocksize=block)
     assert np.array_equal(packed.arrays["weight"].data, raw.numpy())
     assert np.array_equal(packed.arrays["absmax"].data, state.absmax.numpy())
+
+
+def test_a_weight_of_several_chunks_is_that_of_bitsandbytes():
+    shape = (521, 511)
+    assert shape[0] * shape[1] > CHUNK
+    quantizer, weight = FourBitQuantizer(Scheme("nf4", 4, 64)), values(shape, "BF16")
+    packed, (raw, state) = quantizer.quantize(weight), theirs(weight, "nf4", double=False)
+    assert np.array_equal(packed.arrays["weight"].data, raw.numpy())
+    assert np.array_equal(packed.arrays["absmax"].data, state.absmax.numpy())
+    decoded = functional.dequantize_4bit(raw, state)
+    assert np.array_equal(to_float32(quantizer.dequantize(packed)), decoded.float().numpy())
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
