@@ -72,7 +72,7 @@ def scaled_rows(layer: DoRALinear) -> Callable[..., list[mx.array]]:
     return cast(Callable[..., list[mx.array]], forward)
 
 
-def row_norms(layer: DoRALinear, dtype: mx.Dtype, A: mx.array, B: mx.array, bases: Any) -> mx.array:
+def row_norms(layer: Any, dtype: mx.Dtype, A: mx.array, B: mx.array, bases: Any) -> mx.array:
     """Return (O,) float32 norms of the rows of W + s B A."""
     across_OR = product(layer.base, list(bases), A.astype(dtype)).T.astype(mx.float32)  # W A.T
     change_OR = layer._scale * B
@@ -98,5 +98,5 @@ def magnitudes(root: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.lora_magnitude_vector": module._start
         for name, module in root.named_modules()
-        if isinstance(module, DoRALinear)
+        if "lora_magnitude_vector" in getattr(module, "trained_leaves", ())
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +22,11 @@ from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
 from mlxlora.attention import PACKABLE, Segments, packing
 from mlxlora.decoders import find_decoder
 from mlxlora.dora import attach_dora, magnitudes
+from mlxlora.ends import attach_ends
 from mlxlora.gated import gating
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
-from shared.adapters.spec import ADAPTER_LEAVES, layer_of
+from shared.adapters.spec import ADAPTER_LEAVES, layer_of, within_layers
 from shared.errors import ModelError
 from shared.families import (
     CHECKED,
@@ -63,7 +65,9 @@ class MLXModel:
         if spec.kind != "none":
             self.dropout = Dropout(p=spec.dropout)
             attach = attach_dora if spec.kind == "dora" else attach_lora
-            attach(self.zoo, spec, self.dropout, self.info.linears)
+            attach(self.zoo, within_layers(spec, self.info), self.dropout, self.info.linears)
+            head = attach_ends(self.zoo, spec, self.info.ends)
+            self.head = self.head if head is None else replace(self.head, module=head)
             for module in adapter_modules(self.zoo).values():
                 module.unfreeze(keys=list(module.trained_leaves), recurse=False)
         else:
@@ -281,6 +285,8 @@ def recomputing(layer_class: type) -> type:
 
 def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo:
     """Return the facts of a loaded base."""
+    table = zoo.model.embed_tokens
+    vocabulary, width = table._stored.shape if isinstance(table, QuantizedEmbedding) else table.weight.shape
     linears: dict[str, Any] = {
         name: module._stored.shape if isinstance(module, QuantizedLinear) else tuple(module.weight.shape)
         for name, module in zoo.named_modules()
@@ -297,6 +303,8 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         num_parameters=sum(out * width for out, width in linears.values()),
         quantized={name: str(scheme) for name, scheme in schemes_of(zoo)},
         notes=notes,
+        ends={"model.embed_tokens": (width, vocabulary), "lm_head": (vocabulary, width)},
+        is_tied=not hasattr(zoo, "lm_head"),
     )
 
 

@@ -36,12 +36,22 @@ class Head:
 
     def logits(self, h_ND: mx.array) -> mx.array:
         """Return (N, V) float32 logits; for a few positions, as generation needs."""
-        return chunk_logits(h_ND, self.weight(h_ND.dtype), self.bias, self.facts)
+        return self.chunk(h_ND, self.weight(h_ND.dtype))
+
+    def chunk(self, h_ND: mx.array, weight_VD: mx.array) -> mx.array:
+        """Return (N, V) float32 logits over a weight of this head; `mlxlora.ends` where it has an adapter."""
+        if hasattr(self.module, "adapted"):
+            return finish(self.module.adapted(h_ND, weight_VD), self.module.base.get("bias"), self.facts)
+        return chunk_logits(h_ND, weight_VD, self.bias, self.facts)
 
 
 def chunk_logits(h_ND: mx.array, weight_VD: mx.array, bias: mx.array | None, facts: HeadFacts) -> mx.array:
     """Return (N, V) float32 logits with the family's scale and soft-cap."""
-    z_NV = h_ND @ weight_VD.T
+    return finish(h_ND @ weight_VD.T, bias, facts)
+
+
+def finish(z_NV: mx.array, bias: mx.array | None, facts: HeadFacts) -> mx.array:
+    """Return float32 logits of h W.T: bias, scale and soft-cap."""
     z_NV = (z_NV if bias is None else z_NV + bias).astype(mx.float32)
     if facts.scale != 1.0:
         z_NV = z_NV * facts.scale
@@ -59,7 +69,7 @@ def log_probs(h_ND: mx.array, head: Head, targets_N: mx.array) -> mx.array:
     rows = chunk_rows(weight_VD.shape[0])
     out = []
     for start in range(0, h_ND.shape[0], rows):
-        z_CV = chunk_logits(h_ND[start : start + rows], weight_VD, head.bias, head.facts)
+        z_CV = head.chunk(h_ND[start : start + rows], weight_VD)
         target_C1 = targets_N[start : start + rows, None]
         out.append(mx.take_along_axis(z_CV, target_C1, axis=1)[:, 0] - mx.logsumexp(z_CV, axis=1))
         mx.eval(out[-1])  # one chunk of logits at a time
@@ -123,7 +133,13 @@ def chunk_loss(
     The gradient is w * scale * curve * (softmax - onehot), curve being that of the soft-cap: (C, V) of the softmax,
     and (C,) of the onehot, to be taken off at the target.
     """
-    z_CV = chunk_logits(h_CD, weight_VD, bias, facts)
+    return logits_loss(chunk_logits(h_CD, weight_VD, bias, facts), target_C, w_C, facts, dtype=h_CD.dtype)
+
+
+def logits_loss(
+    z_CV: mx.array, target_C: mx.array, w_C: mx.array, facts: HeadFacts, *, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return what `chunk_loss` does, of finished logits; gradients in `dtype`."""
     at_target_C = mx.take_along_axis(z_CV, target_C[:, None], axis=1)[:, 0]
     top_C1 = z_CV.max(axis=1, keepdims=True)
     e_CV = exp(z_CV - top_C1)
@@ -135,11 +151,13 @@ def chunk_loss(
     if facts.softcap is not None:
         slope_CV = slope_CV * (1 - (z_CV / facts.softcap) ** 2)
         hit_C = hit_C * (1 - (at_target_C / facts.softcap) ** 2)
-    return total, slope_CV.astype(h_CD.dtype), hit_C.astype(h_CD.dtype)
+    return total, slope_CV.astype(dtype), hit_C.astype(dtype)
 
 
 def sft(h_ND: mx.array, head: Head, targets_N: mx.array, weights_N: mx.array, *, train_head: bool) -> mx.array:
     """Return the summed loss in nats; its formula is `shared.objectives.sft`."""
+    if hasattr(head.module, "sft"):
+        return head.module.sft(h_ND, targets_N, weights_N, head.facts)
     bias_V = head.bias if head.bias is not None else mx.zeros((0,))
     function = chunked_sft(head.facts, train_head=train_head)
     return function(h_ND, head.weight(h_ND.dtype), bias_V, targets_N, weights_N)[0]

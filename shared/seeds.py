@@ -47,6 +47,11 @@ def uniform(*, seed: int, name: str, shape: tuple[int, ...], bound: float) -> np
     return (unit * np.float32(2) - np.float32(1)) * np.float32(bound)
 
 
+def normal(*, seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return float32 values from N(0, 1), a function of (seed, name, shape)."""
+    return generator(seed, "init", name).standard_normal(shape, dtype=np.float32)
+
+
 def mix32(x: np.ndarray) -> np.ndarray:
     """Return well-mixed uint32 words; a bijection."""
     x = x.astype(np.uint32)

@@ -213,6 +213,15 @@ class ModelInfo:
     num_parameters: int  # of those linears
     quantized: Mapping[str, str]  # module name -> scheme
     notes: tuple[str, ...]  # what a user should know, to be printed once
+    ends: Mapping[str, tuple[int, int]] = field(
+        default_factory=dict[str, tuple[int, int]]
+    )  # embedding and head, as linears
+    is_tied: bool = False  # the head is the embedding
+
+    @property
+    def adaptable(self) -> dict[str, tuple[int, int]]:
+        """Return the shapes (out, in) of all modules that adapters know: linears and ends; of an embedding (D, V)."""
+        return {**self.linears, **self.ends}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ as in mlx-lm. |W + s B A|^2 = |W|^2 + 2 s (W A.T)B + s^2 B (A A.T) B, row by row
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def sum_of(
     return torch.addmm(x_ND @ weight.T, low_NR, B.to(x_ND.dtype).T, alpha=layer.scale)
 
 
-def row_norms(layer: DoRALinear, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+def row_norms(layer: Any, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """Return (O,) float32 norms of the rows of W + s B A."""
     across_OR = (weight @ A.to(weight.dtype).T).float()
     change_OR = layer.scale * B
@@ -114,7 +114,7 @@ def frozen_weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
 def magnitudes(root: nn.Module) -> dict[str, Tensor]:
     """Return the norms of the base's rows under the names of the magnitudes that start from them."""
     return {
-        f"{name}.lora_magnitude_vector": module.start
+        f"{name}.lora_magnitude_vector": cast(Any, module).start
         for name, module in root.named_modules()
-        if isinstance(module, DoRALinear)
+        if "lora_magnitude_vector" in getattr(module, "trained_leaves", ())
     }

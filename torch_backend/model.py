@@ -6,6 +6,7 @@ Parameter names are Hugging Face's throughout; `.base` and `.inner` parts of our
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from shared.adapters.spec import ADAPTER_LEAVES, layer_of
+from shared.adapters.spec import ADAPTER_LEAVES, layer_of, within_layers
 from shared.errors import ModelError
 from shared.families import (
     CHECKED,
@@ -38,6 +39,7 @@ from torch_backend import attention, generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
 from torch_backend.decoders import PLAIN_DECODE, find_decoder, has_triton
 from torch_backend.dora import attach_dora, magnitudes
+from torch_backend.ends import attach_ends
 from torch_backend.gated import gating, is_gated
 from torch_backend.offload import offload_layers
 from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
@@ -58,7 +60,9 @@ class TorchModel:
         if spec.kind != "none":
             self.dropout = Dropout(p=spec.dropout)
             attach = attach_dora if spec.kind == "dora" else attach_lora
-            attach(self.zoo, spec, self.dropout, self.info.linears)
+            attach(self.zoo, within_layers(spec, self.info), self.dropout, self.info.linears)
+            head = attach_ends(self.zoo, spec, self.info.ends)
+            self.head = self.head if head is None else replace(self.head, module=head)
             self.parameters = dict(adapter_parameters(self.zoo))
         else:
             self.parameters = dict(self.zoo.named_parameters())
@@ -268,6 +272,8 @@ def recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo:
     """Return the facts of a loaded base."""
+    names = {module: name for name, module in zoo.named_modules()}
+    table, head = zoo.get_input_embeddings(), zoo.get_output_embeddings()
     linears = {
         name: (int(module.out_features), int(module.in_features))
         for name, module in zoo.named_modules()
@@ -284,6 +290,11 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         num_parameters=sum(out * width for out, width in linears.values()),
         quantized={name: str(scheme) for name, scheme in schemes_of(zoo)},
         notes=notes,
+        ends={
+            names[table]: (int(table.embedding_dim), int(table.num_embeddings)),
+            names.get(head, "lm_head"): (int(head.out_features), int(head.in_features)),
+        },
+        is_tied=is_tied(folder.config, has_head="lm_head.weight" in folder.entries),
     )
 
 

@@ -35,7 +35,13 @@ class Head:
 
     def logits(self, h_ND: torch.Tensor) -> torch.Tensor:
         """Return (N, V) float32 logits; for a few positions, as generation needs."""
-        return chunk_logits(h_ND, self.weight(h_ND.dtype), self.bias, self.facts)
+        return self.chunk(h_ND, self.weight(h_ND.dtype))
+
+    def chunk(self, h_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        """Return (N, V) float32 logits over a weight of this head; `torch_backend.ends` where it has an adapter."""
+        if hasattr(self.module, "adapted"):
+            return finish(self.module.adapted(h_ND, weight_VD), self.bias, self.facts)
+        return chunk_logits(h_ND, weight_VD, self.bias, self.facts)
 
 
 def chunk_logits(
@@ -64,7 +70,7 @@ def log_probs(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor) -> torch.
     weight_VD = head.weight(h_ND.dtype)
     out = []
     for h_CD, target_C in zip(h_ND.split(rows := chunk_rows(weight_VD)), targets_N.split(rows), strict=True):
-        z_CV = chunk_logits(h_CD, weight_VD, head.bias, head.facts)
+        z_CV = head.chunk(h_CD, weight_VD)
         out.append(z_CV.gather(1, target_C[:, None])[:, 0] - z_CV.logsumexp(dim=1))
     return torch.cat(out)
 
@@ -134,6 +140,8 @@ def chunk_loss(
 
 def sft(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
     """Return the summed loss in nats; its formula is `shared.objectives.sft`."""
+    if hasattr(head.module, "sft"):
+        return head.module.sft(h_ND, targets_N, weights_N, head.facts)
     return _ChunkedSFT.apply(h_ND, head.weight(h_ND.dtype), head.bias, targets_N, weights_N, head.facts)
 
 

@@ -19,8 +19,6 @@ from shared.adapters.names import (
     MLX_FILE,
     OWN_LEAVES,
     PEFT_FILE,
-    is_embedding,
-    leaves_of,
     own_name,
     own_name_of_mlx,
     turned,
@@ -34,7 +32,7 @@ from shared.adapters.schema import (
     read_pattern,
     read_rank,
 )
-from shared.adapters.spec import ADAPTER_LEAVES, natural
+from shared.adapters.spec import ADAPTER_LEAVES, is_embedding, leaves_of, natural
 from shared.errors import AdapterError, CapabilityError, ModelError
 from shared.folder import ModelFolder, read_json
 from shared.tensors import from_float32, load_file, to_float32
@@ -218,19 +216,27 @@ def check_ranks(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_fit(adapter: Adapter, info: ModelInfo) -> None:
-    """Raise AdapterError unless every adapted module is a linear layer of the model with the right widths."""
-    missing = [name for name in adapter.spec.modules if name not in info.linears]
+    """Raise AdapterError unless the model has every adapted module, with the right widths."""
+    adaptable = info.adaptable
+    missing = [name for name in adapter.spec.modules if name not in adaptable]
     if missing:
         raise AdapterError(
             f'the adapter does not fit this {info.family} model: it has no linear layer "{missing[0]}" '
             f"({len(missing)} of {len(adapter.spec.modules)} modules are missing)",
             fix="use the base that the adapter was trained on",
         )
+    ends = [name for name in adapter.spec.modules if name in info.ends]
+    if ends and info.is_tied:
+        raise CapabilityError(
+            f'the adapter changes "{ends[0]}" of a base whose head is its embedding: there PEFT adapts one of the two, '
+            "mlx-lm both", expected="a base with a head of its own",
+        )  # fmt: skip
     for name in adapter.spec.modules:
-        out, width = info.linears[name]
+        out, width = adaptable[name]
+        A, B = leaves_of(name)
         shapes: dict[str, tuple[int, ...]] = {
-            "lora_A": (adapter.spec.rank_of(name), width),
-            "lora_B": (out, adapter.spec.rank_of(name)),
+            A: (adapter.spec.rank_of(name), width),
+            B: (out, adapter.spec.rank_of(name)),
         }
         if adapter.spec.kind == "dora":
             shapes["lora_magnitude_vector"] = (out,)

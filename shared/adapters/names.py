@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shared.adapters.spec import short_name
+from shared.adapters.spec import is_embedding
 from shared.types import Tensor
 
 PEFT_FILE, MLX_FILE = "adapter_model.safetensors", "adapters.safetensors"
@@ -17,7 +17,6 @@ MLX_LEAVES = {
     "lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b",
 }  # fmt: skip
 OWN_LEAVES = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "lora_magnitude_vector"}
-EMBEDDINGS = frozenset(("embed_tokens", "wte", "word_embeddings", "embeddings", "tok_embeddings", "embed_in"))
 PEFT_UNWEIGHTED = ("lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B")  # saved without ".weight"
 # Where the libraries name the same module differently: a text model inside a vision model (transformers 5, mlx-lm).
 RENAMED = (("model.language_model.", "language_model.model."),)
@@ -66,16 +65,6 @@ def own_name_of_mlx(name: str) -> str:
 def renamed(module: str, pairs: Sequence[tuple[str, str]]) -> str:
     """Return a module's name with the first prefix that matches replaced."""
     return next((new + module[len(old) :] for old, new in pairs if module.startswith(old)), module)
-
-
-def is_embedding(module: str) -> bool:
-    """Return whether a module is an embedding, by its name."""
-    return short_name(module) in EMBEDDINGS
-
-
-def leaves_of(module: str) -> tuple[str, str]:
-    """Return the names of a module's two matrices."""
-    return ("lora_embedding_A", "lora_embedding_B") if is_embedding(module) else ("lora_A", "lora_B")
 
 
 def turned(tensor: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shared.errors import ConfigError, did_you_mean
-from shared.seeds import uniform
+from shared.seeds import normal, uniform
 from shared.tensors import to_float32
 from shared.types import AdapterSpec, ModelInfo, Tensor
 
@@ -24,6 +25,7 @@ ADAPTER_LEAVES = (
     ".lora_embedding_A",
     ".lora_embedding_B",
 )  # how names of adapter tensors end
+EMBEDDINGS = frozenset(("embed_tokens", "wte", "word_embeddings", "embeddings", "tok_embeddings", "embed_in"))
 SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # siblings that read one tensor
 SQUARED_ELEMENTS = 2**22  # widened to float64 at a time: 32 MiB
 LAYER = re.compile(r"\.(\d+)\.")
@@ -36,10 +38,46 @@ def resolve(config: AdapterConfig, info: ModelInfo) -> AdapterSpec:
     layers = chosen_layers(config, info)
     every = sorted(info.linears, key=natural)
     inside = [name for name in every if layer_of(name) in layers]
-    modules = match_targets(config.targets, inside, every=every)
+    ends = [] if config.targets == "all-linear" else sorted(info.ends, key=natural)
+    modules = match_targets(config.targets, [*inside, *ends], every=[*every, *ends])
+    check_ends([name for name in modules if name in ends], config, info)
     return AdapterSpec(
         config.type, rank=config.rank, alpha=float(config.alpha), dropout=config.dropout, modules=tuple(modules)
     )
+
+
+def check_ends(ends: Sequence[str], config: AdapterConfig, info: ModelInfo) -> None:
+    """Refuse embeddings and heads that the libraries would compute differently."""
+    if ends and info.is_tied:
+        raise ConfigError(
+            f'adapter.targets: "{ends[0]}" of a {info.family} model whose head is its embedding: PEFT adapts one of '
+            "the two, mlx-lm both", expected="a base with a head of its own", fix="take it out of adapter.targets",
+        )  # fmt: skip
+    if config.type == "dora" and any(is_embedding(name) for name in ends):
+        raise ConfigError(
+            "adapter.targets: DoRA on an embedding: PEFT's magnitude has a number per dimension, mlx-lm's one per "
+            "token",
+            fix="take the embedding out of adapter.targets, or adapter.type: lora",
+        )
+    if config.dropout and any(not is_embedding(name) for name in ends):
+        raise ConfigError(
+            "adapter.dropout with a head among adapter.targets: the head is computed at supervised positions only, "
+            "which the masks do not know", fix="set adapter.dropout: 0, or take the head out of adapter.targets",
+        )  # fmt: skip
+
+
+def is_embedding(module: str) -> bool:
+    """Return whether a module is an embedding, by its name.
+
+    >>> is_embedding("model.embed_tokens"), is_embedding("lm_head")
+    (True, False)
+    """
+    return short_name(module) in EMBEDDINGS
+
+
+def leaves_of(module: str) -> tuple[str, str]:
+    """Return the names of a module's two matrices."""
+    return ("lora_embedding_A", "lora_embedding_B") if is_embedding(module) else ("lora_A", "lora_B")
 
 
 def chosen_layers(config: AdapterConfig, info: ModelInfo) -> set[int]:
@@ -120,21 +158,31 @@ def short_name(name: str) -> str:
 def initial_adapter(spec: AdapterSpec, linears: Mapping[str, tuple[int, int]], *, seed: int) -> dict[str, Tensor]:
     """Return A (r, in) from U(-1/sqrt(in), 1/sqrt(in)) and B (out, r) zero, float32, for every module.
 
-    Source: Hu et al. 2021 with PEFT's kaiming_uniform(a=sqrt(5)), which is this bound.
+    Of an embedding A (r, V) is zero and B (D, r) from N(0, 1), so that only tokens that occur are changed.
+    Source: Hu et al. 2021 with PEFT's kaiming_uniform(a=sqrt(5)), which is this bound, and PEFT's embeddings.
     """
     tensors: dict[str, Tensor] = {}
     for name in spec.modules:
         out, width = linears[name]
         rank = spec.rank_of(name)
+        if is_embedding(name):
+            tensors[f"{name}.lora_embedding_A"] = Tensor("F32", np.zeros((rank, width), dtype=np.float32))
+            tensors[f"{name}.lora_embedding_B"] = Tensor("F32", normal(seed=seed, name=name, shape=(out, rank)))
+            continue
         values = uniform(seed=seed, name=name, shape=(rank, width), bound=width**-0.5)
         tensors[f"{name}.lora_A"] = Tensor("F32", values)
         tensors[f"{name}.lora_B"] = Tensor("F32", np.zeros((out, rank), dtype=np.float32))
     return tensors
 
 
+def within_layers(spec: AdapterSpec, info: ModelInfo) -> AdapterSpec:
+    """Return the part of a spec that is about the decoder's layers."""
+    return replace(spec, modules=tuple(name for name in spec.modules if name in info.linears))
+
+
 def first_values(spec: AdapterSpec, model: Model, *, seed: int) -> dict[str, Tensor]:
     """Return what an adapter starts from: A and B of the seed, and DoRA's magnitudes of the base's weights."""
-    return {**initial_adapter(spec, model.info.linears, seed=seed), **model.magnitudes()}
+    return {**initial_adapter(spec, model.info.adaptable, seed=seed), **model.magnitudes()}
 
 
 def row_squares(weight: Tensor) -> np.ndarray:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from shared.adapters.names import MLX_FILE, PEFT_FILE, leaves_of, mlx_name, peft_name, turned
+from shared.adapters.names import MLX_FILE, PEFT_FILE, mlx_name, peft_name, turned
 from shared.adapters.schema import CONFIG_FILE
-from shared.adapters.spec import LAYER, layer_of, natural, short_name
+from shared.adapters.spec import LAYER, layer_of, leaves_of, natural, short_name
 from shared.tensors import from_float32, save_file, to_float32
 from shared.types import AdapterSpec, ModelInfo, Tensor
 
@@ -46,7 +46,7 @@ def write_adapter(
     folder: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor], info: ModelInfo, *, base: str, notes: dict[str, Any]
 ) -> None:
     """Write the files of an adapter, for both libraries, into an existing folder; base: path or hub id of the model."""
-    facts = Facts(info.num_layers, frozenset(info.linears))
+    facts = Facts(info.num_layers, frozenset(info.adaptable))
     layouts = (to_peft(spec, tensors, facts, base=base), to_mlx(spec, tensors, facts))
     for layout in layouts:
         save_file(folder / layout.file, layout.tensors.items(), metadata=METADATA[layout.file])

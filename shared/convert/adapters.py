@@ -21,8 +21,6 @@ from shared.adapters.names import (
     COPY,
     MLX_FILE,
     PEFT_FILE,
-    is_embedding,
-    leaves_of,
     mlx_name,
     own_name,
     own_name_of_mlx,
@@ -30,7 +28,7 @@ from shared.adapters.names import (
     turned,
 )
 from shared.adapters.schema import CONFIG_FILE
-from shared.adapters.spec import layer_of
+from shared.adapters.spec import is_embedding, layer_of, leaves_of
 from shared.adapters.writing import (
     METADATA,
     Facts,

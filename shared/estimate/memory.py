@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared.adapters.spec import layer_of, natural, resolve, short_name
+from shared.adapters.spec import is_embedding, layer_of, natural, resolve, short_name
 from shared.config import RunConfig, parse_scheme
 from shared.estimate.costs import Costs, Rows, find_costs, is_measured
 from shared.families import is_tied
@@ -156,6 +156,11 @@ def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
         for module in sorted(shapes, key=natural)
         if len(shapes[module]) == 2 and layer_of(module) is not None
     }
+    tables = {module: shape for module, shape in shapes.items() if is_embedding(module) and layer_of(module) is None}
+    ends = {module: (shape[1], shape[0]) for module, shape in tables.items()}
+    if ends:
+        width, vocabulary = next(iter(ends.values()))
+        ends["lm_head"] = (vocabulary, width)
     return ModelInfo(
         family=folder.family,
         num_layers=len({layer_of(name) for name in linears}),
@@ -167,6 +172,8 @@ def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
         num_parameters=sum(out * wide for out, wide in linears.values()),
         quantized={name: str(scheme) for name, scheme in folder.schemes.items()},
         notes=(),
+        ends=ends,
+        is_tied=is_tied(folder.config, has_head="lm_head.weight" in folder.entries),
     )
 
 
@@ -235,7 +242,8 @@ def layer_widths(shape: Shape, work: Work, *, rank: float) -> dict[str, float]:
 def kept_inputs(shape: Shape, spec: AdapterSpec | None) -> int:
     """Return the summed widths of what trained modules (None: all) read and keep, the same thing once."""
     modules = spec.modules if spec and spec.modules else tuple(shape.info.linears)
-    return sum({input_of(name): shape.info.linears[name][1] for name in modules}.values())
+    inside = [name for name in modules if name in shape.info.linears]
+    return sum({input_of(name): shape.info.linears[name][1] for name in inside}.values())
 
 
 def input_of(module: str) -> str:
@@ -251,15 +259,16 @@ def input_of(module: str) -> str:
 
 def dropped_inputs(shape: Shape, spec: AdapterSpec) -> int:
     """Return the summed input widths of the adapted modules: each has a dropout mask of its own."""
-    return sum(shape.info.linears[name][1] for name in spec.modules)
+    return sum(shape.info.linears[name][1] for name in spec.modules if name in shape.info.linears)
 
 
 def num_trained(shape: Shape, spec: AdapterSpec) -> int:
     """Return the number of trained parameters."""
     if spec.kind == "none":
         return sum(elements for elements, _ in shape.floats.values())
-    magnitudes = sum(shape.info.linears[name][0] for name in spec.modules) if spec.kind == "dora" else 0
-    return magnitudes + sum(spec.rank_of(name) * sum(shape.info.linears[name]) for name in spec.modules)
+    shapes = shape.info.adaptable
+    magnitudes = sum(shapes[name][0] for name in spec.modules) if spec.kind == "dora" else 0
+    return magnitudes + sum(spec.rank_of(name) * sum(shapes[name]) for name in spec.modules)
 
 
 def load_scheme(config: RunConfig, shape: Shape) -> Scheme | None:

@@ -39,6 +39,8 @@ def test_lora_on_every_family(make_config, tiny_model_folder, family, tied):
         ("adapter.layers=[0]", "adapter.alpha=3", "adapter.rank=5"),
         ("adapter.type=rslora", "adapter.rank=4"),
         ("adapter.type=dora",),
+        ("adapter.targets=[embed_tokens, lm_head, q_proj]",),
+        ("adapter.targets=[lm_head]", "adapter.type=dora"),
         ("adapter.type=dora", "adapter.dropout=0.1", "quantization=affine-4bit-g64", "train.recompute=true"),
         ("quantization=affine-4bit-g64",),
         ("quantization=affine-8bit-g32", "adapter.dropout=0.2"),
@@ -62,6 +64,8 @@ def test_folder_made_by_mlx_lm_convert(make_config, tiny_model_folder, tmp_path,
     convert(str(source), str(folder), quantize=True, q_bits=bits, q_group_size=group)
     before = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     check(parity(make_config(folder), updates=30))
+    if not tied:
+        check(parity(make_config(folder, "adapter.targets=[embed_tokens, lm_head, up_proj]"), updates=10))
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == before
 
 

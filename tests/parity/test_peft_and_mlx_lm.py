@@ -91,8 +91,10 @@ def test_curve_is_that_of_peft(make_config, tiny_model_folder, backend):
         ("adapter.type=rslora", "adapter.rank=4"),
         ("adapter.type=dora", "adapter.layers=[0]", "adapter.targets=[q_proj, up_proj]"),
         ("adapter.type=dora",),
+        ("adapter.targets=[embed_tokens, lm_head, q_proj]", "adapter.type=rslora"),
+        ("adapter.targets=[lm_head]", "adapter.type=dora"),
     ],
-    ids=["all", "last-layer", "first-layer", "mixed", "rslora", "dora-first-layer", "dora"],
+    ids=["all", "last-layer", "first-layer", "mixed", "rslora", "dora-first-layer", "dora", "ends", "dora-head"],
 )
 def test_adapter_folder_loads_in_peft_and_mlx_lm_with_the_same_logits(make_config, tiny_model_folder, family, settings):
     import mlx.core as mx

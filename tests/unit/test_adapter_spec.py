@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -103,6 +105,34 @@ def test_modules_with_numbers_of_their_own_do_not_share_a_product_with_others_of
     assert shared_inputs(AdapterSpec("lora", 8, 16.0, 0.0, names, ranks={names[0]: 4}, alphas={names[0]: 8.0})) == [
         names
     ]
+
+
+ENDS = {"model.embed_tokens": (64, 256), "lm_head": (256, 64)}
+
+
+def test_ends_are_adapted_when_they_are_named(info):
+    info = replace(info, ends=ENDS)
+    assert set(modules(info)) == set(info.linears)
+    found = modules(info, targets=["embed_tokens", "lm_head", "q_proj"], layers=[3])
+    assert set(found) == {"model.embed_tokens", "lm_head", "model.layers.3.self_attn.q_proj"}
+    start = initial_adapter(resolve(AdapterConfig(targets=["embed_tokens"], rank=4), info), info.adaptable, seed=0)
+    A, B = start["model.embed_tokens.lora_embedding_A"], start["model.embed_tokens.lora_embedding_B"]
+    assert (A.shape, A.data.any(), B.shape) == ((4, 256), False, (64, 4))
+    assert abs(B.data.std() - 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "tied", "word"),
+    [
+        ({"targets": ["lm_head"]}, True, "head is its embedding"),
+        ({"targets": ["embed_tokens"]}, True, "head is its embedding"),
+        ({"targets": ["embed_tokens"], "type": "dora"}, False, "DoRA on an embedding"),
+        ({"targets": ["lm_head", "q_proj"], "dropout": 0.1}, False, "adapter.dropout with a head"),
+    ],
+)
+def test_ends_that_the_libraries_compute_differently_are_refused(info, options, tied, word):
+    with pytest.raises(ConfigError, match=word):
+        modules(replace(info, ends=ENDS, is_tied=tied), **options)
 
 
 def test_full_fine_tuning_has_no_modules(info):
