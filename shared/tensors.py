@@ -20,6 +20,7 @@ from shared.errors import ModelError
 from shared.types import Tensor
 
 MAX_HEADER = 16_000_000
+MAX_TENSORS = 100_000
 MAX_RANK = 8
 MAX_DIMENSION = 2**40
 BLOCK = 2**22  # values that are checked at once
@@ -58,15 +59,37 @@ def read_header(path: Path) -> dict[str, Entry]:
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}", fix="check the path and its permissions") from None
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"the header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise damaged(path, "the header is not an object")
-    header.pop("__metadata__", None)
+    check_header(path, header)
     entries = {name: check_entry(path, name, value, base=8 + length) for name, value in header.items()}
     check_cover(path, entries, base=8 + length, size=size)
     return entries
+
+
+def check_header(path: Path, header: dict[str, Any]) -> None:
+    """Take the metadata out of a header; refuse one that is no map of texts, too many tensors, unprintable names."""
+    metadata = header.pop("__metadata__", {})
+    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if not texts or not all(is_text(part) for pair in metadata.items() for part in pair):
+        raise damaged(path, "its metadata is not a map of texts")
+    if len(header) > MAX_TENSORS:
+        raise damaged(path, f"{len(header)} tensors, more than {MAX_TENSORS}")
+    for name in header:
+        if not name or not name.isprintable():
+            raise damaged(path, f"a tensor is called {name!r}")
+
+
+def is_text(value: str) -> bool:
+    """Return whether a text has no half characters, which JSON's escapes can bring in.
+
+    >>> is_text("a"), is_text(chr(0xD800))
+    (True, False)
+    """
+    return not any(0xD800 <= ord(character) < 0xE000 for character in value)
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -77,13 +100,20 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def no_constant(word: str) -> None:
+    """Refuse NaN and infinity, which Python reads and JSON does not have."""
+    raise ValueError(f"{word} stands in it")
+
+
 def check_entry(path: Path, name: str, value: Any, *, base: int) -> Entry:
     """Return one checked entry: known dtype, sane shape, offsets that match both."""
     try:
-        dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+        dtype, shape, (start, end) = value.pop("dtype"), value.pop("shape"), value.pop("data_offsets")
         whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
-    except (TypeError, KeyError, ValueError):
+    except (AttributeError, TypeError, KeyError, ValueError):
         raise damaged(path, f'tensor "{name}" has no dtype, shape and data_offsets') from None
+    if value:
+        raise damaged(path, f'tensor "{name}" has more than dtype, shape and data_offsets: {next(iter(value))!r}')
     if not isinstance(dtype, str) or dtype not in NUMPY or not whole or len(shape) > MAX_RANK:
         raise damaged(path, f'tensor "{name}" has dtype {dtype} and shape {shape}')
     count = math.prod(shape)

@@ -23,7 +23,7 @@ FLOATS = ("F32", "F16", "BF16")
 def find_bitnet(path: Path, config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Place]:
     """Return the modules that have packed trits, checked against their shapes."""
     stated = config["quantization_config"]
-    kind = CLASSES.get(stated.get("linear_class", "bitlinear"))
+    kind = CLASSES.get(str(stated.get("linear_class", "bitlinear")))
     if kind is None:
         raise ModelError(
             f"{path / 'config.json'}: linear_class is {stated.get('linear_class')!r}", expected=" or ".join(CLASSES)

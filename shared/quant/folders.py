@@ -24,7 +24,7 @@ def find_places(path: Path, config: Mapping[str, Any], entries: Mapping[str, Ent
     method = foreign.get("quant_method") if isinstance(foreign, dict) and not config.get("quantization") else None
     if method is None:
         return find_quanto(path, config, entries) if (path / MAP).is_file() else find_mlx(path, config, entries)
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         raise CapabilityError(
             f"the folder is quantized with {method}, which this version does not read",
             expected=f"float weights, an mlx-lm folder, or one of: {', '.join(READERS)}",

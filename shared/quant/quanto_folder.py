@@ -49,7 +49,7 @@ def read_map(path: Path) -> dict[str, str]:
     if not plain or not all(isinstance(entry, dict) for entry in stated.values()):
         raise ModelError(f"{path / MAP} holds no map of modules", expected='{"module": {"weights": "qint4"}}')
     for module, entry in stated.items():
-        if entry.get("activations", "none") != "none" or entry.get("weights") not in TYPES:
+        if entry.get("activations", "none") != "none" or str(entry.get("weights")) not in TYPES:
             raise CapabilityError(
                 f'{path / MAP}: "{module}" has weights {entry.get("weights")!r} and activations '
                 f"{entry.get('activations', 'none')!r}, which are not read",

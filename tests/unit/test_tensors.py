@@ -85,6 +85,19 @@ HOSTILE = {
     "two tensors on the same bytes": raw(two([0, 8], [0, 8])),
     "two tensors that overlap": raw(two([0, 8], [4, 12]), b"\0" * 12),
     "a hole between tensors": raw(two([0, 8], [12, 20]), b"\0" * 20),
+    "NaN in an entry": raw(entry(extra=float("nan"))),
+    "a fourth key in an entry": raw(entry(extra=1)),
+    "metadata with half a character": raw(b'{"__metadata__": {"a": "\\udc00"}, "a": %b}' % json.dumps(SOME).encode()),
+    "a name that is half a character": raw(b'{"\\ud800": %b}' % json.dumps(SOME).encode()),
+    "metadata that is a list": raw({"__metadata__": [], **entry()}),
+    "metadata that is null": raw({"__metadata__": None, **entry()}),
+    "metadata with a number": raw({"__metadata__": {"format": 1}, **entry()}),
+    "a name with a zero byte": raw({"a\0b": SOME}),
+    "a name with an escape": raw({"a\x1b[2J": SOME}),
+    "a name of no letters": raw({"": SOME}),
+    "100,001 tensors": raw(
+        {f"t{n}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(100_001)}, b""
+    ),
     "a hole before the first": raw(entry(data_offsets=[4, 12]), b"\0" * 12),
 }
 
