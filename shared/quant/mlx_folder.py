@@ -51,6 +51,8 @@ def find_place(path: Path, module: str, quantization: dict[str, Any] | None, ent
         raise ModelError(
             f'{path}: "{module}.scales" has no weight, biases or entry in config.json', fix="convert it again"
         )
+    if module not in (quantization or {}) and scales.dtype == "U8":
+        found = by_shape(weight, scales) or found
     mode = found.get("mode", "affine")
     bits, group = (found.get(key, usual) for key, usual in zip(("bits", "group_size"), usual_of(mode), strict=True))
     leaves = ("weight", "scales", "biases") if mode == "affine" else ("weight", "scales")
@@ -66,6 +68,15 @@ def find_place(path: Path, module: str, quantization: dict[str, Any] | None, ent
     shape = (scales.shape[0], scales.shape[1] * group)
     stored = Stored(Scheme(mode, bits, group), shape, scales.dtype if mode == "affine" else "BF16")
     return Place(stored, {leaf: f"{module}.{leaf}" for leaf in leaves})
+
+
+def by_shape(weight: Entry, scales: Entry) -> dict[str, Any] | None:
+    """Return the entry of a module that config.json does not name, by its bits per scale; as mlx-lm infers it."""
+    for mode in MODES[1:]:
+        bits, group = FIXED[mode]
+        if weight.shape[-1:] and scales.shape[-1:] and weight.shape[-1] * 32 == scales.shape[-1] * bits * group:
+            return {"mode": mode, "bits": bits, "group_size": group}
+    return None
 
 
 def usual_of(mode: str) -> tuple[int, int]:

@@ -7,6 +7,8 @@ adapter comes back from a file bit for bit, and gives the same numbers there.
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from shared.adapters.spec import initial_adapter, resolve
 from shared.config import AdapterConfig, named_schemes
 from shared.data.batch import micro_batches
 from shared.data.layout import Layout
+from shared.parity import parity
 from shared.registry import BACKENDS, QUANTIZERS, find_backend
 from shared.tensors import load_file, save_file
 from tests import tolerances
@@ -70,7 +73,7 @@ def check(folder, scheme, *, make_examples, make_update, tmp_path, expected):
     (one, names), (other, _) = runs
     assert np.allclose(one, other, rtol=tolerances.CURVE, atol=0)
     assert runs[0][1] == runs[1][1]
-    assert set(names.values()) == {str(expected)}
+    assert set(names.values()) == expected
 
 
 @pytest.mark.parametrize("scheme", KNOWN)
@@ -78,7 +81,9 @@ def test_a_base_quantized_at_load_trains_alike_on_both_backends(
     tiny_model_folder, make_examples, make_update, tmp_path, scheme
 ):
     folder = tiny_model_folder()
-    check(folder, scheme, make_examples=make_examples, make_update=make_update, tmp_path=tmp_path, expected=scheme)
+    check(
+        folder, scheme, make_examples=make_examples, make_update=make_update, tmp_path=tmp_path, expected={str(scheme)}
+    )
 
 
 FOLDERS = {
@@ -88,16 +93,64 @@ FOLDERS = {
 }
 
 
+def save_packed(source, folder, kind):
+    """Return a folder that transformers wrote with bitsandbytes' layers."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(**FOLDERS[kind])
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_a_folder_of_bitsandbytes_trains_alike_on_both_backends(
     tiny_model_folder, make_examples, make_update, tmp_path, kind
 ):
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    folder = save_packed(tiny_model_folder(), tmp_path / "packed", kind)
+    check(folder, None, make_examples=make_examples, make_update=make_update, tmp_path=tmp_path, expected={kind})
 
-    config, folder = BitsAndBytesConfig(**FOLDERS[kind]), tmp_path / "packed"
-    model = AutoModelForCausalLM.from_pretrained(
-        tiny_model_folder(), quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
-    )
-    model.save_pretrained(folder)
-    check(folder, None, make_examples=make_examples, make_update=make_update, tmp_path=tmp_path, expected=kind)
+
+def mixed(path, _module):
+    """Return how mlx-lm shall quantize a module: a scheme of its own for each kind, one left to infer, one kept out."""
+    schemes = {
+        "q_proj": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        "k_proj": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+        "v_proj": False,
+        "lm_head": {"group_size": 64, "bits": 6},
+    }
+    return next((scheme for name, scheme in schemes.items() if path.endswith(name)), True)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8", "mixed"])
+def test_a_folder_of_mlx_lm_trains_alike_on_both_backends(
+    tiny_model_folder, make_examples, make_update, tmp_path, mode
+):
+    from mlx_lm import convert
+
+    folder, options = tmp_path / "packed", {"q_mode": mode}
+    if mode == "mixed":
+        options = {"q_mode": "nvfp4", "quant_predicate": mixed}
+    convert(str(tiny_model_folder()), str(folder), quantize=True, **options)
+    expected = {mode} if mode != "mixed" else {"mxfp4", "mxfp8", "nvfp4", "affine-6bit-g64"}
+    if mode == "mixed":  # as other writers do: mlx-lm then goes by the shapes
+        config = json.loads((folder / "config.json").read_text())
+        for key in ("quantization", "quantization_config"):
+            config[key] = {name: entry for name, entry in config[key].items() if not name.endswith("q_proj")}
+        (folder / "config.json").write_text(json.dumps(config))
+    check(folder, None, make_examples=make_examples, make_update=make_update, tmp_path=tmp_path, expected=expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("name", ["TinyStories-656K", "stories260K"])
+def test_a_real_model_packed_by_bitsandbytes_trains_alike(make_config, stored_model, tmp_path, name, kind):
+    source = stored_model(name)
+    folder = save_packed(source, tmp_path / "packed", kind)
+    for file in source.glob("*token*"):
+        shutil.copy(file, folder)
+    result = parity(make_config(folder, "adapter.dropout=0.1"), updates=30)
+    assert result.ok, [vars(gap) for gap in result.gaps if not gap.ok]
