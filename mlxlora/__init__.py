@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shared.callbacks import Callback
     from shared.config import RunConfig
     from shared.convert.adapters import Converted
+    from shared.convert.merge import Merged
     from shared.convert.quantize import QuantizeResult
     from shared.doctor import Check
     from shared.estimate.report import Report
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "bench", "convert", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "parity", "quantize",
-    "quickstart", "schema", "train",
+    "bench", "convert", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "merge", "parity",
+    "quantize", "quickstart", "schema", "train",
 ]  # fmt: skip
 
+Adapters = str | Path | Sequence[str] | None  # a folder, or several as "folder=weight": their weighted sum
 DEMO = Path(__file__).parent / "demo"
 
 
@@ -99,7 +101,7 @@ def estimate(
     return make_report(checked, memory=memory, tflops=tflops)
 
 
-def evaluate(model: str, *, data: str, adapter: str | None = None, backend: str = "auto", **options: Any) -> Evaluation:
+def evaluate(model: str, *, data: str, adapter: Adapters = None, backend: str = "auto", **options: Any) -> Evaluation:
     """Return loss (nats per supervised token), perplexity and token counts of a model on rows.
 
     options: split, max_length, train_on, dtype, quantization, device.
@@ -108,12 +110,12 @@ def evaluate(model: str, *, data: str, adapter: str | None = None, backend: str 
 
     rows, _ = find_rows(str(data), split=options.pop("split", None))
     opened = {key: options.pop(key) for key in ("dtype", "quantization", "device") if key in options}
-    session = open_session(str(model), adapter=text(adapter), backend=backend, **opened)
+    session = open_session(str(model), adapter=adapter, backend=backend, **opened)
     return evaluate_rows(session, rows, **options)
 
 
 def generate(
-    model: str, prompt: str, *, adapter: str | None = None, max_tokens: int = 128, temperature: float = 0.0,
+    model: str, prompt: str, *, adapter: Adapters = None, max_tokens: int = 128, temperature: float = 0.0,
     seed: int = 0, backend: str = "auto", chat: bool | None = None, **options: Any,
 ) -> str:  # fmt: skip
     """Return the text that follows a prompt; temperature 0 is greedy.
@@ -129,13 +131,13 @@ def generate(
 
 
 def stream(
-    model: str, prompt: str, *, adapter: str | None = None, max_tokens: int = 128, temperature: float = 0.0,
+    model: str, prompt: str, *, adapter: Adapters = None, max_tokens: int = 128, temperature: float = 0.0,
     seed: int = 0, backend: str = "auto", chat: bool | None = None, **options: Any,
 ) -> Iterator[str]:  # fmt: skip
     """Yield the text that follows a prompt, piece by piece."""
     from shared import sessions
 
-    session = sessions.open_session(str(model), adapter=text(adapter), backend=backend, **options)
+    session = sessions.open_session(str(model), adapter=adapter, backend=backend, **options)
     ids = sessions.prompt_ids(session, prompt, chat=chat)
     sampling = sessions.sampling_for(session, max_tokens=max_tokens, temperature=temperature, seed=seed)
     for piece, _ in sessions.stream(session, ids, sampling):
@@ -171,6 +173,20 @@ def quantize(model: str | Path, *, scheme: str, output: str | Path | None, **opt
     from shared.convert.quantize import quantize as run
 
     return run(str(model), scheme=scheme, output=None if output is None else Path(output), **options)
+
+
+def merge(
+    adapters: Sequence[str | Path], *, output: str | Path, method: str = "concat", rank: int | None = None,
+    density: float | None = None, base: str | Path | None = None, force: bool = False,
+) -> Merged:  # fmt: skip
+    """Write several adapters (folders, or "folder=weight") as one.
+
+    method: "concat" the exact sum, "svd" of a `rank`, "linear" and "ties" (with a `density`) as PEFT has them.
+    """
+    from shared.convert.merge import merge_adapters
+
+    options = {"method": method, "rank": rank, "density": density, "base": text(base), "force": force}
+    return merge_adapters([str(one) for one in adapters], Path(output).expanduser(), **options)
 
 
 def parity(

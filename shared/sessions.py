@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.adapters.folder import Adapter, check_copies, check_fit, read_adapter
+from shared.adapters.folder import Adapter, check_copies, check_fit
 from shared.config import parse_scheme
+from shared.convert.merge import read_weighted
 from shared.data.layout import choose_layout
 from shared.data.rows import Row, find_data, read_rows, split_file
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
@@ -47,16 +48,17 @@ class Completion:
 
 
 def open_session(
-    model: str, *, adapter: str | None, backend: str, dtype: str = "auto", quantization: str = "auto",
-    device: str = "auto", note: Note = lambda text: None,
+    model: str, *, adapter: str | Path | Sequence[str] | None, backend: str, dtype: str = "auto",
+    quantization: str = "auto", device: str = "auto", note: Note = lambda text: None,
 ) -> Session:  # fmt: skip
     """Return a session; raises MlxloraError subclasses.
 
+    adapter: a folder, or several as "folder=weight", which are added.
     dtype auto: bfloat16 on a GPU, float32 on a CPU. quantization auto: as the adapter was trained.
     """
     if quantization != "auto":
         parse_scheme(quantization)
-    found = read_adapter(Path(adapter).expanduser()) if adapter else None
+    found = read_weighted([str(adapter)] if isinstance(adapter, str | Path) else adapter) if adapter else None
     folder = find_folder(model)
     base = open_folder(folder)
     tokenizer = load_tokenizer(folder)

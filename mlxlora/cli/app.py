@@ -26,7 +26,10 @@ Set = Annotated[
 BackendName = Annotated[str, typer.Option("--backend", metavar="auto|mlx|torch", help="Where to compute.")]
 ModelPath = Annotated[str, typer.Argument(help="Folder or hub id.")]
 AdapterPath = Annotated[
-    str | None, typer.Option("--adapter", metavar="DIR", help="Adapter folder: ours, PEFT's or mlx-lm's.")
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="DIR[=WEIGHT]", help="Adapter folder: ours, PEFT's or mlx-lm's; several are added."
+    ),
 ]
 Dtype = Annotated[
     str, typer.Option("--dtype", metavar="auto|float32|bfloat16", help="auto: bfloat16 on a GPU, else float32.")

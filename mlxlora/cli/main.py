@@ -14,6 +14,7 @@ from mlxlora.cli.app import app
 from mlxlora.cli.converting import convert
 from mlxlora.cli.fusing import fuse
 from mlxlora.cli.measuring import bench
+from mlxlora.cli.merging import merge
 from mlxlora.cli.planning import estimate
 from mlxlora.cli.quantizing import quantize
 
@@ -22,6 +23,7 @@ app.command()(convert)
 app.command()(estimate)
 app.command()(quantize)
 app.command()(fuse)
+app.command()(merge)
 
 
 def main() -> None:

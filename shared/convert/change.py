@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared.adapters.folder import Adapter
+from shared.adapters.spec import is_embedding
 from shared.convert.source import Weight
 from shared.errors import AdapterError
 from shared.tensors import is_finite, to_float32
@@ -62,6 +63,11 @@ def find_changes(adapter: Adapter, weights: Mapping[str, Weight]) -> dict[str, C
         if len(shape) != 2:
             raise AdapterError(f'"{module}" has a weight of shape {shape}', expected="a matrix (out, in)")
         rank = spec.rank_of(module)
+        if is_embedding(module):  # its weight (V, D) is that of a linear layer, turned
+            size = {"lora_embedding_A": (rank, shape[0]), "lora_embedding_B": (shape[1], rank)}
+            A, B = (read_leaf(adapter.tensors, f"{module}.{leaf}", shape=found) for leaf, found in size.items())
+            changes[f"{module}.weight"] = Change(B.T, A.T, spec.scale_of(module))
+            continue
         leaves: dict[str, tuple[int, ...]] = {"lora_A": (rank, shape[1]), "lora_B": (shape[0], rank)}
         if spec.kind == "dora":
             leaves["lora_magnitude_vector"] = (shape[0],)

@@ -1,0 +1,122 @@
+"""`merge`: several adapter folders as one, for both libraries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.adapters.combining import check_options, combine
+from shared.adapters.folder import Adapter, check_copies, read_adapter
+from shared.adapters.names import MLX_FILE, PEFT_FILE
+from shared.adapters.schema import CONFIG_FILE
+from shared.adapters.spec import is_embedding
+from shared.adapters.writing import METADATA, to_mlx, to_peft, write_config
+from shared.convert.adapters import RESTORE_FILE, facts_of, find_base
+from shared.convert.target import new_folder
+from shared.errors import CapabilityError, ConfigError
+from shared.families import is_tied
+from shared.folder import ModelFolder, read_json
+from shared.tensors import save_file
+from shared.types import AdapterSpec
+
+COPIED = (CONFIG_FILE, PEFT_FILE, MLX_FILE, RESTORE_FILE, "README.md")
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter folder and how much of it to take."""
+
+    folder: Path
+    weight: float
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge gave."""
+
+    output: Path
+    method: str
+    adapters: tuple[Weighted, ...]
+    modules: int
+    rank: int
+    copied: bool  # the first bytes: one adapter with weight 1, the others with 0
+
+
+def parse_weighted(text: str) -> Weighted:
+    """Return folder and weight of `DIR` or `DIR=WEIGHT`; raises ConfigError.
+
+    >>> parse_weighted("runs/a/adapter=0.5")
+    Weighted(folder=PosixPath('runs/a/adapter'), weight=0.5)
+    """
+    folder, equals, number = text.rpartition("=")
+    if not equals or Path(text).expanduser().is_dir():
+        return Weighted(Path(text).expanduser(), 1.0)
+    try:
+        weight = float(number)
+    except ValueError:
+        raise ConfigError(f'the weight in "{text}" is no number', expected="DIR=0.5") from None
+    if not math.isfinite(weight):
+        raise ConfigError(f'the weight in "{text}" is not finite', expected="DIR=0.5")
+    return Weighted(Path(folder).expanduser(), weight)
+
+
+def read_weighted(texts: Sequence[str]) -> Adapter:
+    """Return one adapter of `DIR=WEIGHT` arguments, their exact sum."""
+    found = [parse_weighted(text) for text in texts]
+    return combine([read_adapter(one.folder) for one in found], [one.weight for one in found], method="concat")
+
+
+def merge_adapters(
+    adapters: Sequence[str], target: Path, *, method: str, rank: int | None = None, density: float | None = None,
+    base: str | None = None, force: bool = False,
+) -> Merged:  # fmt: skip
+    """Write adapters (`DIR` or `DIR=WEIGHT`) as one folder, whole or absent; raises MlxloraError subclasses.
+
+    With weight 1 for one and 0 for all others that one's files are copied.
+    """
+    found = tuple(parse_weighted(text) for text in adapters)
+    check_options(method, rank=rank, density=density)
+    read = [read_adapter(one.folder) for one in found]
+    merged = combine(read, [one.weight for one in found], method=method, rank=rank, density=density)
+    if any(adapter.copies for adapter in read):
+        folder = find_base(read_json(found[0].folder / CONFIG_FILE), base)
+        if folder is None:
+            raise CapabilityError(
+                "an adapter brings weights of its base along, which must be looked at",
+                fix="name the base: --base MODEL",
+            )
+        for adapter in read:
+            check_copies(adapter, folder)
+    same = next((n for n, adapter in enumerate(read) if adapter is merged), None)
+    with new_folder(target, sources=[one.folder for one in found], force=force) as staged:
+        if same is not None:
+            for name in COPIED:
+                if (found[same].folder / name).is_file():
+                    (staged / name).write_bytes((found[same].folder / name).read_bytes())
+        else:
+            write_merged(staged, merged, found, method=method, base=base)
+    return Merged(target, method, found, len(merged.spec.modules), merged.spec.rank, same is not None)
+
+
+def write_merged(staged: Path, merged: Adapter, found: Sequence[Weighted], *, method: str, base: str | None) -> None:
+    """Write the files of a merged adapter, for both libraries where both compute it alike."""
+    first = read_json(found[0].folder / CONFIG_FILE)
+    folder, named = find_base(first, base), base or first.get("base_model_name_or_path") or first.get("model")
+    facts = facts_of(folder)
+    layouts = [to_peft(merged.spec, merged.tensors, facts, base=named)]
+    if is_alike(merged.spec, folder):
+        layouts.append(to_mlx(merged.spec, merged.tensors, facts))
+    config = {key: value for layout in layouts for key, value in layout.config.items()}
+    parts = [{"adapter": one.folder.resolve().name, "weight": one.weight} for one in found]
+    for layout in layouts:
+        save_file(staged / layout.file, layout.tensors.items(), metadata=METADATA[layout.file])
+    write_config(staged, {**config, "mlxlora": {**merged.notes, "merged": parts, "method": method}})
+
+
+def is_alike(spec: AdapterSpec, folder: ModelFolder | None) -> bool:
+    """Return whether mlx-lm is known to compute an adapter as PEFT does: no ends, or a base that is not tied."""
+    if not any(is_embedding(name) or name == "lm_head" for name in spec.modules):
+        return True
+    return folder is not None and not is_tied(folder.config, has_head="lm_head.weight" in folder.entries)
