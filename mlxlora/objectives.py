@@ -15,7 +15,7 @@ from mlxlora.elementwise import exp
 from shared.families import HeadFacts
 
 CHUNK_ELEMENTS = 2**21  # logits of one chunk: 8 MiB in float32; MLX begins several before the first is done
-LEAST_ROWS = 32
+LEAST_ROWS = 64
 
 
 @dataclass(frozen=True)

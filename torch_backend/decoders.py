@@ -24,6 +24,7 @@ from torch_backend.state import TO_TORCH, from_torch
 
 Arrays = Mapping[str, torch.Tensor]  # under the names that the codec gives them
 Decoder = Callable[[Arrays, Stored], torch.Tensor]
+BLOCK_SIZE = 2**20  # weights decoded at once: the codes of a whole head would take half as much memory again
 WORDS = {
     2: (1, 4, torch.int32), 3: (3, 8, torch.int64), 4: (1, 2, torch.int16), 5: (5, 8, torch.int64),
     6: (6, 8, torch.int64),
@@ -70,9 +71,18 @@ def decode_affine(arrays: Arrays, stored: Stored) -> torch.Tensor:
         from torch_backend import kernels
 
         return kernels.decode_affine(raw.view(torch.int32), scales, biases, scheme)
-    codes = unpack(raw, scheme.bits).to(scales.dtype)
-    grouped = codes.view(codes.shape[0], -1, scheme.group_size)
-    return grouped.mul_(scales[..., None]).add_(biases[..., None]).view(codes.shape[0], -1)
+    whole = scales.new_empty(len(raw), scales.shape[1] * scheme.group_size)
+    rows = max(BLOCK_SIZE // whole.shape[1], 1)
+    parts = (part.split(rows) for part in (whole, raw, scales, biases))
+    for out, bytes_OI, scales_OG, biases_OG in zip(*parts, strict=True):
+        spread(out, bytes_OI, scales_OG, biases_OG, scheme)
+    return whole
+
+
+def spread(out: torch.Tensor, raw: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, scheme: Scheme) -> None:
+    """Write the weight into `out`: a product, then a sum, each rounded in the scales' dtype."""
+    out.copy_(unpack(raw, scheme.bits))
+    out.view(len(out), -1, scheme.group_size).mul_(scales[..., None]).add_(biases[..., None])
 
 
 def decode_microscaling(arrays: Arrays, stored: Stored) -> torch.Tensor:
