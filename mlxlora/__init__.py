@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shared.config import RunConfig
     from shared.convert.adapters import Converted
     from shared.convert.merge import Merged
+    from shared.convert.models import ModelResult
     from shared.convert.quantize import QuantizeResult
     from shared.doctor import Check
     from shared.estimate.report import Report
@@ -145,13 +146,23 @@ def stream(
 
 
 def convert(
-    source: str | Path, *, to: str, output: str | Path, base: str | Path | None = None, force: bool = False
-) -> Converted:
-    """Write an adapter folder for "peft" or "mlx" (mlx-lm); converted back it has its first bytes again."""
-    from shared.convert.adapters import convert_adapter
+    source: str | Path, *, to: str, output: str | Path, base: str | Path | None = None, force: bool = False,
+    **options: Any,
+) -> Converted | ModelResult:  # fmt: skip
+    """Write an adapter or a whole model in the files of another program; which one it is the folder tells.
 
-    folders = Path(source).expanduser(), Path(output).expanduser()
-    return convert_adapter(*folders, to=to, base=text(base), force=force)
+    Adapters go to "peft", "mlx" (mlx-lm; converted back it has its first bytes again) and "gguf" (llama.cpp). Models go
+    to "hf", "mlx", "gguf" and "ollama"; options: weights (of GGUF's matrices), dtype (of hf and mlx).
+    """
+    from shared.convert.adapters import convert_adapter
+    from shared.convert.models import convert_model, export_adapter, is_adapter
+
+    folder = Path(source).expanduser()
+    if not is_adapter(folder, to=to, options=options):
+        return convert_model(str(source), to=to, output=str(output), force=force, **options)
+    if to == "gguf":
+        return export_adapter(folder, output=str(output), base=text(base), force=force)
+    return convert_adapter(folder, Path(output).expanduser(), to=to, base=text(base), force=force)
 
 
 def fuse(model: str | Path, *, adapter: str | Path, output: str | Path, **options: Any) -> FuseResult:

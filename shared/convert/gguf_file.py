@@ -94,6 +94,11 @@ def name_finder(facts: Facts) -> Callable[[str], str | None]:
 
 def plan_tensors(folder: ModelFolder, facts: Facts, *, kind: str) -> Iterator[Stored]:
     """Yield every tensor of the file; raises ModelError or CapabilityError for one that has no place in it."""
+    if kind in EXACT and not folder.schemes:
+        raise CapabilityError(
+            f"the model is not quantized, and {kind} is never rounded to", expected="affine-4bit-g32 in the folder",
+            fix="use --weights q8_0 or f16, or quantize it first: mlxlora quantize --scheme affine-4bit-g32",
+        )  # fmt: skip
     find_name, weights = name_finder(facts), plain_weights(folder)
     tied = is_tied(facts.config, has_head="lm_head.weight" in weights)
     for name, values in rope_tensors(facts).items():
