@@ -65,13 +65,13 @@ class TorchBackend:
         """Return a quantized weight as our kernels decode it."""
         from torch_backend.quantized import decode_packed
 
-        return decode_packed(packed)
+        return decode_packed(packed, device=choose_device(None))
 
     def input_gradient(self, packed: Packed, grad: np.ndarray) -> np.ndarray:
         """Return the gradient (N, I) that a layer over a packed weight gives its input for (N, O) of its output."""
         from torch_backend.quantized import input_gradient
 
-        return input_gradient(packed, grad)
+        return input_gradient(packed, grad, device=choose_device(None))
 
     def dropout_mask(
         self, *, seed: int, step: int, name: str, slots: Sequence[int], shape: tuple[int, int], p: float

@@ -16,9 +16,9 @@ from torch_backend.decoders import Arrays, find_decoder
 from torch_backend.state import from_torch, to_torch
 
 
-def decode_packed(packed: Packed) -> Tensor:
-    """Return the weight of a packed array through this backend's kernel."""
-    arrays = {key: to_torch(tensor) for key, tensor in packed.arrays.items()}
+def decode_packed(packed: Packed, *, device: str) -> Tensor:
+    """Return the weight of a packed array through this backend's kernel on a device."""
+    arrays = {key: to_torch(tensor).to(device) for key, tensor in packed.arrays.items()}
     return from_torch(find_decoder(packed.scheme)(arrays, packed.stored))
 
 
@@ -119,9 +119,8 @@ class QuantizedEmbedding(nn.Module):
         return rows if self.scale == 1.0 else rows * self.scale
 
 
-def input_gradient(packed: Packed, grad: np.ndarray) -> np.ndarray:
+def input_gradient(packed: Packed, grad: np.ndarray, *, device: str) -> np.ndarray:
     """Return the gradient (N, I) of a layer's input for the float32 gradient (N, O) of its output."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.zeros(len(grad), packed.shape[1], device=device, requires_grad=True)
     QuantizedLinear(packed, None).to(device)(x).backward(torch.from_numpy(grad).to(device))
     assert x.grad is not None

@@ -25,13 +25,12 @@ from shared.adapters.spec import initial_adapter
 from shared.data.batch import make_batch, micro_batches
 from shared.data.layout import choose_layout
 from shared.families import HeadFacts
-from shared.quant.affine import AffineQuantizer
-from shared.registry import find_backend
+from shared.registry import find_backend, find_quantizer
 from shared.tensors import from_float32, to_float32
-from shared.types import AdapterSpec, Batch, Example, Recompute, Sampling, Scheme, Tensor, Update
+from shared.types import FIXED, AdapterSpec, Batch, Example, Recompute, Sampling, Scheme, Tensor, Update
 from torch_backend import objectives
 from torch_backend.adapters import Dropout, LoRALinear
-from torch_backend.decoders import decode_affine
+from torch_backend.decoders import find_decoder
 from torch_backend.model import TorchModel
 from torch_backend.offload import offload_layers
 from torch_backend.optim import AdamW
@@ -41,6 +40,11 @@ from torch_backend.trainer import TorchTrainer
 # The bounds of tests/tolerances.py, which holds the measurements behind them (CPU, float32).
 FIRST_LOSS, GRADIENTS, CURVE, MICRO, LOSS_LAYER = 1e-6, 2e-5, 1e-4, 1e-6, 2e-6
 BFLOAT16_LOSS, TWICE = 2**-8, 2.0  # one rounding step of bfloat16; two layouts round differently, not worse
+SCHEMES = [
+    *(Scheme("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
+    *(Scheme(name, *FIXED[name]) for name in FIXED),
+    *(Scheme(name, *FIXED[name], double=True) for name in ("nf4", "fp4")),
+]
 LENGTHS = [5, 19, 8, 31, 12, 12, 3, 27]
 VOCABULARY = 512
 Checks = Iterable[tuple[str, float, float]]  # what, gap, bound
@@ -240,11 +244,11 @@ def check_bits(device: str) -> Checks:
     values = random.standard_normal((33, 640)) * np.exp2(random.integers(-12, 4, (33, 1)))
     for dtype in ("F32", "BF16", "F16"):
         weight = from_float32(values.astype(np.float32), dtype)
-        for scheme in (Scheme("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)):
-            packed = AffineQuantizer(scheme).quantize(weight)
+        for scheme in (scheme for scheme in SCHEMES if find_quantizer(scheme).fits(weight.shape)):
+            packed = find_quantizer(scheme).quantize(weight)
             there = {key: to_torch(tensor).to(device) for key, tensor in packed.arrays.items()}
-            found = decode_affine(there, packed.stored)
-            words = [t.data.view(np.uint8) for t in (from_torch(found), AffineQuantizer(scheme).dequantize(packed))]
+            found = find_decoder(scheme)(there, packed.stored)
+            words = [t.data.view(np.uint8) for t in (from_torch(found), find_quantizer(scheme).dequantize(packed))]
             yield f"decode {scheme} {dtype}", float((words[0] != words[1]).sum()), 0
 
 

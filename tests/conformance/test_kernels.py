@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from shared.config import named_schemes
 from shared.quant.affine import AffineQuantizer
+from shared.registry import find_quantizer
 from shared.tensors import from_float32
 from shared.types import Scheme
 from torch_backend.decoders import decode_affine
-from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
+from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear, decode_packed
 from torch_backend.state import from_torch, to_torch
 
 SCHEMES = [Scheme("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -34,6 +36,16 @@ def test_decoded_on_cuda_equals_the_codec_and_the_plain_path(scheme, dtype):
     found = decode_affine({key: value.cuda() for key, value in arrays.items()}, one.stored)
     for value in (plain, found):
         assert np.array_equal(from_torch(value).data.view(np.uint8), wanted.data.view(np.uint8))
+
+
+@pytest.mark.parametrize("scheme", [s for s in named_schemes().values() if not s.solver], ids=str)
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_every_format_decodes_on_cuda_as_its_codec_does(scheme, dtype):
+    values = np.random.default_rng(0).standard_normal((48, 384)).astype(np.float32)
+    quantizer = find_quantizer(scheme)
+    one = quantizer.quantize(from_float32(values, dtype))
+    found = decode_packed(one, device="cuda")
+    assert found.data.tobytes() == quantizer.dequantize(one).data.tobytes()
 
 
 def test_layers_on_cuda_use_the_same_values():

@@ -25,7 +25,17 @@ from tests import tolerances
 LENGTHS = [5, 19, 8, 31]
 UPDATES = 5
 # One per family in the default suite; the others are marked slow.
-QUICK = {"nf4-dq", "fp4", "int8", "mxfp4", "ternary-g64", "quanto-qint4", "quanto-qfloat8", "affine-4bit-g64+hqq"}
+QUICK = {
+    "bitnet",
+    "nf4-dq",
+    "fp4",
+    "int8",
+    "mxfp4",
+    "ternary-g64",
+    "quanto-qint4",
+    "quanto-qfloat8",
+    "affine-4bit-g64+hqq",
+}
 KNOWN = [
     pytest.param(scheme, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
     for name, scheme in named_schemes().items()
