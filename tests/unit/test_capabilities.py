@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from shared.tensors import from_float32, to_float32
 from shared.types import Scheme
 from torch_backend.backend import TorchBackend
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
 START, END = "<!-- capabilities: made by shared/capabilities.py -->\n", "<!-- end of capabilities -->"
 
 
@@ -59,3 +61,14 @@ def test_cells_are_told_in_few_words():
     rows = table({"mlx": [Cell(str(s), "mlx", "trains", "") for s in named_schemes().values()]}).splitlines()
     assert rows[0] == "| quantization | bits per weight | MLX |"
     assert np.unique([row.count("|") for row in rows]).tolist() == [4]
+
+
+def test_every_test_that_the_page_on_formats_names_is_there():
+    text, file = (ROOT / "docs/formats.md").read_text(), ROOT
+    names = re.findall(r"`((?:tests/[\w/]+\.py|…)?(?:::\w+)?)`", text)
+    assert len(names) > 10
+    for name in filter(None, names):
+        path, _, function = name.partition("::")
+        file = file if path == "…" else ROOT / path
+        assert file.is_file(), name
+        assert not function or f"def {function}(" in file.read_text(), name
