@@ -100,6 +100,15 @@ class AdapterConfig(Section):
         Literal["all"] | Count | list[Annotated[int, Field(ge=0, strict=True)]],
         Field(description="all, the last N layers, or a list of layer numbers from 0"),
     ] = "all"
+    rank_pattern: Annotated[
+        dict[str, Annotated[int, Field(ge=1, le=65536, strict=True)]],
+        Field(description="ranks of some modules, by names as in targets; the first that matches counts"),
+    ] = {}
+    alpha_pattern: Annotated[dict[str, Positive], Field(description="alphas of some modules, in the same way")] = {}
+    start: Annotated[
+        Name | None,
+        Field(description="folder of an adapter to go on from: ours, PEFT's or mlx-lm's; null: a fresh one"),
+    ] = None
 
     @field_validator("targets", "layers")
     @classmethod
@@ -251,6 +260,8 @@ def validate(values: Any, *, place: str = "config", places: Places | None = None
     except ValidationError as error:
         raise describe(pick_problems(error), place=place, places=places or {}) from None
     parse_scheme(config.quantization)
+    if config.adapter.type == "none" and config.adapter.start is not None:
+        raise ConfigError(f"{place}: adapter.start with adapter.type none", fix="mlxlora fuse, and train its result")
     if config.adapter.type == "none" and config.quantization != "none":
         raise ConfigError(
             f"{place}: adapter.type none (full fine-tuning) cannot train a base quantized to {config.quantization}",

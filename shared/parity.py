@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.adapters.spec import first_values
+from shared.adapters.start import start_values
 from shared.config import RunConfig
 from shared.data.batch import Plan, update_batches
 from shared.data.layout import choose_layout
@@ -94,7 +94,7 @@ def trace(backend: Backend, prepared: Prepared, *, updates: int) -> Trace:
     config = prepared.config
     model, spec = load_trainable(prepared, backend, dtype="float32")
     if spec.kind != "none":
-        model.load_tensors("adapter", first_values(spec, model, seed=config.train.seed))
+        model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
     trainer = backend.trainer(model, objective="sft", state="float32")
     plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
     total = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)

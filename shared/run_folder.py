@@ -29,7 +29,7 @@ from shared.types import Capability
 FREE = (
     "output", "backend", "device", "log", "checkpoint", "evaluation",
     "train.micro_tokens", "train.recompute", "data.packing", "data.cache",
-    "model", "data.path",  # by hash, wherever they lie
+    "model", "data.path", "adapter.start",  # by hash, wherever they lie
 )  # fmt: skip
 
 
@@ -179,8 +179,11 @@ def check_identity(found: checkpoint.Checkpoint, own: Identity) -> None:
 def with_whole_paths(config: RunConfig, folder: Path) -> RunConfig:
     """Return the config with its run folder, and local paths, such that it works from any directory."""
     model, data = Path(config.model).expanduser(), Path(config.data.path).expanduser()
+    start = Path(config.adapter.start).expanduser() if config.adapter.start else None
+    whole = config.adapter.model_copy(update={"start": str(start.resolve()) if start else None})
     return config.model_copy(
         update={
+            "adapter": whole,
             "output": str(folder.resolve()),
             "model": str(model.resolve()) if model.exists() else config.model,
             "data": config.data.model_copy(update={"path": str(data.resolve()) if data.exists() else config.data.path}),

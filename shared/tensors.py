@@ -72,7 +72,8 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 def check_header(path: Path, header: dict[str, Any]) -> None:
     """Take the metadata out of a header; refuse one that is no map of texts, too many tensors, unprintable names."""
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null where there is none
     texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     if not texts or not all(is_text(part) for pair in metadata.items() for part in pair):
         raise damaged(path, "its metadata is not a map of texts")

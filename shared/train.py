@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.adapters.spec import first_values, resolve
+from shared.adapters.folder import read_adapter
+from shared.adapters.spec import resolve
+from shared.adapters.start import start_values
 from shared.adapters.writing import write_adapter
 from shared.callbacks import Callback, tell
 from shared.card import write_card
@@ -214,6 +216,8 @@ def build_run(
 ) -> Run:  # fmt: skip
     """Load the model, attach the adapter, and put both where the checkpoint says."""
     config = prepared.config
+    if found is None and config.adapter.start is not None:
+        read_adapter(Path(config.adapter.start).expanduser())  # refused here rather than behind the model's loading
     chosen = decide_run(config, prepared.base, prepared.train, backend=backend.name, device=backend.probe().device)
     model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
     free = "auto" in (config.train.micro_tokens, config.train.recompute)
@@ -222,7 +226,7 @@ def build_run(
     if found is not None:
         model.load_tensors("adapter", found.adapter)
     elif spec.kind != "none":
-        model.load_tensors("adapter", first_values(spec, model, seed=config.train.seed))
+        model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
     trainer = backend.trainer(model, objective="sft", state=config.optimizer.state)
     if found is not None:
         trainer.load_state(found.optimizer)

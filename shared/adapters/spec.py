@@ -41,9 +41,22 @@ def resolve(config: AdapterConfig, info: ModelInfo) -> AdapterSpec:
     ends = [] if config.targets == "all-linear" else sorted(info.ends, key=natural)
     modules = match_targets(config.targets, [*inside, *ends], every=[*every, *ends])
     check_ends([name for name in modules if name in ends], config, info)
+    ranks = by_pattern(config.rank_pattern, modules, key="rank_pattern", usual=config.rank)
+    alphas = by_pattern(config.alpha_pattern, modules, key="alpha_pattern", usual=config.alpha)
     return AdapterSpec(
-        config.type, rank=config.rank, alpha=float(config.alpha), dropout=config.dropout, modules=tuple(modules)
-    )
+        config.type, rank=config.rank, alpha=float(config.alpha), dropout=config.dropout, modules=tuple(modules),
+        ranks={name: int(rank) for name, rank in ranks.items()},
+        alphas={name: float(alpha) for name, alpha in alphas.items()},
+    )  # fmt: skip
+
+
+def by_pattern(pattern: Mapping[str, float], modules: Sequence[str], *, key: str, usual: float) -> dict[str, float]:
+    """Return the numbers of modules that have one of their own; raises ConfigError where a name matches none."""
+    for target in pattern:
+        if not any(is_match(target, name) for name in modules):
+            raise ConfigError(f'adapter.{key}: "{target}" matches no adapted module', expected="names as in targets")
+    own = {name: next((n for t, n in pattern.items() if is_match(t, name)), usual) for name in modules}
+    return {name: number for name, number in own.items() if number != usual}
 
 
 def check_ends(ends: Sequence[str], config: AdapterConfig, info: ModelInfo) -> None:

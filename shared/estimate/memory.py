@@ -197,7 +197,7 @@ def running_bytes(
     """Return the parts of the two moments that hold activations."""
     size, full = SIZES[config.train.dtype], spec.kind == "none"
     active = shape.info.num_layers - min((layer_of(name) or 0 for name in spec.modules), default=0)
-    rank = spec.rank * len(spec.modules) / active
+    rank = sum(spec.rank_of(name) for name in spec.modules) / active
     kept_rows, working_rows = (costs.kept_inputs, costs.recomputed) if recompute else (costs.kept, costs.working)
     kept = layer_bytes(kept_rows, shape, work, rank=rank, size=size)
     working = layer_bytes(working_rows, shape, work, rank=rank, size=size)

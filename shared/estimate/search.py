@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shared.adapters.spec import first_values
+from shared.adapters.start import start_values
 from shared.config import RunConfig
 from shared.data.batch import micro_batches
 from shared.data.layout import Layout, choose_layout
@@ -49,7 +49,7 @@ def search_micro_tokens(config: RunConfig, *, tell: Callable[[Tried], None] = la
     chosen = decide_run(config, prepared.base, prepared.train, backend=backend.name, device=backend.probe().device)
     model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
     if spec.kind != "none":
-        model.load_tensors("adapter", first_values(spec, model, seed=config.train.seed))
+        model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
     trainer = backend.trainer(model, objective="sft", state=config.optimizer.state)
     packing = config.data.packing
     rows = sorted(prepared.train, key=lambda example: -len(example.tokens))[: config.train.batch_size]

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlxlora import convert
+from mlxlora import convert, fuse
+from shared.errors import AdapterError, ConfigError
 from shared.families import with_old_rope_keys
+from shared.parity import parity
 from shared.tensors import load_file, save_file
+from shared.train import train
 from tests import tolerances
 from tests.parity.test_families import CASES, save
 
@@ -193,8 +196,6 @@ def test_square_matrices_are_turned(base, tmp_path):
 
 
 def test_our_own_folder_is_taken_apart_and_comes_back(make_config, tiny_model_folder, tmp_path):
-    from shared.train import train
-
     base = tiny_model_folder()
     adapter = train(make_config(base, "train.updates=2", "evaluation.every=null", "adapter.type=rslora")).adapter
     for to, file in (("mlx", "adapter_model.safetensors"), ("peft", "adapters.safetensors")):
@@ -240,4 +241,36 @@ def test_numbers_per_module_are_read_for_inference(base, tmp_path, backend, dora
         import mlx.core as mx
 
         found = np.array(model.head.logits(model.decoder(mx.array(IDS))[0]))
+    np.testing.assert_allclose(found, wanted, atol=tolerances.LOGITS * max(np.abs(wanted).max() / 10, 1), rtol=0)
+
+
+NUMBERS = {"rank": 4, "alpha": 8, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}, "type": "rslora"}
+
+
+def test_training_goes_on_from_an_adapter_of_peft_or_mlx_lm(base, make_config, tmp_path):
+    options = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}, "use_rslora": True}
+    source = make_peft(base("llama head_dim"), tmp_path / "peft", dtype="bfloat16", **options)
+    config = make_config(base("llama head_dim"), adapter={**NUMBERS, "start": str(source)})
+    result = parity(config, updates=4)
+    assert result.ok, [vars(gap) for gap in result.gaps if not gap.ok]
+    fresh = parity(make_config(base("llama head_dim"), adapter=NUMBERS), updates=1)
+    assert abs(fresh.curves[0][0] - result.curves[0][0]) > 0.01  # it starts elsewhere
+    adapter = train(config.model_copy(update={"backend": "torch"})).adapter
+    check_alike(base("llama head_dim"), adapter, adapter)
+    other = make_mlx(base("llama head_dim"), tmp_path / "mlx", kind="dora")
+    again = make_config(base("llama head_dim"), adapter={"start": str(other)}, output=str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match=r"adapter.type: dora, rank: 4, alpha: 10, targets: \[down_proj, "):
+        train(again)
+    nowhere = make_config(base("llama head_dim"), adapter={"start": "nowhere"}, output=str(tmp_path / "other"))
+    with pytest.raises(AdapterError, match="no adapter folder at nowhere"):
+        train(nowhere)
+    assert not (tmp_path / "other/adapter").exists()
+
+
+@pytest.mark.parametrize("name", ["ends", "dora"])
+def test_fused_adapters_of_embeddings_and_dora_give_the_same_logits(base, tmp_path, name):
+    options = {"ends": PEFT_SETTINGS["ends"], "dora": {"use_dora": True, "rank_pattern": {"q_proj": 2}}}[name]
+    source = make_peft(base(), tmp_path / "peft", **options)
+    fuse(base(), adapter=source, output=tmp_path / "fused")
+    wanted, found = peft_logits(base(), source), mlx_logits(tmp_path / "fused", None)
     np.testing.assert_allclose(found, wanted, atol=tolerances.LOGITS * max(np.abs(wanted).max() / 10, 1), rtol=0)

@@ -107,6 +107,18 @@ def test_modules_with_numbers_of_their_own_do_not_share_a_product_with_others_of
     ]
 
 
+def test_some_modules_may_have_ranks_and_alphas_of_their_own(info):
+    spec = resolve(
+        AdapterConfig(rank=4, rank_pattern={"layers.1.mlp.up_proj": 2, "up_proj": 8}, alpha_pattern={"q_proj": 2}), info
+    )
+    assert spec.rank_of("model.layers.1.mlp.up_proj") == 2
+    assert spec.rank_of("model.layers.2.mlp.up_proj") == 8
+    assert (spec.rank_of("model.layers.2.mlp.down_proj"), spec.scale_of("model.layers.2.self_attn.q_proj")) == (4, 0.5)
+    assert initial_adapter(spec, info.linears, seed=0)["model.layers.2.mlp.up_proj.lora_A"].shape == (8, 64)
+    with pytest.raises(ConfigError, match=r'adapter.rank_pattern: "k_prj" matches no adapted module'):
+        resolve(AdapterConfig(rank_pattern={"k_prj": 2}), info)
+
+
 ENDS = {"model.embed_tokens": (64, 256), "lm_head": (256, 64)}
 
 

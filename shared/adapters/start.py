@@ -1,0 +1,46 @@
+"""What an adapter starts from: fresh values, or another adapter."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from shared.adapters.folder import check_copies, check_fit, read_adapter
+from shared.adapters.spec import first_values
+from shared.adapters.writing import Facts, peft_targets, plain_number
+from shared.config import RunConfig
+from shared.errors import ConfigError
+from shared.folder import ModelFolder
+from shared.protocols import Model
+from shared.types import AdapterSpec, Tensor
+
+
+def start_values(config: RunConfig, spec: AdapterSpec, model: Model, base: ModelFolder) -> dict[str, Tensor]:
+    """Return the first values of a run's adapter: of its seed, or of the adapter that `adapter.start` names.
+
+    Raises AdapterError and CapabilityError for that folder, ConfigError where the config says another adapter.
+    """
+    if config.adapter.start is None:
+        return first_values(spec, model, seed=config.train.seed)
+    found = read_adapter(Path(config.adapter.start).expanduser())
+    check_fit(found, model.info)
+    check_copies(found, base)
+    check_same(found.spec, spec, facts=Facts(model.info.num_layers, frozenset(model.info.adaptable)))
+    return dict(found.tensors)
+
+
+def check_same(found: AdapterSpec, spec: AdapterSpec, *, facts: Facts) -> None:
+    """Raise ConfigError unless a config describes the adapter that was found; dropout may differ."""
+    same = (
+        (found.kind == "dora") == (spec.kind == "dora")
+        and set(found.modules) == set(spec.modules)
+        and all(found.rank_of(name) == spec.rank_of(name) for name in spec.modules)
+        and all(math.isclose(found.scale_of(name), spec.scale_of(name), rel_tol=1e-9) for name in spec.modules)
+    )
+    if same:
+        return
+    targets = ", ".join(peft_targets(found.modules, facts)[0])
+    raise ConfigError(
+        "adapter.start: the adapter there is another than the config describes",
+        fix=f"adapter.type: {found.kind}, rank: {found.rank}, alpha: {plain_number(found.alpha)}, targets: [{targets}]",
+    )
