@@ -73,3 +73,15 @@ def test_scaling_fits_exponents_and_judges_its_claims(backend, axes, tmp_path):
 def test_a_mistake_is_told_at_once():
     assert "one of --config" in script("step.py", "--backend", "mlx", code=2)
     assert "unknown width" in script("scaling.py", "--only", "width", code=2)
+
+
+@pytest.mark.slow
+def test_codecs_are_timed_next_to_their_owners_and_steps_next_to_float32(tmp_path):
+    file = tmp_path / "codecs.json"
+    out = script("codecs.py", "--quick", "--schemes", "nf4,ternary-g64", "--repeats", 1, "--output", file)
+    found = json.loads(file.read_text())
+    for name in ("nf4", "ternary-g64"):
+        assert all(value > 0 for value in found["codecs"][name].values())
+        assert f"| {name} |" in out
+        assert all(found["steps"][backend][name]["ratio"] > 0 for backend in ("mlx", "torch"))
+    assert found["steps"]["mlx"]["none"]["ratio"] == 1

@@ -34,7 +34,7 @@ JSON = st.recursive(
     max_leaves=8,
 )
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-LONG = settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+LONG = settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
@@ -82,6 +82,7 @@ def test_a_header_is_read_as_the_library_reads_it_or_refused(raw):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @LONG
 @given(headers())
 def test_a_header_is_read_as_the_library_reads_it_or_refused_long(raw):
@@ -154,6 +155,7 @@ def test_a_quantized_folder_is_understood_or_refused(drawn):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @LONG
 @given(folders())
 def test_a_quantized_folder_is_understood_or_refused_long(drawn):
@@ -193,6 +195,7 @@ def test_codecs_give_finite_values_of_no_greater_size(scheme, weight):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @LONG
 @given(st.sampled_from(SCHEMES), weights())
 def test_codecs_give_finite_values_of_no_greater_size_long(scheme, weight):
