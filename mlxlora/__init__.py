@@ -179,7 +179,7 @@ def fuse(model: str | Path, *, adapter: str | Path, output: str | Path, **option
 def quantize(model: str | Path, *, scheme: str, output: str | Path | None, **options: Any) -> QuantizeResult:
     """Write a float model in fewer bits to a new folder, or with output None only measure what it would cost.
 
-    options: overrides (`PATTERN=SCHEME`), keep (patterns of modules that stay floats), force.
+    options: overrides (`PATTERN=SCHEME`), keep (patterns of modules that stay floats), force, base3.
     """
     from shared.convert.quantize import quantize as run
 

@@ -74,6 +74,7 @@ class ModelFolder:
         arrays |= {key: Tensor("U8", arrays[key].data.view(np.uint8)) for key in place.raw}
         if tuple(shape) != place.stored.shape:
             raise ModelError(f'{self.path}: "{module}" has shape {place.stored.shape}', expected=f"{tuple(shape)}")
+        arrays = arrays if place.convert is None else dict(place.convert(arrays))
         packed = Packed(place.stored.scheme, arrays, place.stored.shape, place.stored.dtype)
         if fault := find_fault(packed):
             raise ModelError(f'{self.path}: "{module}" {fault}', fix="convert the model again")

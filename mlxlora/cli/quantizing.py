@@ -32,6 +32,9 @@ def quantize(
     keep: Keep = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show bits and error of every layer; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a model folder at --output.")] = False,
+    base3: Annotated[
+        bool, typer.Option("--base3", help="Ternary weights in 1.6 bits on disk, read here only.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -42,9 +45,10 @@ def quantize(
     if output is None and not plan:
         raise ConfigError("--output is missing", fix="--output DIR to write the model, or --plan to see what it costs")
     heading = [f"{'module':<44}{'shape':>16}  {'scheme':<22}{'bits':>6}{'error':>9}"]
+    tell = (lambda layer: show(layer, heading)) if plan and not as_json else (lambda layer: None)
     result = mlxlora.quantize(
         model, scheme=scheme, output=None if plan else output, overrides=override or [], keep=keep or [],
-        force=force, tell=(lambda layer: show(layer, heading)) if plan and not as_json else lambda layer: None,
+        force=force, base3=base3, tell=tell,
     )  # fmt: skip
     if as_json:
         emit(result)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.errors import ConfigError
-from shared.quant import bitnet_folder, bnb_folder, mlx_folder, quanto_folder
+from shared.quant import base3_folder, bitnet_folder, bnb_folder, mlx_folder, quanto_folder
 from shared.types import Packed, Scheme, Tensor
 
 Modules = Mapping[str, Scheme | None]  # every module that could be quantized -> its scheme, None: stays a float
@@ -71,16 +71,24 @@ BITNET = Owner(
     name="transformers (bitnet)", formats=("bitnet", "bitnet-inverse"), mixes=False, linears_only=True,
     metadata={"format": "pt"}, tensors=bitnet_folder.to_tensors, config=bitnet_config, files=lambda modules: {},
 )  # fmt: skip
+BASE3 = Owner(
+    name="mlxlora", formats=("ternary",), mixes=False, linears_only=False, metadata={"format": "pt"},
+    tensors=base3_folder.to_tensors,
+    config=lambda scheme, modules, dtype: {"quantization_config": base3_folder.quantization_config(scheme)},
+    files=lambda modules: {},
+)  # fmt: skip
 OWNERS = (MLX, BITSANDBYTES, QUANTO, BITNET)
 
 
-def find_owner(scheme: Scheme) -> Owner:
-    """Return who loads a folder of this scheme.
+def find_owner(scheme: Scheme, *, base3: bool = False) -> Owner:
+    """Return who loads a folder of this scheme; base3: ternary weights in base 3, which only we read.
 
     >>> find_owner(Scheme("ternary", 2, 64)).name
     'mlx-lm'
     """
-    return next(owner for owner in OWNERS if scheme.name in owner.formats)
+    if base3 and scheme.name not in BASE3.formats:
+        raise ConfigError(f"--base3 is for ternary weights, not for {scheme}", expected="ternary-g64 or the like")
+    return BASE3 if base3 else next(owner for owner in OWNERS if scheme.name in owner.formats)
 
 
 def check_together(owner: Owner, scheme: Scheme, other: Scheme, *, place: str) -> None:

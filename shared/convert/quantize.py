@@ -71,13 +71,15 @@ class Plan:
 
 def quantize(
     model: str, *, scheme: str, output: Path | None, overrides: Sequence[str] = (), keep: Sequence[str] = (),
-    force: bool = False, tell: Callable[[Layer], None] = lambda layer: None,
+    force: bool = False, base3: bool = False, tell: Callable[[Layer], None] = lambda layer: None,
 ) -> QuantizeResult:  # fmt: skip
     """Write `model` in `scheme` to a new folder and return what each module became; output None: measure only.
 
-    overrides: `PATTERN=SCHEME` by module name, the last match counts; keep: patterns of modules that stay floats.
+    overrides: `PATTERN=SCHEME` by module name, the last match counts; keep: patterns of modules that stay floats;
+    base3: ternary weights in base 3.
     """
-    plan = make_plan(model, scheme=scheme, overrides=[*overrides, *(f"{pattern}=none" for pattern in keep)])
+    rules = [*overrides, *(f"{pattern}=none" for pattern in keep)]
+    plan = make_plan(model, scheme=scheme, overrides=rules, base3=base3)
     if output is None:
         return summarize(plan, list(measure(plan, tell)), output=None)
     with new_folder(output, sources=[plan.folder.path], force=force) as staged:
@@ -85,12 +87,12 @@ def quantize(
     return summarize(plan, layers, output=output)
 
 
-def make_plan(model: str, *, scheme: str, overrides: Sequence[str]) -> Plan:
+def make_plan(model: str, *, scheme: str, overrides: Sequence[str], base3: bool) -> Plan:
     """Return what becomes of every module; raises ConfigError, ModelError for a folder that is quantized already."""
     chosen = parse_scheme(scheme)
     if chosen is None:
         raise ConfigError("--scheme none leaves the model as it is", expected="a format, e.g. affine-4bit-g64")
-    owner = find_owner(chosen)
+    owner = find_owner(chosen, base3=base3)
     rules = [parse_override(text, chosen, owner) for text in overrides]
     folder = open_folder(find_folder(model))
     if folder.places:
@@ -271,7 +273,8 @@ def error_of(weight: Tensor, packed: Packed) -> float:
 
 def describe(plan: Plan, module: str, weight: Tensor, packed: Packed | None, *, error: float | None) -> Layer:
     """Return what a module became."""
-    held = sum(tensor.data.nbytes for tensor in packed.arrays.values()) if packed else weight.data.nbytes
+    stored = plan.owner.tensors(module, packed).values() if packed else (weight,)
+    held = sum(tensor.data.nbytes for tensor in stored)
     return Layer(
         module, (weight.shape[0], weight.shape[1]), str(packed.scheme) if packed else "none",
         8 * held / max(weight.data.size, 1), error, plan.why.get(module, ""),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import CapabilityError
+from shared.quant.base3_folder import METHOD, find_base3
 from shared.quant.bitnet_folder import find_bitnet
 from shared.quant.bnb_folder import find_bitsandbytes
 from shared.quant.mlx_folder import find_mlx
@@ -36,4 +37,5 @@ def find_places(path: Path, config: Mapping[str, Any], entries: Mapping[str, Ent
 READERS = {  # quant_method of a folder's quantization_config -> its reader
     "bitsandbytes": find_bitsandbytes,
     "bitnet": find_bitnet,
+    METHOD: find_base3,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from shared.types import Stored, Tensor
@@ -17,3 +17,4 @@ class Place:
     constants: Mapping[str, Tensor] = field(default_factory=dict)  # arrays that the folder keeps in another form
     extra: tuple[str, ...] = ()  # further tensors that belong to the weight and hold none of the arrays
     raw: tuple[str, ...] = ()  # arrays that are bytes, in whatever dtype the folder stores their words
+    convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None  # the codec's arrays of the folder's

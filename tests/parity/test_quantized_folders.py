@@ -14,7 +14,8 @@ from shared.tensors import to_float32
 from tests import tolerances
 
 Q = "model.layers.0.self_attn.q_proj"
-EVERY = ["affine-4bit-g64", "mxfp4", "nvfp4", "mxfp8", "ternary-g64", "nf4-dq", "int8", "bitnet", "quanto-qint2",
+EVERY = ["affine-4bit-g64", "mxfp4", "nvfp4", "mxfp8", "ternary-g64", "ternary-g64 in base 3",
+         "nf4-dq", "int8", "bitnet", "quanto-qint2",
          "quanto-qint8", "quanto-qfloat8"]  # fmt: skip
 
 
@@ -24,7 +25,9 @@ def make_folder(tiny_model_folder, tmp_path):
 
     def make(scheme, *, tied=False, dtype="float32", **options):
         source = tiny_model_folder(layers=1, tied=tied, dtype=dtype)
-        quantize(str(source), scheme=scheme, output=tmp_path / scheme, **options)
+        name = scheme.removesuffix(" in base 3")
+        options |= {"base3": True} if name != scheme else {}
+        quantize(str(source), scheme=name, output=tmp_path / scheme, **options)
         return tmp_path / scheme
 
     return make

@@ -96,8 +96,9 @@ def test_any_bytes_are_a_file_or_refused(raw):
 
 
 MODULE = "model.layers.0.mlp.down_proj"
-LEAVES = ("weight", "scales", "biases", "SCB", "weight_scale", "weight._data", "weight._data._data", "weight._scale",
-          "weight._shift", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")  # fmt: skip
+LEAVES = ("trits", "weight", "scales", "biases", "SCB", "weight_scale", "weight._data", "weight._data._data",
+          "weight._scale", "weight._shift", "weight.absmax", "weight.quant_map",
+          "weight.quant_state.bitsandbytes__nf4")  # fmt: skip
 KEYS = ("group_size", "bits", "mode", "quant_method", "load_in_4bit", "load_in_8bit", "linear_class",
         "quantization_mode", "use_rms_norm", "llm_int8_skip_modules", MODULE)  # fmt: skip
 VALUES = JSON | st.sampled_from(

@@ -67,6 +67,32 @@ def test_other_owners_keep_embedding_and_head_as_floats(tiny_model_folder, tmp_p
     assert all(layer.why for layer in result.layers if layer.scheme == "none")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ternary_weights_in_base_three_come_back_as_the_same_bytes(tiny_model_folder, tmp_path, dtype):
+    source = str(tiny_model_folder(layers=1, dtype=dtype))
+    quantize(source, scheme="ternary-g64", output=tmp_path / "affine")
+    quantize(source, scheme="ternary-g64", output=tmp_path / "base3", base3=True)
+    one, other = open_folder(tmp_path / "affine"), open_folder(tmp_path / "base3")
+    assert set(schemes(tmp_path / "base3").values()) == {"ternary-g64"}
+    for module, place in other.places.items():
+        left, right = (found.packed(module, shape=place.stored.shape).arrays for found in (one, other))
+        assert {key: tensor.data.tobytes() for key, tensor in left.items()} == {
+            key: tensor.data.tobytes() for key, tensor in right.items()
+        }
+        trits = other.entries[f"{module}.trits"]
+        assert 8 * (trits.end - trits.start) / np.prod(place.stored.shape) < 1.63
+
+
+def test_a_base_three_folder_with_a_byte_of_no_trits_is_refused(tiny_model_folder, tmp_path):
+    quantize(str(tiny_model_folder(layers=1)), scheme="ternary-g64", output=tmp_path / "out", base3=True)
+    trits = open_folder(tmp_path / "out").entries[f"{Q}.trits"]
+    with (tmp_path / "out" / "model.safetensors").open("r+b") as file:
+        file.seek(trits.start)
+        file.write(b"\xff")
+    with pytest.raises(ModelError, match="base-3 digits"):
+        open_folder(tmp_path / "out").packed(Q, shape=(64, 64))
+
+
 def test_overrides_choose_by_pattern_and_the_last_one_counts(tiny_model_folder, tmp_path):
     quantize(
         str(tiny_model_folder()), scheme="affine-4bit-g64", output=tmp_path / "out", keep=["lm_head"],
@@ -166,6 +192,7 @@ def test_a_model_that_breaks_half_way_leaves_nothing(tiny_model_folder, tmp_path
         ({"scheme": "nf4", "overrides": ["*.q_proj=fp4"]}, "one format per folder"),
         ({"scheme": "quanto-qint8", "overrides": ["model.embed_tokens=quanto-qint4"]}, "is an embedding"),
         ({"overrides": ["*.q_proj=affine-4bit-g128"]}, "does not divide into groups"),
+        ({"base3": True}, "--base3 is for ternary weights"),
         ({"keep": ["*.nobody"]}, 'no module is called "*.nobody"'),
     ],
 )
