@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.adapters.folder import read_adapter
+from shared.adapters.folder import Adapter, read_adapter
+from shared.adapters.names import is_embedding
 from shared.convert.change import find_changes
 from shared.convert.files import WORDS
 from shared.convert.fuse import Fused, Survival, check_grid, layers_of, total, write_plain, write_same
@@ -18,8 +19,9 @@ from shared.data.batch import micro_batches
 from shared.data.layout import choose_layout
 from shared.data.rows import Row
 from shared.data.tokenize import tokenize_rows
-from shared.errors import AdapterError, ConfigError, MlxloraError, did_you_mean
-from shared.folder import find_folder, open_folder
+from shared.errors import AdapterError, CapabilityError, ConfigError, MlxloraError, did_you_mean
+from shared.families import is_tied
+from shared.folder import ModelFolder, find_folder, open_folder
 from shared.sessions import find_rows, open_session
 from shared.types import Example
 
@@ -76,6 +78,7 @@ def fuse(
     check_target(target, sources=[base, source], force=force)
     found, folder = read_adapter(source), open_folder(base)
     weights = plain_weights(folder)
+    check_ends(found, folder)
     changes = find_changes(found, weights)
     trained = str(found.notes.get("quantization", "none"))
     if trained != "none" and not folder.schemes:
@@ -103,6 +106,16 @@ def check_options(scheme: str, dtype: str) -> None:
         raise ConfigError(f'--dtype: unknown value "{dtype}"', fix=did_you_mean(dtype, ["auto", *WORDS]))
     if scheme != "none" and dtype != "auto":
         raise ConfigError(f"--dtype {dtype} is for plain weights, --scheme {scheme} keeps the base's", fix="give one")
+
+
+def check_ends(adapter: Adapter, folder: ModelFolder) -> None:
+    """Raise CapabilityError for a changed embedding or head where both are one tensor: it would change the other too."""
+    ends = [module for module in adapter.spec.modules if is_embedding(module) or module == "lm_head"]
+    if ends and is_tied(folder.config, has_head="lm_head.weight" in folder.entries):
+        raise CapabilityError(
+            f'the adapter changes "{ends[0]}" of a base whose head is its embedding, so that one cannot be fused '
+            "without the other", expected="a base with a head of its own", fix="keep the adapter apart",
+        )  # fmt: skip
 
 
 def summarize(target: Path, fused: Fused, text: TextChange | None, *, scheme: str, dtype: str) -> FuseResult:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -111,15 +111,6 @@ class Quantizer(Protocol):
     def quantize(self, weight: Tensor) -> Packed: ...
 
     def dequantize(self, packed: Packed) -> Tensor: ...
-
-
-@runtime_checkable
-class Requantizer(Protocol):
-    """A format whose grid can be kept: codes are chosen anew, scales and offsets stay."""
-
-    def requantize(self, weight: np.ndarray, *, like: Packed) -> Packed:
-        """Return a weight (out, in) float32 on the grid of `like`: its scales and offsets, the nearest codes."""
-        ...
 
 
 class Backend(Protocol):

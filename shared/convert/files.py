@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from shared.folder import ModelFolder
+from shared.quant.quanto_folder import MAP
 
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -28,6 +29,8 @@ def write_config(source: ModelFolder, folder: Path, *, dtype: str | None, plain:
     """Write config.json: the source's own bytes, or with another dtype and, if plain, without its quantization."""
     if dtype is None and not (plain and any(key in source.config for key in QUANTIZED_KEYS)):
         shutil.copyfile(source.path / "config.json", folder / "config.json")
+        if not plain and (source.path / MAP).is_file():
+            shutil.copyfile(source.path / MAP, folder / MAP)
         return
     config = {key: value for key, value in source.config.items() if not (plain and key in QUANTIZED_KEYS)}
     if dtype is not None:

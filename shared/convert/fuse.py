@@ -20,7 +20,7 @@ from shared.convert.shards import Planned, rewrite_shard, row_blocks, write_inde
 from shared.convert.source import FLOATS, Weight, blocks, is_by_rows, open_rows, packed_rows, plain_weights
 from shared.errors import CapabilityError
 from shared.folder import COMPUTED, ModelFolder
-from shared.protocols import Requantizer
+from shared.quant.grid import has_grid, requantize
 from shared.registry import find_quantizer
 from shared.tensors import from_float32, to_float32
 from shared.types import Packed, Tensor
@@ -158,12 +158,11 @@ def write_same(folder: ModelFolder, changes: Mapping[str, Change], staged: Path)
 
 
 def check_grid(weight: Weight) -> None:
-    """Raise CapabilityError for a format whose codec cannot keep its grid."""
-    quantizer = find_quantizer(weight.scheme) if weight.scheme else None
-    if not isinstance(quantizer, Requantizer):
+    """Raise CapabilityError for a format whose grid cannot be kept."""
+    if weight.scheme is not None and not has_grid(weight.scheme.name):
         raise CapabilityError(
             f'"{weight.module}" is stored as {weight.scheme}, which cannot be written again on its own grid',
-            fix="leave out --scheme, or use --scheme affine-8bit-g64",
+            fix="leave out --scheme for full precision",
         )
 
 
@@ -171,20 +170,21 @@ def requantized(folder: ModelFolder, weight: Weight, change: Change, survival: S
     """Return the tensors of a quantized weight that the change alters, by their name in the folder."""
     assert weight.scheme is not None
     quantizer = find_quantizer(weight.scheme)
-    assert isinstance(quantizer, Requantizer)
     packed = folder.packed(weight.module, shape=weight.shape)
     parts: list[Packed] = []
     for rows in row_blocks(weight.shape) if is_by_rows(packed) else [slice(0, weight.shape[0])]:
         part = packed_rows(packed, rows) if is_by_rows(packed) else packed
         base = to_float32(quantizer.dequantize(part)).astype(np.float64)
         wanted = change.apply(base, rows)
-        written = quantizer.requantize(wanted.astype(np.float32), like=part)
+        written = requantize(wanted.astype(np.float32), like=part)
         survival.add(wanted - base, to_float32(quantizer.dequantize(written)) - base)
         parts.append(written)
-    joined = {
-        key: Tensor(array.dtype, np.concatenate([part.arrays[key].data for part in parts]))
-        for key, array in parts[0].arrays.items()
-    }
+    joined = dict(parts[0].arrays)
+    if len(parts) > 1:
+        joined = {
+            key: Tensor(array.dtype, np.concatenate([part.arrays[key].data for part in parts]))
+            for key, array in joined.items()
+        }
     return {
         tensor: joined[key]
         for key, tensor in weight.names.items()

@@ -7,7 +7,7 @@ Source: mlx `affine_quantize` (mlx/backend/cpu/quantized.cpp); equal to it bit f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -52,26 +52,6 @@ class AffineQuantizer:
             "biases": from_float32(bias, weight.dtype),
         }
         return Packed(self.scheme, arrays, (rows, width), weight.dtype)
-
-    def requantize(self, weight: np.ndarray, *, like: Packed) -> Packed:
-        """Return a weight (O, I) float32 on the grid that another has: its scales and biases, the nearest codes.
-
-        A code of `like` stays where the nearest decodes no nearer, so that its own decoded values give it back.
-        """
-        rows, width = like.shape
-        scale = to_float32(like.arrays["scales"])[..., None]
-        bias = to_float32(like.arrays["biases"])[..., None]
-        grouped = weight.reshape(rows, -1, self.scheme.group_size)
-        codes = np.rint((grouped - bias) / np.where(scale == 0, np.float32(1), scale))
-        codes = np.clip(codes, 0, 2**self.scheme.bits - 1).astype(np.uint8).reshape(rows, width)
-        nearest = self.with_codes(codes, like=like)
-        old, new = (np.abs(to_float32(self.dequantize(packed)) - weight) for packed in (like, nearest))
-        kept = unpack(like.arrays["weight"].data, bits=self.scheme.bits)
-        return self.with_codes(np.where(new < old, codes, kept), like=like)
-
-    def with_codes(self, codes: np.ndarray, *, like: Packed) -> Packed:
-        """Return a packed weight with other codes (O, I) uint8."""
-        return replace(like, arrays={**like.arrays, "weight": Tensor("U32", pack(codes, bits=self.scheme.bits))})
 
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the weight (O, I): a product, then a sum, each rounded in the scales' dtype."""

@@ -16,9 +16,9 @@ from shared.convert.source import open_rows, plain_weights
 from shared.errors import AdapterError, CapabilityError, ConfigError, ModelError
 from shared.folder import open_folder, sha256
 from shared.fusing import KEPT, Lost, fuse
-from shared.quant.affine import AffineQuantizer, unpack
+from shared.quant.affine import unpack
 from shared.tensors import from_float32, load_file, save_file, to_float32
-from shared.types import Scheme, Tensor
+from shared.types import Tensor
 from tests.adapters import save_adapter
 
 
@@ -204,17 +204,6 @@ def test_what_log_probabilities_say_of_the_loss(affine_folder, tmp_path, write_j
     assert 0.8 < result.text.share < 1.2
 
 
-def test_requantizing_a_weight_on_its_own_grid_gives_its_own_codes():
-    random = np.random.default_rng(0)
-    for bits in (2, 3, 4, 5, 6, 8):
-        for dtype in ("F32", "F16", "BF16"):
-            quantizer = AffineQuantizer(Scheme("affine", bits, 32))
-            packed = quantizer.quantize(from_float32(random.standard_normal((8, 64)).astype(np.float32), dtype))
-            again = quantizer.requantize(to_float32(quantizer.dequantize(packed)), like=packed)
-            for key, array in packed.arrays.items():
-                assert np.array_equal(again.arrays[key].data, array.data), (bits, dtype, key)
-
-
 def test_survival_of_a_known_loss():
     found = Survival()
     found.add(np.array([3.0, 4.0]), np.array([3.0, 0.0]))
@@ -291,6 +280,25 @@ def test_an_adapter_of_another_base_is_refused(tiny_model_folder, tmp_path):
         fuse(str(tiny_model_folder()), adapter=str(narrow), output=str(tmp_path / "out"))
 
 
+def test_an_adapter_on_a_tied_embedding_is_refused_and_on_an_own_one_fused(tiny_model_folder, tmp_path):
+    for tied in (True, False):
+        base = tiny_model_folder(tied=tied)
+        adapter = save_adapter(tmp_path / f"adapter{tied}", base, targets=["q_proj"])
+        random = np.random.default_rng(0)
+        shapes = {"A": (4, open_folder(base).entries["model.embed_tokens.weight"].shape[0]), "B": (64, 4)}
+        name = "base_model.model.model.embed_tokens.lora_embedding_"
+        leaves = {name + leaf: random.standard_normal(shape).astype(np.float32) for leaf, shape in shapes.items()}
+        changed(adapter, lambda tensors, new=leaves: tensors.update({k: Tensor("F32", v) for k, v in new.items()}))
+        if tied:
+            with pytest.raises(CapabilityError, match="whose head is its embedding"):
+                fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out"))
+            continue
+        output = fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out")).output
+        key = "model.embed_tokens.weight"
+        wanted = decoded(base)[key] + 2.0 * (leaves[name + "B"] @ leaves[name + "A"]).T
+        np.testing.assert_allclose(decoded(output)[key], wanted, rtol=0, atol=1e-5)
+
+
 def test_a_weight_too_large_for_float16_is_refused_not_made_infinite(tiny_model_folder, tmp_path):
     base = tiny_model_folder()
     adapter = save_adapter(tmp_path / "adapter", base, size=1e6)
@@ -331,3 +339,36 @@ def test_a_base_without_tokenizer_is_fused_and_not_measured(affine_folder, tmp_p
 def test_unknown_options_are_refused_before_anything_is_read(options):
     with pytest.raises(ConfigError):
         fuse("nowhere", adapter="nowhere", output="nowhere", **options)
+
+
+FORMATS = (
+    "affine-4bit-g32", "affine-3bit-g64+hqq", "ternary-g64", "mxfp4", "nvfp4", "mxfp8", "nf4", "nf4-dq", "fp4", "int8",
+    "quanto-qint2", "quanto-qint4", "quanto-qint8", "quanto-qfloat8", "bitnet",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_folders_of_every_format_are_fused(tiny_model_folder, tmp_path, scheme):
+    """A zero adapter changes no byte of a weight file; another one changes codes alone, and is counted."""
+    from shared.convert.quantize import quantize
+
+    base = tmp_path / "base"
+    quantize(str(tiny_model_folder()), scheme=scheme, output=base)
+    zero = save_adapter(tmp_path / "zero", base, size=0.0)
+    for kind in ("same", "none"):
+        result = fuse(str(base), adapter=str(zero), output=str(tmp_path / f"zero-{kind}"), scheme=kind)
+        assert result.weights == 0
+    assert weight_hashes(tmp_path / "zero-same") == weight_hashes(base)
+    before = decoded(base)
+    for name, value in decoded(tmp_path / "zero-none").items():
+        assert np.array_equal(value, before[name])
+    adapter = save_adapter(tmp_path / "adapter", base, size=0.1)
+    same = fuse(str(base), adapter=str(adapter), output=str(tmp_path / "same"), scheme="same", accept_loss=True)
+    wanted, after = expected(base, adapter, scale=2.0), decoded(same.output)
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert not np.array_equal(after[key], before[key])  # PEFT 0.21 merges into quanto without changing a bit
+    assert np.abs(after[key] - wanted[key]).mean() < np.abs(before[key] - wanted[key]).mean()
+    assert 0.1 < same.cosine < 1
+    plain = fuse(str(base), adapter=str(adapter), output=str(tmp_path / "plain"), dtype="float32")
+    np.testing.assert_allclose(decoded(plain.output)[key], wanted[key], rtol=0, atol=1e-6)
+    assert not open_folder(plain.output).places
