@@ -109,7 +109,7 @@ def check_options(scheme: str, dtype: str) -> None:
 
 
 def check_ends(adapter: Adapter, folder: ModelFolder) -> None:
-    """Raise CapabilityError for a changed embedding or head where both are one tensor: it would change the other too."""
+    """Raise CapabilityError for a changed embedding or head where both are one tensor."""
     ends = [module for module in adapter.spec.modules if is_embedding(module) or module == "lm_head"]
     if ends and is_tied(folder.config, has_head="lm_head.weight" in folder.entries):
         raise CapabilityError(
