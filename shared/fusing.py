@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.adapters.folder import Adapter, read_adapter
+from shared.adapters.folder import Adapter, check_copies, read_adapter
 from shared.adapters.names import is_embedding
 from shared.convert.change import find_changes
 from shared.convert.files import WORDS
@@ -79,6 +79,7 @@ def fuse(
     found, folder = read_adapter(source), open_folder(base)
     weights = plain_weights(folder)
     check_ends(found, folder)
+    check_copies(found, folder)
     changes = find_changes(found, weights)
     trained = str(found.notes.get("quantization", "none"))
     if trained != "none" and not folder.schemes:

@@ -142,6 +142,11 @@ def check_expressible(spec: AdapterSpec, folder: ModelFolder | None) -> None:
             f'the adapter does not fit this base: it has no module "{missing[0]}" '
             f"({len(missing)} of {len(spec.modules)} are missing)", fix="give the base that it was trained on",
         )  # fmt: skip
+    check_ends(spec, folder)
+
+
+def check_ends(spec: AdapterSpec, folder: ModelFolder | None) -> None:
+    """Refuse adapters of embedding or head where these are one tensor, or nobody says whether they are."""
     ends = [name for name in spec.modules if is_embedding(name) or name == "lm_head"]
     if not ends:
         return

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from mlxlora import convert
+from mlxlora import convert, fuse
 from shared.adapters.folder import read_adapter
 from shared.adapters.names import mlx_name, own_name, own_name_of_mlx
 from shared.adapters.writing import Facts, folded, mlx_keys, peft_targets, unfolded
@@ -162,6 +162,17 @@ def test_ends_need_a_base_that_says_whether_they_are_tied(tmp_path, tiny_model_f
     with pytest.raises(CapabilityError, match="head is its embedding"):
         convert(folder, to="mlx", output=tmp_path / "b", base=tiny_model_folder(tied=True))
     assert convert(folder, to="mlx", output=tmp_path / "b", base=tiny_model_folder(tied=False)).modules == 1
+
+
+def test_an_embedding_that_is_the_head_is_not_fused(tmp_path, tiny_model_folder):
+    tensors = {f"{EMBEDDING}.lora_embedding_A": filled(2, 269), f"{EMBEDDING}.lora_embedding_B": filled(64, 2)}
+    folder = peft_folder(tmp_path / "a", **tensors)
+    with pytest.raises(CapabilityError, match="head is its embedding"):
+        fuse(tiny_model_folder(tied=True), adapter=folder, output=tmp_path / "b")
+    copy = {**tensors, f"{EMBEDDING}.base_layer.weight": filled(269, 64)}
+    with pytest.raises(CapabilityError, match="brings its own"):
+        fuse(tiny_model_folder(tied=False), adapter=peft_folder(tmp_path / "c", **copy), output=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_base_without_the_modules_is_refused(tmp_path, tiny_model_folder):
