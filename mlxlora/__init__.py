@@ -168,8 +168,8 @@ def convert(
 def fuse(model: str | Path, *, adapter: str | Path, output: str | Path, **options: Any) -> FuseResult:
     """Write base and adapter as one model folder, and return how much of the adapter is in it.
 
-    options: scheme ("none" for full precision, "same" for the base's own grid), dtype, accept_loss, force, data,
-    backend.
+    options: scheme ("none" for full precision, "same" for the base's own grid, or a format to quantize to), dtype,
+    accept_loss, force, data, backend.
     """
     from shared.fusing import fuse as run
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from shared.adapters.folder import Adapter, check_copies, read_adapter
 from shared.adapters.names import is_embedding
+from shared.config import named_schemes
 from shared.convert.change import find_changes
 from shared.convert.files import WORDS
-from shared.convert.fuse import Fused, Survival, check_grid, layers_of, total, write_plain, write_same
+from shared.convert.fuse import Fused, Survival, check_grid, layers_of, total, write_plain, write_same, write_scheme
 from shared.convert.source import plain_weights
 from shared.convert.target import check_target, new_folder
 from shared.data.batch import micro_batches
@@ -70,8 +71,9 @@ def fuse(
 ) -> FuseResult:  # fmt: skip
     """Write base + adapter as a whole model; raises AdapterError where less than KEPT of the change would be left.
 
-    scheme: "none" for plain weights, "same" for the base's own grid. dtype: of plain weights, "auto" for the base's
-    own. data: rows to measure log-probabilities on, else `sample`. Nothing is written on any error.
+    scheme: "none" for plain weights, "same" for the base's own grid, else a format to quantize to. dtype: of plain
+    weights, "auto" for the base's own. data: rows to measure log-probabilities on, else `sample`. Nothing is written on
+    any error.
     """
     check_options(scheme, dtype)
     target, base, source = Path(output).expanduser(), find_folder(model), Path(adapter).expanduser()
@@ -84,13 +86,15 @@ def fuse(
     trained = str(found.notes.get("quantization", "none"))
     if trained != "none" and not folder.schemes:
         note(f"the adapter was trained on the base quantized to {trained}; here it joins the base as it is stored")
-    rows = pick_rows(data, sample) if scheme == "same" and folder.schemes else None
+    rows = pick_rows(data, sample) if scheme not in ("none", "same") or (scheme == "same" and folder.schemes) else None
     for name in changes if scheme == "same" else ():
         if weights[name].scheme is not None:
             check_grid(weights[name])
     with new_folder(target, sources=[base, source], force=force) as staged:
         if scheme == "same":
             fused = write_same(folder, changes, staged)
+        elif scheme != "none":
+            fused = write_scheme(folder, changes, staged, scheme=scheme)
         else:
             fused = write_plain(folder, changes, staged, dtype=WORDS.get(dtype))
         text = measure_text(base, source, staged, rows=rows, asked=data is not None, backend=backend, note=note)
@@ -101,8 +105,9 @@ def fuse(
 
 def check_options(scheme: str, dtype: str) -> None:
     """Raise ConfigError for options that nobody knows, or that contradict each other."""
-    if scheme not in ("none", "same"):
-        raise ConfigError(f'--scheme: unknown value "{scheme}"', fix=did_you_mean(scheme, ["none", "same"]))
+    if scheme not in ("none", "same", *named_schemes()):
+        known = ["none", "same", *named_schemes()]
+        raise ConfigError(f'--scheme: unknown value "{scheme}"', fix=did_you_mean(scheme, known))
     if dtype not in ("auto", *WORDS):
         raise ConfigError(f'--dtype: unknown value "{dtype}"', fix=did_you_mean(dtype, ["auto", *WORDS]))
     if scheme != "none" and dtype != "auto":

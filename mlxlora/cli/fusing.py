@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 Adapter = Annotated[str, typer.Option("--adapter", metavar="DIR", help="Adapter folder: ours, PEFT's or mlx-lm's.")]
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="The new model folder.")]
 Scheme = Annotated[
-    str, typer.Option("--scheme", metavar="none|same", help="none: plain weights; same: the base's own grid.")
+    str,
+    typer.Option(
+        "--scheme", metavar="none|same|SCHEME", help="Plain weights; the base's own grid; a format to quantize to."
+    ),
 ]
 Dtype = Annotated[
     str,

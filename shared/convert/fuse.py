@@ -7,6 +7,7 @@ compared with what it should be, and `Survival` says how much of the change is l
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +17,17 @@ import numpy as np
 from shared.adapters.spec import layer_of
 from shared.convert.change import Change
 from shared.convert.files import DTYPES, write_config, write_tokenizer
+from shared.convert.quantize import make_plan, write
 from shared.convert.shards import Planned, rewrite_shard, row_blocks, write_index, write_shards
 from shared.convert.source import FLOATS, Weight, blocks, is_by_rows, open_rows, packed_rows, plain_weights
 from shared.errors import CapabilityError
-from shared.folder import COMPUTED, ModelFolder
+from shared.folder import COMPUTED, ModelFolder, open_folder
 from shared.quant.grid import has_grid, requantize
 from shared.registry import find_quantizer
 from shared.tensors import from_float32, to_float32
 from shared.types import Packed, Tensor
+
+PLAIN = ".plain"  # the fused model before it is quantized anew
 
 
 @dataclass
@@ -155,6 +159,29 @@ def write_same(folder: ModelFolder, changes: Mapping[str, Change], staged: Path)
     write_config(folder, staged, dtype=None, plain=False)
     write_tokenizer(folder, staged)
     return fused
+
+
+def write_scheme(folder: ModelFolder, changes: Mapping[str, Change], staged: Path, *, scheme: str) -> Fused:
+    """Write the fused model quantized anew by a scheme, and count what is left of the change beside the base."""
+    plain = staged / PLAIN
+    plain.mkdir()
+    fused = write_plain(folder, changes, plain, dtype=None)
+    write(make_plan(str(plain), scheme=scheme, overrides=[], base3=False), staged, lambda layer: None)
+    shutil.rmtree(plain)
+    weights, written = plain_weights(folder), open_folder(staged)
+    found = plain_weights(written)
+    return Fused(
+        {name: compare(folder, weights[name], changes[name], written, found[name]) for name in fused.survivals}
+    )
+
+
+def compare(folder: ModelFolder, weight: Weight, change: Change, written: ModelFolder, result: Weight) -> Survival:
+    """Return how much of a weight's change is in another folder's weight."""
+    survival, before, after = Survival(), open_rows(folder, weight), open_rows(written, result)
+    for rows in row_blocks(weight.shape):
+        base = to_float32(before(rows)).astype(np.float64)
+        survival.add(change.apply(base, rows) - base, to_float32(after(rows)) - base)
+    return survival
 
 
 def check_grid(weight: Weight) -> None:

@@ -372,3 +372,24 @@ def test_folders_of_every_format_are_fused(tiny_model_folder, tmp_path, scheme):
     plain = fuse(str(base), adapter=str(adapter), output=str(tmp_path / "plain"), dtype="float32")
     np.testing.assert_allclose(decoded(plain.output)[key], wanted[key], rtol=0, atol=1e-6)
     assert not open_folder(plain.output).places
+
+
+def test_a_fused_model_is_quantized_anew(tiny_model_folder, tmp_path):
+    from shared.convert.quantize import quantize
+
+    base = tiny_model_folder()
+    adapter = save_adapter(tmp_path / "adapter", base, size=0.1)
+    found = fuse(str(base), adapter=str(adapter), output=str(tmp_path / "out"), scheme="affine-8bit-g64")
+    plain = fuse(str(base), adapter=str(adapter), output=str(tmp_path / "plain")).output
+    quantize(str(plain), scheme="affine-8bit-g64", output=tmp_path / "again")
+    assert weight_hashes(found.output) == weight_hashes(tmp_path / "again")
+    assert not (found.output / ".plain").exists()
+    wanted, before, after = expected(base, adapter, scale=2.0), decoded(base), decoded(found.output)
+    sums = Survival()
+    for name in (name for name in wanted if "proj" in name):
+        sums.add(wanted[name] - before[name], after[name].astype(np.float64) - before[name])
+    assert found.cosine == pytest.approx(sums.cosine, abs=1e-6)
+    small = save_adapter(tmp_path / "small", base, size=0.001)
+    with pytest.raises(Lost):
+        fuse(str(base), adapter=str(small), output=str(tmp_path / "lost"), scheme="affine-2bit-g32")
+    assert not (tmp_path / "lost").exists()
