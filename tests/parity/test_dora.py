@@ -9,6 +9,7 @@ import pytest
 
 from shared import reference, seeds
 from shared.adapters.spec import row_squares
+from shared.parity import parity
 from shared.quant.affine import AffineQuantizer
 from shared.tensors import to_float32
 from shared.types import AdapterSpec, Scheme, Tensor
@@ -17,6 +18,7 @@ from tests import tolerances
 D, O, R, B, T = 64, 48, 4, 2, 7  # noqa: E741
 STEP = {"seed": 3, "step": 5}
 SLOTS = [4, 1]
+SLOWER = ("nf4", "int8", "mxfp4", "ternary-g32", "quanto-qint4")
 LEAVES = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
@@ -146,3 +148,12 @@ def test_row_squares_do_not_depend_on_how_rows_are_cut():
     whole = row_squares(Tensor("BF16", words))
     assert whole.dtype == np.float32
     assert np.array_equal(whole, np.concatenate([row_squares(Tensor("BF16", words[n : n + 1])) for n in range(600)]))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["nf4-dq", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)],
+)
+def test_it_trains_alike_on_bases_of_every_kind(make_config, tiny_model_folder, scheme):
+    result = parity(make_config(tiny_model_folder(), "adapter.type=dora", f"quantization={scheme}"), updates=3)
+    assert result.ok, [vars(gap) for gap in result.gaps if not gap.ok]
