@@ -85,11 +85,6 @@ FORMATS = ["mxfp4", "nvfp4", "mxfp8", "ternary-g32", "bitnet", "quanto-qint2", "
        "quanto-qfloat8", "affine-4bit-g64+hqq"]  # fmt: skip
 
 
-@pytest.mark.parametrize("quantization", ["nvfp4", "ternary-g64", "quanto-qint4"])
-def test_formats_of_three_owners(make_config, tiny_model_folder, quantization):
-    check(parity(make_config(tiny_model_folder(layers=1), f"quantization={quantization}"), updates=6))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", FORMATS)
 @pytest.mark.parametrize("name", ["TinyStories-656K", "stories260K"])

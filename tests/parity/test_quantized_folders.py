@@ -9,6 +9,7 @@ import torch
 from shared.convert.quantize import quantize
 from shared.data.batch import make_batch
 from shared.folder import open_folder
+from shared.parity import parity
 from shared.registry import BACKENDS, find_backend, find_quantizer
 from shared.tensors import to_float32
 from tests import tolerances
@@ -148,3 +149,13 @@ def test_transformers_and_mlx_lm_load_bitnet_folders(make_folder):
     layer = model.model.layers[0].self_attn.q_proj
     assert not layer.invert_weight_scales
     assert np.array_equal(np.array(layer.weight), open_folder(folder).packed(Q, shape=(64, 64)).arrays["weight"].data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["nvfp4", "quanto-qint4", "quanto-qfloat8", "bitnet", "nf4-dq"])
+def test_a_written_folder_of_a_real_model_trains_alike_on_both_backends(make_config, stored_model, tmp_path, scheme):
+    quantize(str(stored_model("TinyStories-656K")), scheme=scheme, output=tmp_path / "folder")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "folder").iterdir()}
+    result = parity(make_config(tmp_path / "folder"), updates=10)
+    assert result.ok, [vars(gap) for gap in result.gaps if not gap.ok]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "folder").iterdir()} == before
