@@ -21,7 +21,7 @@ from typing import Any
 from shared.adapters.spec import is_embedding, layer_of, natural, resolve, short_name
 from shared.config import RunConfig, parse_scheme
 from shared.estimate.costs import Costs, Rows, find_costs, is_measured
-from shared.families import is_tied
+from shared.families import GATED, is_tied
 from shared.folder import COMPUTED, ModelFolder
 from shared.registry import find_quantizer
 from shared.types import AdapterSpec, ModelInfo, Recompute, Scheme
@@ -30,7 +30,7 @@ SIZES = {"float32": 4, "bfloat16": 2}
 STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 IN_FLOAT32 = {"nf4", "fp4", "int8"}  # formats that are decoded in float32, and have no kernel in MLX
 # Logits of one chunk, as the backends' objectives cut them, and the fewest rows.
-CHUNK_ELEMENTS = {"torch-cpu": 2**24, "torch-gpu": 2**26, "mlx-cpu": 2**21, "mlx-gpu": 2**21}
+CHUNK_ELEMENTS = {"torch-cpu": 2**25, "torch-gpu": 2**26, "mlx-cpu": 2**21, "mlx-gpu": 2**21}
 CHUNK_ROWS = 64
 WORD = 4  # bytes of a float32
 STATE_BYTES = {"float32": 4.0, "8bit": 1.0 + 4 / 256}  # of one moment: a code, and a float32 scale per block of 256
@@ -242,7 +242,10 @@ def layer_widths(shape: Shape, work: Work, *, rank: float) -> dict[str, float]:
 def kept_inputs(shape: Shape, spec: AdapterSpec | None) -> int:
     """Return the summed widths of what trained modules (None: all) read and keep, the same thing once."""
     modules = spec.modules if spec and spec.modules else tuple(shape.info.linears)
-    inside = [name for name in modules if name in shape.info.linears]
+    again = shape.info.family in GATED  # what the down projection reads is made again there, not kept
+    inside = [
+        name for name in modules if name in shape.info.linears and not (again and short_name(name) == "down_proj")
+    ]
     return sum({input_of(name): shape.info.linears[name][1] for name in inside}.values())
 
 
