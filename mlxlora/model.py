@@ -90,7 +90,8 @@ class MLXModel:
 
     def hidden(self, batch: Batch) -> mx.array:
         """Return (N, D) last hidden states at the positions that predict supervised tokens."""
-        cache = [Segments(batch.lengths_S.tolist())] * self.info.num_layers if batch.is_packed else None
+        alone = self.info.can_pack and len(batch.tokens_BT) == 1  # MLX's own attention would keep (T, T) scores
+        cache = [Segments(batch.lengths_S.tolist())] * self.info.num_layers if batch.is_packed or alone else None
         h_BTD = self.decoder(mx.array(batch.tokens_BT), cache=cache)
         return h_BTD.flatten(0, 1)[mx.array(batch.positions_N)]
 

@@ -19,7 +19,7 @@ class Rows:
     keys: float = 0.0  # key heads * head size: keys and values
     mlp: float = 0.0  # gate, up, their product
     rank: float = 0.0  # rank * adapted modules: x A.T
-    scores: float = 0.0  # heads * T: attention probabilities, where attention is not one kernel
+    scores: float = 0.0  # heads * rows computed at once: attention probabilities, where attention is not one kernel
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ IN_FLOAT32 = {"nf4", "fp4", "int8"}  # formats that are decoded in float32, and 
 # Logits of one chunk, as the backends' objectives cut them, and the fewest rows.
 CHUNK_ELEMENTS = {"torch-cpu": 2**25, "torch-gpu": 2**26, "mlx-cpu": 2**21, "mlx-gpu": 2**21}
 CHUNK_ROWS = 64
+SCORE_ROWS = 128  # rows of attention scores that MLX computes at once on a CPU
 WORD = 4  # bytes of a float32
 STATE_BYTES = {"float32": 4.0, "8bit": 1.0 + 4 / 256}  # of one moment: a code, and a float32 scale per block of 256
 MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj")  # modules that read the same input, and so keep it once
@@ -235,7 +236,7 @@ def layer_widths(shape: Shape, work: Work, *, rank: float) -> dict[str, float]:
         "keys": shape.keys,
         "mlp": shape.mlp,
         "rank": rank,
-        "scores": shape.heads * work.length,
+        "scores": shape.heads * min(work.length, SCORE_ROWS),
     }
 
 

@@ -326,3 +326,14 @@ def test_a_fitting_config_fits_and_is_never_written_over_another(tiny_model_fold
     write_config(fitting, tmp_path / "new.yaml")
     with pytest.raises(StorageError, match="exists"):
         write_config(fitting, tmp_path / "new.yaml")
+
+
+def test_chunks_are_those_of_the_backends():
+    from mlxlora import attention
+    from mlxlora import objectives as ours
+    from torch_backend import objectives as theirs
+
+    found = {"torch-cpu": theirs.CHUNK_ELEMENTS, "torch-gpu": theirs.CHUNK_ELEMENTS_CUDA}
+    assert memory.CHUNK_ELEMENTS == {**found, "mlx-cpu": ours.CHUNK_ELEMENTS, "mlx-gpu": ours.CHUNK_ELEMENTS}
+    assert memory.CHUNK_ROWS == ours.LEAST_ROWS == theirs.LEAST_ROWS
+    assert memory.SCORE_ROWS == attention.BLOCK
