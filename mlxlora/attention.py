@@ -28,7 +28,10 @@ MASKED = -1e30
 
 
 class Segments:
-    """What stands in a layer's cache during training: the lengths of the examples packed into the one row."""
+    """What stands in a layer's cache during training: the lengths of the examples packed into each row.
+
+    For rows of one example each it is the one length of all, padding included.
+    """
 
     offset = 0
 
@@ -63,7 +66,7 @@ def packing(attention_class: type) -> type:
                 return super().__call__(x_BTD, mask, cache)
             q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
             outputs = [
-                attend(self, q[:, at], k[:, at], v[:, at], count=count).reshape(1, at.stop - at.start, -1)
+                attend(self, q[:, at], k[:, at], v[:, at], count=count).reshape(len(x_BTD), at.stop - at.start, -1)
                 for at, count in cache.slices()
             ]
             return self.o_proj(outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1))
@@ -73,10 +76,10 @@ def packing(attention_class: type) -> type:
 
 
 def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, count: int) -> mx.array:
-    """Return (count, T, H, K) of `count` examples of one length that stand side by side in q, k and v."""
+    """Return (B * count, T, H, K): in every row of q, k and v stand `count` examples of one length, side by side."""
 
     def heads(x: mx.array, number: int, norm: Any = None) -> mx.array:
-        x = x.reshape(count, x.shape[1] // count, number, -1)
+        x = x.reshape(len(x) * count, x.shape[1] // count, number, -1)
         return (x if norm is None else norm(x)).transpose(0, 2, 1, 3)
 
     q, k = heads(q, layer.n_heads, layer.get("q_norm")), heads(k, layer.n_kv_heads, layer.get("k_norm"))

@@ -48,6 +48,8 @@ from shared.registry import find_quantizer
 from shared.strict import check_adapter, check_length
 from shared.types import AdapterSpec, Batch, ModelInfo, Part, Sampling, Scheme, Tensor, Token
 
+LONG = 256  # rows alone that are longer take our attention: MLX's own keeps (T, T) scores on a CPU
+
 
 class MLXModel:
     """A loaded base; `attach` makes something of it trainable."""
@@ -90,9 +92,10 @@ class MLXModel:
 
     def hidden(self, batch: Batch) -> mx.array:
         """Return (N, D) last hidden states at the positions that predict supervised tokens."""
-        alone = self.info.can_pack and len(batch.tokens_BT) == 1  # MLX's own attention would keep (T, T) scores
-        cache = [Segments(batch.lengths_S.tolist())] * self.info.num_layers if batch.is_packed or alone else None
-        h_BTD = self.decoder(mx.array(batch.tokens_BT), cache=cache)
+        length = batch.tokens_BT.shape[1]
+        segments = Segments(batch.lengths_S.tolist() if batch.is_packed else [length])
+        ours = self.info.can_pack and (batch.is_packed or length > LONG)
+        h_BTD = self.decoder(mx.array(batch.tokens_BT), cache=[segments] * self.info.num_layers if ours else None)
         return h_BTD.flatten(0, 1)[mx.array(batch.positions_N)]
 
     def log_probs(self, batch: Batch) -> np.ndarray:
