@@ -50,13 +50,13 @@ def test_adapter_loading_is_strict(make_lab):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_log_probs_are_those_of_transformers(make_lab, tiny_model_folder, make_examples, family, tied):
+@pytest.mark.parametrize(("tied", "lengths"), [(True, [7, 23, 11]), (False, [7, 23, 11]), (False, [300, 23, 290])])
+def test_log_probs_are_those_of_transformers(make_lab, tiny_model_folder, make_examples, family, tied, lengths):
     import torch
     from transformers import AutoModelForCausalLM
 
     folder = tiny_model_folder(family, tied=tied)
-    examples = make_examples([7, 23, 11])
+    examples = make_examples(lengths)
     lab = make_lab(folder, warm=False)
     found = lab.model.log_probs(make_batch(examples, range(3)))
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
