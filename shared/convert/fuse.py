@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,10 @@ from shared.convert.shards import Planned, rewrite_shard, row_blocks, write_inde
 from shared.convert.source import FLOATS, Weight, blocks, is_by_rows, open_rows, packed_rows, plain_weights
 from shared.errors import CapabilityError
 from shared.folder import COMPUTED, ModelFolder, open_folder
+from shared.quant import base3_folder
 from shared.quant.grid import has_grid, requantize
 from shared.registry import find_quantizer
-from shared.tensors import from_float32, to_float32
+from shared.tensors import from_float32, read_tensor, to_float32
 from shared.types import Packed, Tensor
 
 PLAIN = ".plain"  # the fused model before it is quantized anew
@@ -212,11 +213,12 @@ def requantized(folder: ModelFolder, weight: Weight, change: Change, survival: S
             key: Tensor(array.dtype, np.concatenate([part.arrays[key].data for part in parts]))
             for key, array in joined.items()
         }
-    return {
-        tensor: joined[key]
-        for key, tensor in weight.names.items()
-        if not np.array_equal(joined[key].data, packed.arrays[key].data)
-    }
+    if folder.places[weight.module].convert is not None:  # stored in another form than the codec's
+        stored = base3_folder.to_tensors(weight.module, replace(packed, arrays=joined))
+    else:
+        stored = {tensor: joined[key] for key, tensor in weight.names.items()}
+    held = {name: read_tensor(folder.entries[name]).data for name in stored}
+    return {name: tensor for name, tensor in stored.items() if tensor.data.tobytes() != held[name].tobytes()}
 
 
 def copy_changed(folder: ModelFolder, staged: Path, changed: Mapping[str, Callable[[], Iterable[Tensor]]]) -> None:

@@ -344,6 +344,7 @@ def test_unknown_options_are_refused_before_anything_is_read(options):
 FORMATS = (
     "affine-4bit-g32", "affine-3bit-g64+hqq", "ternary-g64", "mxfp4", "nvfp4", "mxfp8", "nf4", "nf4-dq", "fp4", "int8",
     "quanto-qint2", "quanto-qint4", "quanto-qint8", "quanto-qfloat8", "bitnet",
+    "ternary-g32 base3",
 )  # fmt: skip
 
 
@@ -353,7 +354,7 @@ def test_folders_of_every_format_are_fused(tiny_model_folder, tmp_path, scheme):
     from shared.convert.quantize import quantize
 
     base = tmp_path / "base"
-    quantize(str(tiny_model_folder()), scheme=scheme, output=base)
+    quantize(str(tiny_model_folder()), scheme=scheme.split()[0], output=base, base3=scheme.endswith("base3"))
     zero = save_adapter(tmp_path / "zero", base, size=0.0)
     for kind in ("same", "none"):
         result = fuse(str(base), adapter=str(zero), output=str(tmp_path / f"zero-{kind}"), scheme=kind)
