@@ -36,7 +36,6 @@ from shared.families import (
     UNVERIFIED,
     check_logits,
     head_facts,
-    is_tied,
     left_out,
     unapplied_window,
     unknown_layout,
@@ -140,7 +139,7 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     """Return the base of a folder, in `dtype`; raises ModelError where anything does not fit."""
     folder = open_folder(path)
     zoo = build_empty(folder)
-    tied = is_tied(folder.config, has_head="lm_head.weight" in folder.entries)
+    tied = folder.is_tied
     notes = fill(zoo, folder, dtype=mlx_dtype(dtype), quantization=quantization, tied=tied)
     zoo.eval()
     zoo.freeze()
@@ -173,7 +172,7 @@ def build_empty(folder: ModelFolder) -> Any:
             fix=nearest_family(folder.family, known_families()),
         ) from None
     config = with_old_rope_keys(folder.config)
-    config["tie_word_embeddings"] = is_tied(config, has_head="lm_head.weight" in folder.entries)
+    config["tie_word_embeddings"] = folder.is_tied
     try:
         zoo = model_class(args_class.from_dict(config))
     except CONFIG_FAULTS as error:

@@ -90,12 +90,6 @@ def unapplied_window(config: Mapping[str, Any]) -> int | None:
     return None if mixed and family in ("llama", "mistral") else window
 
 
-def is_tied(config: Mapping[str, Any], *, has_head: bool) -> bool:
-    """Return whether head and embedding are one tensor: as the config says, else whether the folder has a head."""
-    found = config.get("tie_word_embeddings")
-    return (not has_head) if found is None else bool(found)
-
-
 def check_logits(family: str, *, gap: float, exact: bool) -> None:
     """Refuse a family whose logits are not head(last hidden state) as this table has it.
 

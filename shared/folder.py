@@ -56,6 +56,13 @@ class ModelFolder:
         """Return the tensors that hold quantized weights."""
         return {name for place in self.places.values() for name in (*place.names.values(), *place.extra)}
 
+    @property
+    def is_tied(self) -> bool:
+        """Return whether head and embedding are one tensor: as the config says, else whether there is no head."""
+        stated = self.config.get("tie_word_embeddings")
+        has_head = "lm_head.weight" in self.entries or "lm_head" in self.places  # a packed one has other names
+        return not has_head if stated is None else bool(stated)
+
     def value(self, name: str) -> Tensor:
         """Return a tensor as it is stored, mapped from the file; raises ModelError where it is not finite."""
         if name not in self.entries:

@@ -21,7 +21,6 @@ from shared.data.layout import choose_layout
 from shared.data.rows import Row
 from shared.data.tokenize import tokenize_rows
 from shared.errors import AdapterError, CapabilityError, ConfigError, MlxloraError, did_you_mean
-from shared.families import is_tied
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.sessions import find_rows, open_session
 from shared.types import Example
@@ -117,7 +116,7 @@ def check_options(scheme: str, dtype: str) -> None:
 def check_ends(adapter: Adapter, folder: ModelFolder) -> None:
     """Raise CapabilityError for a changed embedding or head where both are one tensor."""
     ends = [module for module in adapter.spec.modules if is_embedding(module) or module == "lm_head"]
-    if ends and is_tied(folder.config, has_head="lm_head.weight" in folder.entries):
+    if ends and folder.is_tied:
         raise CapabilityError(
             f'the adapter changes "{ends[0]}" of a base whose head is its embedding, so that one cannot be fused '
             "without the other", expected="a base with a head of its own", fix="keep the adapter apart",

@@ -26,7 +26,6 @@ from shared.families import (
     UNVERIFIED,
     check_logits,
     head_facts,
-    is_tied,
     left_out,
     unknown_layout,
 )
@@ -127,7 +126,7 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     """Return the base of a folder, in `dtype`, on `device`; raises ModelError where anything does not fit."""
     folder = open_folder(path)
     zoo = build_empty(folder, torch_dtype(dtype))
-    tied = is_tied(folder.config, has_head="lm_head.weight" in folder.entries)
+    tied = folder.is_tied
     notes = fill(zoo, folder, dtype=torch_dtype(dtype), quantization=quantization, tied=tied)
     zoo.eval().requires_grad_(False).to(device)
     if tied:
@@ -294,7 +293,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
             names[table]: (int(table.embedding_dim), int(table.num_embeddings)),
             names.get(head, "lm_head"): (int(head.out_features), int(head.in_features)),
         },
-        is_tied=is_tied(folder.config, has_head="lm_head.weight" in folder.entries),
+        is_tied=folder.is_tied,
     )
 
 

@@ -41,7 +41,6 @@ from shared.adapters.writing import (
 )
 from shared.convert.target import new_folder
 from shared.errors import AdapterError, CapabilityError, ConfigError, MlxloraError, ModelError
-from shared.families import is_tied
 from shared.folder import ModelFolder, find_folder, open_folder, read_json
 from shared.tensors import NUMPY, is_finite, load_file, save_file
 from shared.types import AdapterSpec, Tensor
@@ -155,7 +154,7 @@ def check_ends(spec: AdapterSpec, folder: ModelFolder | None) -> None:
             f'the adapter changes "{ends[0]}", which PEFT and mlx-lm compute alike only where embedding and head '
             "are two tensors; nobody says whether they are", fix="name the base: --base MODEL",
         )  # fmt: skip
-    if is_tied(folder.config, has_head="lm_head.weight" in folder.entries):
+    if folder.is_tied:
         raise CapabilityError(
             f'the adapter changes "{ends[0]}" of a base whose head is its embedding: there PEFT adapts one of the two, '
             "mlx-lm both", expected="a base with a head of its own",

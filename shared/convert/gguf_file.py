@@ -21,7 +21,6 @@ from shared.convert.shards import row_blocks
 from shared.convert.source import FLOATS, Weight, open_rows, packed_rows, plain_weights
 from shared.data.tokenize import load_tokenizer
 from shared.errors import CapabilityError, ModelError
-from shared.families import is_tied
 from shared.folder import COMPUTED, ModelFolder
 from shared.tensors import from_float32, to_float32
 from shared.types import Packed, Tensor
@@ -100,7 +99,7 @@ def plan_tensors(folder: ModelFolder, facts: Facts, *, kind: str) -> Iterator[St
             fix="use --weights q8_0 or f16, or quantize it first: mlxlora quantize --scheme affine-4bit-g32",
         )  # fmt: skip
     find_name, weights = name_finder(facts), plain_weights(folder)
-    tied = is_tied(facts.config, has_head="lm_head.weight" in weights)
+    tied = folder.is_tied
     for name, values in rope_tensors(facts).items():
         yield Stored(name, values.shape, "f32", lambda values=values: [values])
     for weight in weights.values():

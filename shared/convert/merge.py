@@ -16,7 +16,6 @@ from shared.adapters.writing import METADATA, to_mlx, to_peft, write_config
 from shared.convert.adapters import RESTORE_FILE, facts_of, find_base
 from shared.convert.target import new_folder
 from shared.errors import CapabilityError, ConfigError
-from shared.families import is_tied
 from shared.folder import ModelFolder, read_json
 from shared.tensors import save_file
 from shared.types import AdapterSpec
@@ -119,4 +118,4 @@ def is_alike(spec: AdapterSpec, folder: ModelFolder | None) -> bool:
     """Return whether mlx-lm is known to compute an adapter as PEFT does: no ends, or a base that is not tied."""
     if not any(is_embedding(name) or name == "lm_head" for name in spec.modules):
         return True
-    return folder is not None and not is_tied(folder.config, has_head="lm_head.weight" in folder.entries)
+    return folder is not None and not folder.is_tied

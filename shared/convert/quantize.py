@@ -20,7 +20,6 @@ from shared.convert.owners import Owner, check_together, find_owner
 from shared.convert.shards import SINGLE, row_blocks, write_index
 from shared.convert.target import new_folder
 from shared.errors import ConfigError, ModelError, did_you_mean
-from shared.families import is_tied
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.protocols import Quantizer
 from shared.registry import find_quantizer
@@ -122,7 +121,7 @@ def parse_override(text: str, scheme: Scheme, owner: Owner) -> tuple[str, Scheme
 
 def find_modules(folder: ModelFolder) -> dict[str, tuple[int, int]]:
     """Return the shapes of linear layers inside the decoder layers, of the embedding, and of an untied head."""
-    tied = is_tied(folder.config, has_head="lm_head.weight" in folder.entries)
+    tied = folder.is_tied
     found: dict[str, tuple[int, int]] = {}
     for name, entry in folder.entries.items():
         module, _, leaf = name.rpartition(".")

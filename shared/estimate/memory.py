@@ -21,7 +21,7 @@ from typing import Any
 from shared.adapters.spec import is_embedding, layer_of, natural, resolve, short_name
 from shared.config import RunConfig, parse_scheme
 from shared.estimate.costs import Costs, Rows, find_costs, is_measured
-from shared.families import GATED, is_tied
+from shared.families import GATED
 from shared.folder import COMPUTED, ModelFolder
 from shared.registry import find_quantizer
 from shared.types import AdapterSpec, ModelInfo, Recompute, Scheme
@@ -125,7 +125,7 @@ def estimate(config: RunConfig, shape: Shape, work: Work, *, place: str, recompu
 def read_shape(folder: ModelFolder) -> Shape:
     """Return a model's sizes from its headers; no tensor is read."""
     config = folder.config.get("text_config", folder.config) if "hidden_size" not in folder.config else folder.config
-    tied = is_tied(folder.config, has_head="lm_head.weight" in folder.entries)
+    tied = folder.is_tied
     floats, packed, packed_names = {}, {}, folder.packed_names
     for name, entry in folder.entries.items():
         module = name.rpartition(".")[0]
@@ -174,7 +174,7 @@ def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
         quantized={name: str(scheme) for name, scheme in folder.schemes.items()},
         notes=(),
         ends=ends,
-        is_tied=is_tied(folder.config, has_head="lm_head.weight" in folder.entries),
+        is_tied=folder.is_tied,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,25 @@ def test_both_backends_read_what_is_written(make_folder, make_examples, scheme):
             assert tensors[f"{Q}.{key}"].data.tobytes() == tensor.data.tobytes()
         found[name] = model.log_probs(batch)
     np.testing.assert_allclose(found["mlx"], found["torch"], atol=tolerances.LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [("ternary-g64 in base 3", {}), ("quanto-qint8", {"overrides": ["lm_head=quanto-qint8"]})],
+)
+def test_a_packed_head_is_found_where_config_json_does_not_say_tied(make_folder, make_examples, scheme, options):
+    folder, batch = make_folder(scheme, **options), make_batch(make_examples([9, 14]), range(2))
+    config = json.loads((folder / "config.json").read_text())
+
+    def log_probs(name):
+        model = find_backend(name).load_model(folder, dtype="float32", quantization=None, recompute=False, device="cpu")
+        return model.log_probs(batch)
+
+    said = {name: log_probs(name) for name in BACKENDS}
+    del config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in BACKENDS:
+        np.testing.assert_array_equal(log_probs(name), said[name])
 
 
 @pytest.mark.parametrize("scheme", ["affine-5bit-g32", "mxfp4", "nvfp4", "mxfp8", "ternary-g64", "affine-4bit-g64+hqq"])
