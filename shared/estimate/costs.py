@@ -48,12 +48,12 @@ NOTHING = Costs(
 # Of full fine-tuning the rows with recompute are taken over from LoRA.
 MEASURED: dict[tuple[str, str, bool], Costs] = {
     ("torch-cpu", "float32", False): Costs(
-        kept=Rows(hidden=4.02, attention=2.91, keys=1.87, mlp=4.13),
-        working=Rows(hidden=4.5, mlp=0.8),
-        kept_inputs=Rows(hidden=0.98, attention=0.01),
-        recomputed=Rows(hidden=4.4, attention=2.97, keys=2.35, mlp=6.14),
-        dropout=0.22, logits=1.01, queued=0, head=0, decodes=2.24,
-        update=1.05, load=4.0, quantizing=11.46, framework=364 * 2**20,
+        kept=Rows(hidden=3.88, attention=2.92, keys=1.95, mlp=2.14, rank=0.01),
+        working=Rows(hidden=2.27, mlp=3.44, rank=0.11),
+        kept_inputs=Rows(hidden=0.99, rank=0.02),
+        recomputed=Rows(hidden=4.35, attention=3.07, keys=2.15, mlp=6.18, rank=0.3),
+        dropout=0.19, logits=1.01, queued=0, head=0, decodes=2.31,
+        update=1.09, load=4.0, quantizing=11.42, framework=366 * 2**20,
     ),
     ("torch-cpu", "float32", True): Costs(
         kept=Rows(hidden=6.19, attention=1.91, keys=1.79, mlp=4.08),
@@ -64,12 +64,12 @@ MEASURED: dict[tuple[str, str, bool], Costs] = {
         update=5.98, load=3.98, quantizing=0, framework=370 * 2**20,
     ),
     ("mlx-cpu", "float32", False): Costs(
-        kept=Rows(hidden=3.4, attention=2.73, keys=1.24, mlp=5.01),
-        working=Rows(hidden=0.51, attention=16.4, keys=4.17, scores=4.2),
-        kept_inputs=Rows(hidden=0.81, keys=0.39, mlp=0.12),
-        recomputed=Rows(hidden=4.51, attention=19.36, keys=0.99, mlp=8.99),
-        dropout=0.48, logits=2.94, queued=0.76, head=0, decodes=4.46,
-        update=2.22, load=0, quantizing=0, framework=0,
+        kept=Rows(hidden=3.78, attention=3.32, keys=1.84, mlp=1.98),
+        working=Rows(attention=7.89, keys=3.33, mlp=5.0, scores=3.94),
+        kept_inputs=Rows(hidden=1.41, keys=0.15, rank=0.88),
+        recomputed=Rows(hidden=1.8, attention=10.35, keys=5.02, mlp=7.28, scores=5.18),
+        dropout=0.25, logits=2.94, queued=4.08, head=0, decodes=5.01,
+        update=2.24, load=0, quantizing=0, framework=0,
     ),
 }  # fmt: skip
 # Measured in part (what layers keep without recompute), the rest is taken over from above; to be calibrated next.

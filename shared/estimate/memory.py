@@ -29,6 +29,8 @@ from shared.types import AdapterSpec, ModelInfo, Recompute, Scheme
 SIZES = {"float32": 4, "bfloat16": 2}
 STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 IN_FLOAT32 = {"nf4", "fp4", "int8"}  # formats that are decoded in float32, and have no kernel in MLX
+IN_BLOCKS = {"affine", "ternary"}  # formats that are decoded block by block on a CPU
+DECODE_BLOCK = 2**21
 # Logits of one chunk, as the backends' objectives cut them, and the fewest rows.
 CHUNK_ELEMENTS = {"torch-cpu": 2**25, "torch-gpu": 2**26, "mlx-cpu": 2**21, "mlx-gpu": 2**21}
 CHUNK_ROWS = 64
@@ -311,7 +313,9 @@ def decode_bytes(config: RunConfig, shape: Shape, costs: Costs, *, place: str) -
     if place == "mlx-gpu" and same and not names & IN_FLOAT32:
         return 0  # quantized_matmul decodes in its kernel
     largest = max((out * wide for out, wide in shape.info.linears.values()), default=0)
-    return costs.decodes * largest * (word + (0 if same else SIZES[config.train.dtype]))
+    by_block = place.endswith("cpu") and names <= IN_BLOCKS  # two readers' weights whole, and one block's codes
+    working, whole = (min(largest, DECODE_BLOCK), 2 * max(largest - DECODE_BLOCK, 0)) if by_block else (largest, 0)
+    return (costs.decodes * working + whole) * (word + (0 if same else SIZES[config.train.dtype]))
 
 
 def head_decode_bytes(config: RunConfig, shape: Shape) -> int:
