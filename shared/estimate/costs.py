@@ -56,12 +56,12 @@ MEASURED: dict[tuple[str, str, bool], Costs] = {
         update=1.09, load=4.0, quantizing=11.42, framework=366 * 2**20,
     ),
     ("torch-cpu", "float32", True): Costs(
-        kept=Rows(hidden=6.19, attention=1.91, keys=1.79, mlp=4.08),
+        kept=Rows(hidden=6.19, attention=1.91, keys=1.79, mlp=3.07),
         working=Rows(hidden=4.83, mlp=1.21),
         kept_inputs=Rows(hidden=0.87, attention=0.07),
         recomputed=Rows(hidden=6.8, attention=1.73, keys=2.33, mlp=6.13),
         dropout=0, logits=3.1, queued=0, head=1, decodes=0,
-        update=5.98, load=3.98, quantizing=0, framework=370 * 2**20,
+        update=1.1, load=3.98, quantizing=0, framework=370 * 2**20,
     ),
     ("mlx-cpu", "float32", False): Costs(
         kept=Rows(hidden=3.78, attention=3.32, keys=1.84, mlp=1.98),
@@ -90,13 +90,21 @@ ASSUMED: dict[tuple[str, str, bool], Costs] = {
         dropout=0, logits=3.1, queued=0, head=1, decodes=0,
         update=5.98, load=3.98, quantizing=0, framework=370 * 2**20,
     ),
+    ("mlx-cpu", "bfloat16", False): Costs(
+        kept=Rows(hidden=3.78, attention=3.32, keys=1.84, mlp=1.98),
+        working=Rows(attention=7.89, keys=3.33, mlp=5.0, scores=3.94),
+        kept_inputs=Rows(hidden=1.41, keys=0.15, rank=0.88),
+        recomputed=Rows(hidden=1.8, attention=10.35, keys=5.02, mlp=7.28, scores=5.18),
+        dropout=0.25, logits=4.4, queued=6.1, head=0, decodes=5.01,
+        update=2.24, load=0, quantizing=0, framework=0,
+    ),
     ("mlx-cpu", "float32", True): Costs(
-        kept=Rows(hidden=5.9, attention=1.97, keys=1.9, mlp=5.26, scores=1.01),
-        working=Rows(hidden=3.69, attention=8.57, keys=6.71, mlp=2.78, scores=1.83),
-        kept_inputs=Rows(hidden=4.22, keys=1.93, mlp=3.9, scores=0.6),
-        recomputed=Rows(hidden=4.73, attention=14.34, keys=2.03, mlp=7.99, scores=0.59),
+        kept=Rows(hidden=5.9, attention=3.1, keys=1.9, mlp=2.86),
+        working=Rows(hidden=3.69, attention=7.89, keys=3.33, mlp=5.0, scores=3.94),
+        kept_inputs=Rows(hidden=4.22, keys=1.93, mlp=3.9),
+        recomputed=Rows(hidden=4.73, attention=10.35, keys=5.02, mlp=7.99, scores=5.18),
         dropout=0, logits=3.9, queued=5.9, head=1, decodes=0,
-        update=2.4, load=2.95, quantizing=0, framework=0,
+        update=1.2, load=2.95, quantizing=0, framework=0,
     ),
 }  # fmt: skip
 # A GPU runs the same layers as the CPU, so it borrows the factors until they are measured there. What differs: the

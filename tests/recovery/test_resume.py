@@ -145,6 +145,22 @@ def test_run_goes_on_on_the_other_backend(settings, whole, tmp_path, first, seco
         assert loss == pytest.approx(wanted[step], rel=tolerances.CURVE)
 
 
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_a_run_goes_on_with_another_packing(settings, whole, tmp_path, backend):
+    folder = tmp_path / "run"
+    shutil.copytree(whole(backend), folder)
+    for name in ("adapter", "checkpoints/step-000014"):
+        shutil.rmtree(folder / name)
+    code, err = finish([*settings(folder, "data.packing=none"), "--backend", backend])
+    assert code == 0, err
+    assert "going on after update 12" in err
+    ours, wanted = (
+        {row["step"]: row for row in result_of(path)[1] if "loss" in row} for path in (folder, whole(backend))
+    )
+    assert ours.keys() == wanted.keys()
+    assert all(row["loss"] == pytest.approx(wanted[step]["loss"], rel=tolerances.CURVE) for step, row in ours.items())
+
+
 @pytest.mark.parametrize(
     "name", ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "COMMITTED"]
 )
