@@ -19,7 +19,7 @@ import numpy as np
 from shared.adapters.folder import Adapter
 from shared.adapters.spec import leaves_of, natural
 from shared.errors import AdapterError, CapabilityError, ConfigError, did_you_mean
-from shared.tensors import from_float32, to_float32
+from shared.tensors import from_float32, is_finite, to_float32
 from shared.types import AdapterSpec, Tensor
 
 METHODS = ("concat", "linear", "ties", "svd")
@@ -61,7 +61,7 @@ def combine(
         found = [factors_of(adapter, module, weight) for adapter, weight in chosen if module in adapter.spec.modules]
         pair = joined(found, module, method=method, scale=scale, rank=rank, density=density)
         for leaf, values in zip(leaves_of(module), pair, strict=True):
-            tensors[f"{module}.{leaf}"] = from_float32(values.astype(np.float32), common_dtype(adapters))
+            tensors[f"{module}.{leaf}"] = rounded(values, name=f"{module}.{leaf}")
     ranks = {module: tensors[f"{module}.{leaves_of(module)[0]}"].shape[0] for module in modules}
     most = max(ranks.values())
     spec = AdapterSpec(
@@ -87,12 +87,15 @@ def check_options(method: str, *, rank: int | None, density: float | None) -> No
 
 
 def check_addable(adapters: Sequence[Adapter]) -> None:
-    """Refuse DoRA and matrices that do not belong to one base."""
+    """Refuse DoRA, NaN and infinity, and matrices that do not belong to one base."""
     if any(adapter.spec.kind == "dora" for adapter in adapters):
         raise CapabilityError(
             "DoRA scales the base's rows by their norms: such adapters cannot be added to others",
             expected="LoRA and rsLoRA", fix="fuse the DoRA adapter into the base, and use the others on that",
         )  # fmt: skip
+    damaged = [name for adapter in adapters for name, tensor in adapter.tensors.items() if not is_finite(tensor)]
+    if damaged:
+        raise AdapterError(f'adapter tensor "{damaged[0]}" holds NaN or infinity', fix="use an earlier checkpoint")
     shapes: dict[str, tuple[int, int]] = {}
     for adapter in adapters:
         for module in adapter.spec.modules:
@@ -171,10 +174,11 @@ def trimmed(matrix: np.ndarray, density: float) -> np.ndarray:
     return result.reshape(matrix.shape)
 
 
-def common_dtype(adapters: Sequence[Adapter]) -> str:
-    """Return the dtype of all tensors, F32 where they differ."""
-    kinds = {tensor.dtype for adapter in adapters for tensor in adapter.tensors.values()}
-    return kinds.pop() if len(kinds) == 1 and kinds <= {"F32", "F16", "BF16"} else "F32"
+def rounded(values: np.ndarray, *, name: str) -> Tensor:
+    """Return a matrix in float32, whatever the adapters are in: bfloat16 would round weights and scales away."""
+    if not np.abs(values).max(initial=0) <= np.finfo(np.float32).max:
+        raise ConfigError(f'the sum is too large for float32 ("{name}")', fix="smaller weights")
+    return from_float32(values.astype(np.float32), "F32")
 
 
 def common_notes(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

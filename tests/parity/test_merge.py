@@ -10,7 +10,7 @@ from shared.adapters.folder import read_adapter
 from shared.adapters.spec import leaves_of
 from shared.errors import AdapterError, CapabilityError, ConfigError
 from shared.sessions import open_session
-from shared.tensors import to_float32
+from shared.tensors import from_float32, to_float32
 from tests import tolerances
 from tests.parity.test_convert import IDS, base, check_alike, make_mlx, make_peft, mlx_logits  # noqa: F401
 from tests.unit.test_adapter_folders import PEFT, Q, filled, peft_folder
@@ -115,6 +115,16 @@ def test_the_same_adapter_taken_by_halves_is_itself(pair, tmp_path):
     assert all(np.abs(one[name] - two[name]).max() <= tolerances.COMBINED * np.abs(one[name]).max() for name in one)
 
 
+def test_the_sum_of_bfloat16_adapters_is_not_rounded_to_bfloat16(tmp_path):
+    random, folders = np.random.default_rng(3), []
+    for name in ("one", "two"):
+        A, B = (from_float32(random.standard_normal(size).astype(np.float32), "BF16") for size in ((2, 8), (8, 2)))
+        folders.append(peft_folder(tmp_path / name, **{f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B}))
+    merge([f"{folders[0]}=0.7", f"{folders[1]}=0.3"], output=tmp_path / "m")
+    exact = 0.7 * changes(folders[0])[Q] + 0.3 * changes(folders[1])[Q]
+    assert np.abs(changes(tmp_path / "m")[Q] - exact).max() <= tolerances.COMBINED * np.abs(exact).max()
+
+
 def test_what_cannot_be_added_is_refused_by_name(tmp_path):
     one = str(peft_folder(tmp_path / "one"))
     dora = str(peft_folder(
@@ -128,7 +138,13 @@ def test_what_cannot_be_added_is_refused_by_name(tmp_path):
         tmp_path / "ranked", {**PEFT, "r": 3},
         **{f"{Q}.lora_A.weight": filled(3, 8), f"{Q}.lora_B.weight": filled(8, 3)},
     ))  # fmt: skip
+    nan = filled(2, 8)
+    nan.data[0, 0] = np.nan
+    broken = str(peft_folder(tmp_path / "nan", **{f"{Q}.lora_A.weight": nan, f"{Q}.lora_B.weight": filled(8, 2)}))
     for arguments, options, error, word in (
+        ([one, broken], {}, AdapterError, "NaN"),
+        ([one, broken], {"method": "svd", "rank": 2}, AdapterError, "NaN"),
+        ([f"{one}=1e300", one], {}, ConfigError, "too large"),
         ([one, dora], {}, CapabilityError, "DoRA"),
         ([one, wide], {}, AdapterError, "adapters of one base"),
         ([one, ranked], {"method": "linear"}, ConfigError, "one rank"),
