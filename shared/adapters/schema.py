@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from shared.errors import AdapterError, CapabilityError
@@ -87,9 +88,13 @@ def check_mlx(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def read_number(config: Mapping[str, Any], key: str, default: float) -> float:
     """Return a number of an adapter's config, `default` where it is absent or null; raises AdapterError."""
     value = default if config.get(key) is None else config[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterError(f"{CONFIG_FILE}: {key} is {value!r}", expected="a finite number")
-    return float(value)
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):  # JSON's whole numbers have no end
+            number = float(value)
+    if not math.isfinite(number):
+        raise AdapterError(f"{CONFIG_FILE}: {key} is {value!r:.80}", expected="a finite number")
+    return number
 
 
 def read_rank(config: Mapping[str, Any], key: str, default: int) -> int:
