@@ -21,6 +21,8 @@ from mlxlora.state import from_mlx, to_mlx
 from shared.adapters.spec import row_squares
 from shared.types import AdapterSpec, Tensor
 
+LEAST_SQUARE = float(np.finfo(np.float32).tiny)
+
 
 class DoRALinear(nn.Module):
     """A frozen linear layer with a low-rank product beside it, and a learned norm for each row of the sum."""
@@ -73,11 +75,12 @@ def scaled_rows(layer: DoRALinear) -> Callable[..., list[mx.array]]:
 
 
 def row_norms(layer: Any, dtype: mx.Dtype, A: mx.array, B: mx.array, bases: Any) -> mx.array:
-    """Return (O,) float32 norms of the rows of W + s B A."""
+    """Return (O,) float32 norms of the rows of W + s B A, above 0: a row of zeros would make NaN of its magnitude."""
     across_OR = product(layer.base, list(bases), A.astype(dtype)).T.astype(mx.float32)  # W A.T
     change_OR = layer._scale * B
     twice_O = 2 * (across_OR * change_OR).sum(axis=1)
-    return mx.sqrt(layer._squares + twice_O + ((change_OR @ (A @ A.T)) * change_OR).sum(axis=1))
+    squares_O = layer._squares + twice_O + ((change_OR @ (A @ A.T)) * change_OR).sum(axis=1)
+    return mx.sqrt(mx.maximum(squares_O, LEAST_SQUARE))
 
 
 def attach_dora(root: nn.Module, spec: AdapterSpec, dropout: Dropout, linears: Mapping[str, tuple[int, int]]) -> None:

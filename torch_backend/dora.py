@@ -20,6 +20,8 @@ from torch_backend.adapters import Dropout
 from torch_backend.lowrank import add_low, dropped
 from torch_backend.state import from_torch, to_torch
 
+LEAST_SQUARE = float(np.finfo(np.float32).tiny)
+
 
 class DoRALinear(nn.Module):
     """A frozen linear layer with a low-rank product beside it, and a learned norm for each row of the sum."""
@@ -90,11 +92,12 @@ def sum_of(
 
 
 def row_norms(layer: Any, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """Return (O,) float32 norms of the rows of W + s B A."""
+    """Return (O,) float32 norms of the rows of W + s B A, above 0: a row of zeros would make NaN of its magnitude."""
     across_OR = (weight @ A.to(weight.dtype).T).float()
     change_OR = layer.scale * B
     twice_O = 2 * (across_OR * change_OR).sum(dim=1)
-    return (layer.squares + twice_O + ((change_OR @ (A @ A.T)) * change_OR).sum(dim=1)).sqrt()
+    squares_O = layer.squares + twice_O + ((change_OR @ (A @ A.T)) * change_OR).sum(dim=1)
+    return squares_O.clamp_min(LEAST_SQUARE).sqrt()
 
 
 def attach_dora(root: nn.Module, spec: AdapterSpec, dropout: Dropout, linears: Mapping[str, tuple[int, int]]) -> None:

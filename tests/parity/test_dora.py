@@ -142,6 +142,15 @@ def test_it_starts_at_the_base_with_the_same_magnitudes_on_both_backends(quantiz
     np.testing.assert_allclose(start[name].data, np.linalg.norm(v.weight.astype(np.float64), axis=1), rtol=1e-7)
 
 
+@pytest.mark.parametrize("run", [run_mlx, run_torch], ids=["mlx", "torch"])
+def test_a_row_of_zeros_stays_zero_and_trains_nothing(run):
+    v = draw(biased=False, quantized=False)
+    v.weight[3] = v.m[3] = v.B[3] = 0
+    y, (dA, dB, dm, dx), fresh, _ = run(v, p=0.0)
+    assert all(np.isfinite(found).all() for found in (y, dA, dB, dm, dx, fresh))
+    assert not any(found.any() for found in (y[..., 3], fresh[..., 3], dB[3], dm[3]))
+
+
 def test_row_squares_do_not_depend_on_how_rows_are_cut():
     random = np.random.default_rng(1)
     words = random.integers(0x3F00, 0x4000, (600, 9000), dtype=np.uint16)  # more than one cut
