@@ -39,7 +39,7 @@ from shared.adapters.writing import (
     unfolded,
     write_config,
 )
-from shared.convert.target import new_folder
+from shared.convert.target import ADAPTER, new_folder
 from shared.errors import AdapterError, CapabilityError, ConfigError, MlxloraError, ModelError
 from shared.folder import ModelFolder, find_folder, open_folder, read_json
 from shared.tensors import NUMPY, is_finite, load_file, save_file
@@ -84,7 +84,7 @@ def convert_adapter(source: Path, target: Path, *, to: str, base: str | None = N
     check_expressible(adapter.spec, folder)
     if folder is not None:
         check_copies(adapter, folder)
-    with new_folder(target, sources=[source], force=force) as staged:
+    with new_folder(target, sources=[source], force=force, own=ADAPTER) as staged:
         if first is not None:
             text, data = first
             (staged / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from shared.adapters.schema import CONFIG_FILE
 from shared.adapters.spec import is_embedding
 from shared.adapters.writing import METADATA, to_mlx, to_peft, write_config
 from shared.convert.adapters import RESTORE_FILE, facts_of, find_base
-from shared.convert.target import new_folder
+from shared.convert.target import ADAPTER, new_folder
 from shared.errors import CapabilityError, ConfigError
 from shared.folder import ModelFolder, read_json
 from shared.tensors import save_file
@@ -89,7 +89,7 @@ def merge_adapters(
         for adapter in read:
             check_copies(adapter, folder)
     same = next((n for n, adapter in enumerate(read) if adapter is merged), None)
-    with new_folder(target, sources=[one.folder for one in found], force=force) as staged:
+    with new_folder(target, sources=[one.folder for one in found], force=force, own=ADAPTER) as staged:
         if same is not None:
             for name in COPIED:
                 if (found[same].folder / name).is_file():

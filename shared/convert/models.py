@@ -14,7 +14,7 @@ from shared.convert.adapters import find_base
 from shared.convert.files import WORDS, write_config, write_tokenizer
 from shared.convert.fuse import copy_changed, write_plain
 from shared.convert.ollama import write_modelfile
-from shared.convert.target import check_target, new_folder
+from shared.convert.target import ADAPTER, check_target, new_folder
 from shared.errors import CapabilityError, ConfigError, did_you_mean
 from shared.families import with_old_rope_keys
 from shared.folder import ModelFolder, find_folder, open_folder, read_json
@@ -69,14 +69,14 @@ def export_adapter(source: Path, *, output: str, base: str | None, force: bool =
     """Write a LoRA adapter as a GGUF file for llama.cpp's --lora; base: by default the one that the adapter names."""
     gguf_file.check_installed()
     target, adapter = Path(output).expanduser(), read_adapter(source)
-    check_target(target, sources=[source], force=force)
+    check_target(target, sources=[source], force=force, own=ADAPTER)
     found = find_base(read_json(source / CONFIG_FILE), base)
     if found is None:
         raise ConfigError(
             "an adapter's GGUF file says which model it is for, and the adapter names none that is here",
             fix="name it: --base MODEL",
         )
-    with new_folder(target, sources=[source, found.path], force=force) as staged:
+    with new_folder(target, sources=[source, found.path], force=force, own=ADAPTER) as staged:
         gguf_file.write_adapter(adapter, found, staged / ADAPTER_FILE)
     return ModelResult(str(source), "gguf", target, (ADAPTER_FILE,), ())
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from shared.errors import ConfigError, StorageError
 
-# What marks a folder as one that these commands write; --force replaces no other.
-OWN = ("config.json", "adapter_config.json", "Modelfile", "*.gguf")
+# What marks a folder as one that these commands write; --force replaces one of the kind that is written, and no other.
+MODEL = ("config.json", "Modelfile", "model.gguf")
+ADAPTER = ("adapter_config.json", "adapter.gguf")
+WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
-def check_target(target: Path, *, sources: Sequence[Path], force: bool) -> None:
-    """Raise ConfigError unless a folder can be made at `target` without touching a source or anything unknown."""
+def check_target(target: Path, *, sources: Sequence[Path], force: bool, own: Sequence[str] = MODEL) -> None:
+    """Raise ConfigError unless a folder can be made at `target` without touching a source or anything unknown.
+
+    own: the files that mark what is written, MODEL or ADAPTER.
+    """
     place = target.resolve()
     for source in sources:
         theirs = source.resolve()
@@ -31,20 +37,28 @@ def check_target(target: Path, *, sources: Sequence[Path], force: bool) -> None:
         raise ConfigError(f"--output {target} exists", fix="choose another --output, or --force to replace it")
     if target.is_symlink() or not target.is_dir() or Path.cwd().is_relative_to(place):
         raise ConfigError(f"--output {target} is not a folder that --force replaces", fix="choose another --output")
-    if any(place.iterdir()) and not any(found for pattern in OWN for found in place.glob(pattern)):
+    held = {name for name in (*MODEL, *ADAPTER) if (place / name).exists()}
+    if any(place.iterdir()) and not (held and held <= set(own)):
+        what = "adapter" if own is ADAPTER else "model"
         raise ConfigError(
-            f"--output {target} holds no model and no adapter, so --force does not replace it",
+            f"--output {target} is no folder of one {what}, so --force does not replace it",
             fix="choose another --output",
+        )
+    if not place.stat().st_mode & WRITABLE:  # root may write there all the same
+        raise ConfigError(
+            f"--output {target} is read-only, so --force does not replace it", fix="choose another --output"
         )
 
 
 @contextmanager
-def new_folder(target: Path, *, sources: Sequence[Path], force: bool = False) -> Iterator[Path]:
+def new_folder(
+    target: Path, *, sources: Sequence[Path], force: bool = False, own: Sequence[str] = MODEL
+) -> Iterator[Path]:
     """Yield an empty folder that takes its place at `target` when the block ends well, and vanishes otherwise.
 
     Raises ConfigError as `check_target` does, StorageError where the disk is full or not writable.
     """
-    check_target(target, sources=sources, force=force)
+    check_target(target, sources=sources, force=force, own=own)
     staged = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from mlxlora import convert, fuse
+from mlxlora import convert, fuse, merge
 from shared.adapters.folder import read_adapter
 from shared.adapters.names import mlx_name, own_name, own_name_of_mlx
 from shared.adapters.writing import Facts, folded, mlx_keys, peft_targets, unfolded
@@ -200,6 +200,17 @@ def test_a_target_is_never_overwritten_unasked_and_the_source_never(tmp_path):
     convert(folder, to="mlx", output=tmp_path / "b", force=True)
     assert {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_force_never_puts_an_adapter_in_a_models_place(tmp_path):
+    folder, model = peft_folder(tmp_path / "a"), tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no folder of one adapter"):
+        convert(folder, to="mlx", output=model, force=True)
+    with pytest.raises(ConfigError, match="no folder of one adapter"):
+        merge([str(folder)], output=model, force=True)
+    assert [file.name for file in model.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("change", [{"origin": 7}, {"origin": {"format": "peft"}}, {"origin": {"format": ["peft"]}}, 3])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.convert.target import check_target, new_folder
+from shared.convert.target import ADAPTER, MODEL, check_target, new_folder
 from shared.errors import ConfigError, StorageError
 
 
@@ -70,6 +70,33 @@ def test_force_never_replaces_what_is_no_model(tmp_path, source, monkeypatch):
     monkeypatch.chdir(home)
     with pytest.raises(ConfigError, match="not a folder that --force replaces"):
         check_target(home, sources=[source], force=True)
+
+
+@pytest.mark.parametrize(
+    ("held", "own"),
+    [("config.json", ADAPTER), ("Modelfile", ADAPTER), ("model.gguf", ADAPTER), ("adapter_config.json", MODEL)],
+)
+def test_force_replaces_a_model_by_a_model_and_an_adapter_by_an_adapter(tmp_path, source, held, own):
+    old = tmp_path / "out"
+    old.mkdir()
+    (old / held).write_text("old")
+    check_target(old, sources=[source], force=True, own=MODEL if own is ADAPTER else ADAPTER)
+    with pytest.raises(ConfigError, match="--force does not replace"):
+        check_target(old, sources=[source], force=True, own=own)
+    (old / own[0]).write_text("old")
+    with pytest.raises(ConfigError, match="--force does not replace"):
+        check_target(old, sources=[source], force=True, own=own)
+
+
+def test_force_never_replaces_what_is_read_only(tmp_path, source):
+    old = tmp_path / "out"
+    old.mkdir()
+    (old / "config.json").write_text("old")
+    old.chmod(0o555)
+    with pytest.raises(ConfigError, match="read-only"), new_folder(old, sources=[source], force=True):
+        pass
+    old.chmod(0o755)
+    assert [path.name for path in old.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("place", [".", "inner", "inner/new", "../source", ".."])
