@@ -158,7 +158,7 @@ def convert(
     from shared.convert.models import convert_model, export_adapter, is_adapter
 
     folder = Path(source).expanduser()
-    if not is_adapter(folder, to=to, options=options):
+    if not is_adapter(folder, to=to, options=options, base=text(base)):
         return convert_model(str(source), to=to, output=str(output), force=force, **options)
     if to == "gguf":
         return export_adapter(folder, output=str(output), base=text(base), force=force)

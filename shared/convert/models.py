@@ -128,12 +128,14 @@ def add_old_rope_keys(staged: Path) -> None:
         (staged / "config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
-def is_adapter(source: Path, *, to: str, options: Mapping[str, str]) -> bool:
+def is_adapter(source: Path, *, to: str, options: Mapping[str, str], base: str | None) -> bool:
     """Return whether a source is an adapter; raises ConfigError for a target or options that its kind does not have."""
     found = to == "peft" or (source / CONFIG_FILE).is_file() or (source / "adapter" / CONFIG_FILE).is_file()
     if to not in (*TARGETS, "peft"):
         raise ConfigError(f'--to: unknown value "{to}"', fix=did_you_mean(to, {*TARGETS, "peft"}))
     if not found:
+        if base is not None:
+            raise ConfigError(f"--base {base} is for adapters, {source} is a whole model", fix="leave it out")
         return False
     if to not in ("peft", "mlx", "gguf"):
         raise ConfigError(

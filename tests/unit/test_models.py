@@ -91,6 +91,8 @@ def test_an_adapter_and_a_model_go_their_own_ways(tmp_path):
             mlxlora.convert(adapter, to=to, output=tmp_path / "x")
     with pytest.raises(ConfigError, match="--weights f16 is for whole models"):
         mlxlora.convert(adapter, to="gguf", output=tmp_path / "x", weights="f16")
+    with pytest.raises(ConfigError, match="is for adapters"):
+        mlxlora.convert(folder, to="gguf", output=tmp_path / "x", base=folder)
     with pytest.raises(ConfigError, match='unknown value "guff"'):
         mlxlora.convert(folder, to="guff", output=tmp_path / "x")
     config = json.loads((adapter / "adapter_config.json").read_text())
