@@ -21,6 +21,7 @@ BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 WORD_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTES = ("ByteLevel", False)
+NOT_COMPOSED = "llama.cpp does not compose characters (NFC): text with separate accents is cut differently there"
 # What the `tokenizers` library does before it merges -> the name under which llama.cpp does the same.
 PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
     (("ByteLevel", True),): "gpt-2",
@@ -82,7 +83,9 @@ def read_vocabulary(tokenizer: Tokenizer, *, size: int) -> Vocabulary:
     if by_bytes:
         pre = find_pre_tokenizer(steps, ignore_merges=bool(model.get("ignore_merges")))
         texts = tuple(" ".join(pair) for pair in merges)
-        return Vocabulary("gpt2", pre, scores=None, merges=texts, add_space_prefix=None, notes=(), **common)
+        return Vocabulary(
+            "gpt2", pre, scores=None, merges=texts, add_space_prefix=None, notes=composing(found), **common
+        )
     check_sentencepiece(found, steps)
     scores = piece_scores(pieces, merges)
     notes = merge_notes(model["vocab"], merges)
@@ -152,29 +155,48 @@ def find_pre_tokenizer(steps: tuple[tuple[Any, ...], ...], *, ignore_merges: boo
     """Return llama.cpp's name for these steps; raises CapabilityError where it has none."""
     name = PRE_TOKENIZERS.get(steps)
     if name is None or (ignore_merges and name not in ("llama-bpe", "tekken")):
-        raise CapabilityError(
-            f"llama.cpp does not cut text as this tokenizer does ({' + '.join(str(step[0]) for step in steps)})",
-            expected=f"the pre-tokenizer of {', '.join(PRE_TOKENIZERS.values())}",
-            fix="export a Hugging Face folder (--to hf) and convert it with llama.cpp's own script",
-        )
+        told = " + ".join(str(step[0]) for step in steps)
+        raise unlike_text(told, expected=f"the pre-tokenizer of {', '.join(PRE_TOKENIZERS.values())}")
     return name
+
+
+def normalizers(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the steps that change a text before it is cut."""
+    whole = found.get("normalizer") or {}
+    return list(whole.get("normalizers", [whole])) if whole else []
+
+
+def composing(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a note on NFC, which changes few texts; raises CapabilityError for what changes others.
+
+    llama.cpp has no normalizers for byte-level BPE.
+    """
+    foreign = [part["type"] for part in normalizers(found) if part["type"] != "NFC"]
+    if foreign:
+        raise unlike_text(", ".join(foreign), expected="no normalizer, or NFC")
+    return (NOT_COMPOSED,) if normalizers(found) else ()
+
+
+def unlike_text(what: str, *, expected: str) -> CapabilityError:
+    """Return the error for a tokenizer that cuts text in a way llama.cpp does not have."""
+    return CapabilityError(
+        f"llama.cpp does not cut text as this tokenizer does ({what})", expected=expected,
+        fix="export a Hugging Face folder (--to hf) and convert it with llama.cpp's own script",
+    )  # fmt: skip
 
 
 def check_sentencepiece(found: Mapping[str, Any], steps: Sequence[tuple[Any, ...]]) -> None:
     """Raise CapabilityError unless text is cut by merges alone, with "▁" for a blank."""
-    normalizer = found.get("normalizer") or {}
-    parts = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    blanks = any(
+    parts = normalizers(found)
+    blanks = [
         part["type"] == "Replace" and part["content"] == "▁" and part["pattern"] == {"String": " "} for part in parts
-    )
-    foreign = [part["type"] for part in parts if part["type"] not in ("Replace", "Prepend")]
+    ]
+    foreign = [
+        part["type"] for part, blank in zip(parts, blanks, strict=True) if not blank and part["type"] != "Prepend"
+    ]
     harmless = all(step[0] == "Metaspace" or step[:2] == ("Split", " ") for step in steps)
-    if foreign or not harmless or not (blanks or any(step[0] == "Metaspace" for step in steps)):
-        raise CapabilityError(
-            f"llama.cpp does not cut text as this tokenizer does ({', '.join(foreign) or 'no ▁ for blanks'})",
-            expected="byte-level BPE, or SentencePiece's",
-            fix="export a Hugging Face folder (--to hf) and convert it with llama.cpp's own script",
-        )
+    if foreign or not harmless or not (any(blanks) or any(step[0] == "Metaspace" for step in steps)):
+        raise unlike_text(", ".join(foreign) or "no ▁ for blanks", expected="byte-level BPE, or SentencePiece's")
 
 
 def has_prefix(found: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from shared.adapters.folder import read_adapter
 from shared.convert.gguf_arch import rope_tensors
 from shared.convert.gguf_blocks import encode_affine, exact_kind
 from shared.convert.gguf_file import write_adapter, write_model
-from shared.convert.gguf_tokenizer import merge_notes, piece_scores
+from shared.convert.gguf_tokenizer import NOT_COMPOSED, check_sentencepiece, merge_notes, piece_scores
 from shared.data.tokenize import load_tokenizer
 from shared.errors import AdapterError, CapabilityError, ModelError
 from shared.folder import open_folder
@@ -321,6 +321,28 @@ def test_a_window_that_llama_cpp_does_not_apply_bounds_the_context(family_folder
     folder = copy(family_folder("mistral"), tmp_path / "m", sliding_window=64)
     assert "cut to it: 64" in write_model(open_folder(folder), tmp_path / "m.gguf", kind="auto")[0]
     assert read(tmp_path / "m.gguf")[2]["llama.context_length"] == 64
+
+
+def with_normalizer(folder: Path, normalizer: dict[str, object]) -> Path:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": normalizer}))
+    return folder
+
+
+def test_what_changes_a_text_before_it_is_cut_is_told_or_refused(family_folder, tmp_path):
+    folder = with_normalizer(copy(family_folder("llama"), tmp_path / "m"), {"type": "NFC"})
+    assert write_model(open_folder(folder), tmp_path / "m.gguf", kind="auto") == (NOT_COMPOSED,)
+    lower = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    with pytest.raises(CapabilityError, match="Lowercase"):
+        write_model(open_folder(with_normalizer(folder, lower)), tmp_path / "m.gguf", kind="auto")
+
+
+def test_sentencepiece_with_other_replacements_is_refused():
+    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    other = {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
+    check_sentencepiece({"normalizer": blanks}, ())
+    with pytest.raises(CapabilityError, match="Replace"):
+        check_sentencepiece({"normalizer": {"type": "Sequence", "normalizers": [blanks, other]}}, ())
 
 
 def test_tokenizers_that_llama_cpp_has_no_like_of_are_refused(family_folder, tmp_path):
