@@ -183,7 +183,7 @@ def quantize(model: str | Path, *, scheme: str, output: str | Path | None, **opt
     """
     from shared.convert.quantize import quantize as run
 
-    return run(str(model), scheme=scheme, output=None if output is None else Path(output), **options)
+    return run(str(model), scheme=scheme, output=None if output is None else Path(output).expanduser(), **options)
 
 
 def merge(

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+import mlxlora
 from shared.config import named_schemes
 from shared.convert.quantize import BY_ROWS, WHOLE, pack_blocks, quantize
 from shared.errors import ConfigError, ModelError
@@ -245,3 +246,10 @@ def test_memory_stays_below_a_shard_and_a_layer(tmp_path, scheme):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.3 * size + 16 * 2**20
+
+
+def test_a_home_folder_is_one(tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = mlxlora.quantize(tiny_model_folder(layers=1), scheme="int8", output="~/out")
+    assert result.output == tmp_path / "out"
+    assert (tmp_path / "out" / "config.json").is_file()
