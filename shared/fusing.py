@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.adapters.folder import Adapter, check_copies, read_adapter
-from shared.adapters.names import is_embedding
+from shared.adapters.spec import is_embedding
 from shared.config import named_schemes
 from shared.convert.change import find_changes
 from shared.convert.files import WORDS

@@ -24,6 +24,7 @@ MAX_TENSORS = 100_000
 MAX_RANK = 8
 MAX_DIMENSION = 2**40
 BLOCK = 2**22  # values that are checked at once
+FLOATS = ("F32", "F16", "BF16")  # what a weight may be
 NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "|b1", "F8_E4M3": "|u1", "F8_E5M2": "|u1",

@@ -19,13 +19,13 @@ from shared.convert.change import Change
 from shared.convert.files import DTYPES, write_config, write_tokenizer
 from shared.convert.quantize import make_plan, write
 from shared.convert.shards import Planned, rewrite_shard, row_blocks, write_index, write_shards
-from shared.convert.source import FLOATS, Weight, blocks, is_by_rows, open_rows, packed_rows, plain_weights
+from shared.convert.source import Weight, blocks, is_by_rows, open_rows, packed_rows, plain_weights
 from shared.errors import CapabilityError
 from shared.folder import COMPUTED, ModelFolder, open_folder
 from shared.quant import base3_folder
 from shared.quant.grid import has_grid, requantize
 from shared.registry import find_quantizer
-from shared.tensors import from_float32, read_tensor, to_float32
+from shared.tensors import FLOATS, from_float32, read_tensor, to_float32
 from shared.types import Packed, Tensor
 
 PLAIN = ".plain"  # the fused model before it is quantized anew

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,18 +17,17 @@ from shared.convert.gguf_arch import Facts, add_architecture, read_facts, rope_t
 from shared.convert.gguf_blocks import BLOCK, BYTES, FLOAT_KINDS, encode, encode_affine, exact_kind
 from shared.convert.gguf_tokenizer import add_vocabulary, read_vocabulary
 from shared.convert.shards import row_blocks
-from shared.convert.source import FLOATS, Weight, open_rows, packed_rows, plain_weights
+from shared.convert.source import Weight, open_rows, packed_rows, plain_weights
 from shared.data.tokenize import load_tokenizer
 from shared.errors import CapabilityError, ModelError
 from shared.folder import COMPUTED, ModelFolder
-from shared.tensors import from_float32, to_float32
+from shared.tensors import FLOATS, from_float32, to_float32
 from shared.types import Packed, Tensor
 
 KINDS = ("auto", *BYTES)
 INSTALL = 'pip install "mlxlora[gguf]"'
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "bf16": 32}  # llama.cpp's llama_ftype
 EXACT = ("q4_0", "q4_1")
-LEAF = re.compile(r"(.*)\.(weight|bias)")
 
 
 @dataclass(frozen=True)

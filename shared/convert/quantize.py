@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.adapters.spec import layer_of
+from shared.adapters.spec import is_embedding, layer_of
 from shared.config import parse_scheme
 from shared.convert.files import DTYPES, QUANTIZED_KEYS, write_tokenizer
 from shared.convert.owners import Owner, check_together, find_owner
@@ -26,7 +26,6 @@ from shared.registry import find_quantizer
 from shared.tensors import is_finite, read_tensor, save_file, to_float32
 from shared.types import Packed, Scheme, Tensor
 
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 HEADS = ("lm_head", "embed_out", "output")
 WHOLE = {"hqq", "stochastic"}  # solvers that look at a whole matrix
 BY_ROWS = ("affine", "ternary", "mxfp4", "nvfp4", "mxfp8", "int8", "quanto-qint8", "quanto-qfloat8")
@@ -128,7 +127,7 @@ def find_modules(folder: ModelFolder) -> dict[str, tuple[int, int]]:
         if leaf != "weight" or len(entry.shape) != 2 or entry.dtype not in DTYPES:
             continue
         kind = module.rpartition(".")[2]
-        if layer_of(module) is not None or kind in EMBEDDINGS or (kind in HEADS and not tied):
+        if layer_of(module) is not None or is_embedding(module) or (kind in HEADS and not tied):
             found[module] = (entry.shape[0], entry.shape[1])
     return found
 
@@ -141,7 +140,7 @@ def decide(
     kind = module.rpartition(".")[2]
     if named and named[-1] is None:
         return None, "asked for"
-    if owner.linears_only and kind in EMBEDDINGS:
+    if owner.linears_only and is_embedding(module):
         if named:
             raise ConfigError(f'"{module}" is an embedding, and {owner.name} quantizes linear layers only')
         return None, f"an embedding ({owner.name} quantizes linear layers)"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.tensors import NUMPY, Entry, read_header
+from shared.tensors import NUMPY, read_header
 from shared.types import Tensor
 
 BLOCK_VALUES = 2**22  # values of a tensor handled at once: 32 MB in float64
@@ -99,8 +99,3 @@ def write_index(folder: Path, weight_map: Mapping[str, str], *, total: int) -> N
     """Write the index that says which shard holds which tensor; total: bytes of all."""
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def entry_bytes(entry: Entry) -> int:
-    """Return the size of a stored tensor's data."""
-    return entry.end - entry.start

@@ -13,7 +13,6 @@ from shared.folder import ModelFolder
 from shared.registry import find_quantizer
 from shared.types import Packed, Scheme, Tensor
 
-FLOATS = ("F32", "F16", "BF16")
 Choice = slice | np.ndarray  # rows, by range or by number
 Rows = Callable[[Choice], Tensor]  # rows -> their values
 

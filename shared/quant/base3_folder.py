@@ -17,12 +17,11 @@ from shared.errors import ModelError
 from shared.quant.affine import pack, unpack
 from shared.quant.place import Place
 from shared.quant.ternary import TRITS, pack_base3, unpack_base3
-from shared.tensors import Entry, from_float32, to_float32
+from shared.tensors import FLOATS, Entry, from_float32, to_float32
 from shared.types import Packed, Scheme, Stored, Tensor
 
 METHOD = "ternary-base3"
 GROUPS = (32, 64, 128)
-FLOATS = ("F32", "F16", "BF16")
 
 
 def find_base3(path: Path, config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Place]:

@@ -13,11 +13,10 @@ from typing import Any
 from shared.errors import CapabilityError, ModelError
 from shared.quant.bitnet import PER_BYTE
 from shared.quant.place import Place
-from shared.tensors import Entry
+from shared.tensors import FLOATS, Entry
 from shared.types import FIXED, Packed, Scheme, Stored, Tensor
 
 CLASSES = {"autobitlinear": "bitnet", "bitlinear": "bitnet-inverse"}  # linear_class -> our name of what it stores
-FLOATS = ("F32", "F16", "BF16")
 
 
 def find_bitnet(path: Path, config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Place]:

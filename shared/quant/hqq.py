@@ -18,7 +18,7 @@ from shared.quant.affine import AffineQuantizer, pack
 from shared.tensors import from_float32, to_float32
 from shared.types import Packed, Scheme, Tensor
 
-NORM, BETA, KAPPA, ROUNDS = np.float32(0.7), 10.0, 1.01, 20  # the library's own
+NORM, BETA, ROUNDS = np.float32(0.7), 10.0, 20  # the library's own
 MOST_SCALE, LEAST_SPAN = np.float32(2e4), np.float32(1e-4)
 
 
@@ -72,11 +72,11 @@ def solve(grouped: np.ndarray, *, top: int) -> Grid:
     span = high - low
     scale = np.divide(np.float32(top), span, out=np.ones_like(span), where=span > LEAST_SPAN)
     scale = np.minimum(scale, MOST_SCALE)
-    grid, beta, best = Grid(scale, -low * scale), BETA, np.inf
+    grid, best = Grid(scale, -low * scale), np.inf
     for _ in range(ROUNDS):
         codes = round_codes(grouped, grid, top=top)
         decoded = (codes - grid.zero) / grid.scale
-        wanted = grouped - shrink(grouped - decoded, beta)
+        wanted = grouped - shrink(grouped - decoded, BETA)
         error = np.abs(grouped - decoded).mean(dtype=np.float64)
         grid = Grid(scale, (codes - wanted * scale).mean(axis=1, keepdims=True, dtype=np.float32))
         if error >= best:

@@ -14,12 +14,11 @@ from typing import Any
 
 from shared.errors import CapabilityError, ModelError
 from shared.quant.place import Place
-from shared.tensors import Entry
+from shared.tensors import FLOATS, Entry
 from shared.types import FIXED, Packed, Scheme, Stored, Tensor
 
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
-FLOATS = ("F32", "F16", "BF16")
 
 
 def find_mlx(path: Path, config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Place]:

@@ -19,13 +19,12 @@ import numpy as np
 from shared.errors import CapabilityError, ModelError
 from shared.quant.place import Place
 from shared.quant.quanto import group_size
-from shared.tensors import Entry, from_float32
+from shared.tensors import FLOATS, Entry, from_float32
 from shared.types import FIXED, Packed, Scheme, Stored, Tensor
 
 MAP = "quanto_qmap.json"
 TYPES = {"qint2": "quanto-qint2", "qint4": "quanto-qint4", "qint8": "quanto-qint8", "qfloat8_e4m3fn": "quanto-qfloat8"}
 CODES = {"quanto-qint8": "I8", "quanto-qfloat8": "F8_E4M3"}
-FLOATS = ("F32", "F16", "BF16")
 MODULE = re.compile(r"[\w.]{1,500}")
 
 
