@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, replace
 
 from shared.callbacks import tell
-from shared.checkpoint import Checkpoint, save
+from shared.checkpoint import Checkpoint, save, step_dirs
 from shared.errors import DivergedError, StorageError
 from shared.evaluate import evaluate_examples
 from shared.run import Run
@@ -31,9 +31,15 @@ def drain(run: Run) -> None:
         if run.state.skipped_in_a_row >= MAX_SKIPPED:
             raise DivergedError(
                 f"training diverged: updates {step - MAX_SKIPPED + 1} to {step} had no finite loss or gradient",
-                fix=f"lower optimizer.lr (now {run.config.optimizer.lr:g}); the last checkpoint is good",
+                fix=way_out(run),
             )
     run.pending.clear()
+
+
+def way_out(run: Run) -> str:
+    """Return what to do about a run that diverged; names the last checkpoint where there is one."""
+    lower = f"lower optimizer.lr (now {run.config.optimizer.lr:g})"
+    return f"{lower}; the last checkpoint is good" if step_dirs(run.folder / "checkpoints") else lower
 
 
 def log(run: Run) -> None:
@@ -90,7 +96,7 @@ def checkpoint(run: Run) -> None:
     if broken:
         raise DivergedError(
             f'training diverged: "{broken[0]}" is no longer finite after update {run.state.step}',
-            fix=f"lower optimizer.lr (now {run.config.optimizer.lr:g}); the last checkpoint is good",
+            fix=way_out(run),
         )
     time_s = run.state.time_s + time.perf_counter() - run.row_began
     state = {"loop": asdict(replace(run.state, time_s=time_s)), "identity": run.identity}
