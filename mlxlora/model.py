@@ -30,11 +30,12 @@ from shared.adapters.spec import ADAPTER_LEAVES, layer_of, within_layers
 from shared.errors import ModelError
 from shared.families import (
     CHECKED,
-    CONFIG_FAULTS,
     GATED,
     KEEPS_SCHEME,
     UNVERIFIED,
     check_logits,
+    config_fault,
+    config_faults,
     head_facts,
     left_out,
     unapplied_window,
@@ -175,10 +176,8 @@ def build_empty(folder: ModelFolder) -> Any:
     config["tie_word_embeddings"] = folder.is_tied
     try:
         zoo = model_class(args_class.from_dict(config))
-    except CONFIG_FAULTS as error:
-        raise ModelError(
-            f"{folder.path / 'config.json'}: {error}", fix="config.json does not describe a model"
-        ) from None
+    except config_faults() as error:
+        raise config_fault(folder.path, error) from None
     if not all(hasattr(getattr(zoo, "model", None), part) for part in ("embed_tokens", "layers")):
         raise unknown_layout(folder.family)
     return zoo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shared.errors import ModelError
@@ -23,6 +24,20 @@ CONFIG_FAULTS = (
     TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError, ArithmeticError,
 )  # fmt: skip
 LOGIT_GAP = 1e-3  # a wrong head is off by the order of its logits
+
+
+def config_faults() -> tuple[type[Exception], ...]:
+    """Return what the zoos raise where they cannot build a model of a config."""
+    from huggingface_hub.errors import StrictDataclassError  # of transformers 5's typed configs
+
+    return (*CONFIG_FAULTS, StrictDataclassError)
+
+
+def config_fault(path: Path, error: Exception) -> ModelError:
+    """Return the error for a folder whose config a zoo cannot build a model of, on one line."""
+    return ModelError(
+        f"{path / 'config.json'}: {' '.join(str(error).split())}", fix="config.json does not describe a model"
+    )
 
 
 @dataclass(frozen=True)

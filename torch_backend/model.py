@@ -20,11 +20,12 @@ from shared.adapters.spec import ADAPTER_LEAVES, layer_of, within_layers
 from shared.errors import ModelError
 from shared.families import (
     CHECKED,
-    CONFIG_FAULTS,
     GATED,
     KEEPS_SCHEME,
     UNVERIFIED,
     check_logits,
+    config_fault,
+    config_faults,
     head_facts,
     left_out,
     unknown_layout,
@@ -170,10 +171,8 @@ def build_empty(folder: ModelFolder, dtype: torch.dtype) -> Any:
         with init_empty_weights(include_buffers=False):
             own = attention.register() if folder.family in attention.PACKABLE else None
             zoo = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own)
-    except CONFIG_FAULTS as error:
-        raise ModelError(
-            f"{folder.path / 'config.json'}: {error}", fix="config.json does not describe a model"
-        ) from None
+    except config_faults() as error:
+        raise config_fault(folder.path, error) from None
     if not hasattr(zoo.get_decoder(), "layers") or zoo.get_output_embeddings() is None:
         raise unknown_layout(folder.family)
     return zoo

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shared.errors import CapabilityError
-from shared.families import with_old_rope_keys
+from shared.families import config_fault, config_faults, with_old_rope_keys
 from shared.folder import ModelFolder
 
 SILU, GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
@@ -82,7 +82,10 @@ def whole_config(folder: ModelFolder) -> dict[str, Any]:
     from transformers import AutoConfig
 
     own = {key: value for key, value in folder.config.items() if key not in ("quantization", "quantization_config")}
-    filled = AutoConfig.for_model(**own).to_dict()
+    try:
+        filled = AutoConfig.for_model(**own).to_dict()
+    except config_faults() as error:
+        raise config_fault(folder.path, error) from None
     return with_old_rope_keys(filled)
 
 

@@ -317,6 +317,13 @@ def test_what_llama_cpp_computes_otherwise_is_refused_by_name(family_folder, tmp
     assert not (tmp_path / "m.gguf").exists()
 
 
+def test_a_config_that_transformers_does_not_take_is_refused_on_one_line(family_folder, tmp_path):
+    folder = copy(family_folder("llama"), tmp_path / "m", rms_norm_eps=None)
+    with pytest.raises(ModelError, match="rms_norm_eps") as found:
+        write_model(open_folder(folder), tmp_path / "m.gguf", kind="auto")
+    assert "\n" not in found.value.what
+
+
 def test_a_window_that_llama_cpp_does_not_apply_bounds_the_context(family_folder, tmp_path):
     folder = copy(family_folder("mistral"), tmp_path / "m", sliding_window=64)
     assert "cut to it: 64" in write_model(open_folder(folder), tmp_path / "m.gguf", kind="auto")[0]
