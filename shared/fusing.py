@@ -14,7 +14,7 @@ from shared.config import named_schemes
 from shared.convert.change import find_changes
 from shared.convert.files import WORDS
 from shared.convert.fuse import Fused, Survival, check_grid, layers_of, total, write_plain, write_same, write_scheme
-from shared.convert.source import plain_weights
+from shared.convert.source import check_whole, plain_weights
 from shared.convert.target import check_target, new_folder
 from shared.data.batch import micro_batches
 from shared.data.layout import choose_layout
@@ -78,6 +78,7 @@ def fuse(
     target, base, source = Path(output).expanduser(), find_folder(model), Path(adapter).expanduser()
     check_target(target, sources=[base, source], force=force)
     found, folder = read_adapter(source), open_folder(base)
+    check_whole(folder)
     weights = plain_weights(folder)
     check_ends(found, folder)
     check_copies(found, folder)

@@ -14,6 +14,7 @@ from shared.convert.adapters import find_base
 from shared.convert.files import WORDS, write_config, write_tokenizer
 from shared.convert.fuse import copy_changed, write_plain
 from shared.convert.ollama import write_modelfile
+from shared.convert.source import check_whole
 from shared.convert.target import ADAPTER, check_target, new_folder
 from shared.errors import CapabilityError, ConfigError, did_you_mean
 from shared.families import with_old_rope_keys
@@ -51,6 +52,7 @@ def convert_model(
     target, path = Path(output).expanduser(), find_folder(source)
     check_target(target, sources=[path], force=force)
     folder = open_folder(path)
+    check_whole(folder)
     notes: tuple[str, ...] = ()
     with new_folder(target, sources=[path], force=force) as staged:
         if to == "hf":

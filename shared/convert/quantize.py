@@ -18,6 +18,7 @@ from shared.config import parse_scheme
 from shared.convert.files import DTYPES, QUANTIZED_KEYS, write_tokenizer
 from shared.convert.owners import Owner, check_together, find_owner
 from shared.convert.shards import SINGLE, row_blocks, write_index
+from shared.convert.source import check_whole
 from shared.convert.target import new_folder
 from shared.errors import ConfigError, ModelError, did_you_mean
 from shared.folder import ModelFolder, find_folder, open_folder
@@ -93,6 +94,7 @@ def make_plan(model: str, *, scheme: str, overrides: Sequence[str], base3: bool)
     owner = find_owner(chosen, base3=base3)
     rules = [parse_override(text, chosen, owner) for text in overrides]
     folder = open_folder(find_folder(model))
+    check_whole(folder)
     if folder.places:
         held = ", ".join(sorted({str(found) for found in folder.schemes.values()}))
         raise ModelError(f"{folder.path} is quantized already ({held})", fix="quantize the model it was made from")

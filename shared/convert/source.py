@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from shared.adapters.spec import layer_of
 from shared.convert.shards import row_blocks
-from shared.folder import ModelFolder
+from shared.families import CHECKED
+from shared.folder import COMPUTED, ModelFolder, check_tensors
 from shared.registry import find_quantizer
 from shared.types import Packed, Scheme, Tensor
 
+LAYER = re.compile(r"^model\.layers\.\d+\.")
 Choice = slice | np.ndarray  # rows, by range or by number
 Rows = Callable[[Choice], Tensor]  # rows -> their values
 
@@ -48,6 +53,37 @@ def plain_weights(folder: ModelFolder) -> dict[str, Weight]:
                 plain, place.stored.dtype, place.stored.shape, entry.file, place.names, place.stored.scheme
             )
     return found
+
+
+def check_whole(folder: ModelFolder) -> None:
+    """Raise ModelError where a family whose layers are all alike misses a tensor, or has one that no layer has.
+
+    A backend that loads the folder compares it with the built model; what only copies weights has this.
+    """
+    if folder.family not in CHECKED:
+        return
+    found = {name: weight.shape for name, weight in plain_weights(folder).items() if not COMPUTED.search(name)}
+    layers = sorted({layer for name in found if (layer := layer_of(name)) is not None})
+    usual: dict[str, Counter[tuple[int, ...]]] = {}
+    for name, shape in found.items():
+        if layer_of(name) is not None:
+            usual.setdefault(LAYER.sub("", name), Counter())[shape] += 1
+    alike = {end: shapes.most_common(1)[0][0] for end, shapes in usual.items()}
+    expected = {f"model.layers.{layer}.{end}": shape for layer in layers for end, shape in alike.items()}
+    check_tensors(
+        folder.path,
+        expected={**expected, **ends(folder, found)},
+        found=found,
+        tied=("lm_head.weight",) if folder.is_tied else (),
+    )
+
+
+def ends(folder: ModelFolder, found: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return embedding, last norm and head as config.json has them."""
+    name = "model.embed_tokens.weight"
+    rows, width = (*found.get(name, ()), 0, 0)[:2]
+    rows, width = folder.config.get("vocab_size", rows), folder.config.get("hidden_size", width)
+    return {name: (rows, width), "model.norm.weight": (width,), "lm_head.weight": (rows, width)}
 
 
 def open_rows(folder: ModelFolder, weight: Weight) -> Rows:

@@ -14,7 +14,7 @@ from shared.convert.ollama import Turns, find_turns, go_template
 from shared.data.tokenize import load_tokenizer
 from shared.errors import CapabilityError, ConfigError, ModelError
 from shared.folder import open_folder, sha256
-from shared.tensors import load_file
+from shared.tensors import Tensor, load_file, save_file
 from tests import tolerances
 from tests.adapters import save_adapter
 from tests.conftest import save_tokenizer
@@ -186,3 +186,29 @@ def test_an_ollama_folder_has_template_end_tokens_and_settings(tmp_path):
         'PARAMETER stop "<|im_end|>"', "PARAMETER temperature 0.7", "PARAMETER top_k 20",
         "PARAMETER repeat_penalty 1.1",
     ]  # fmt: skip
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.pop(DOWN), f'"{DOWN}" is missing'),
+        (lambda tensors: tensors.pop("model.norm.weight"), '"model.norm.weight" is missing'),
+        (lambda tensors: tensors.update({DOWN: Tensor("F32", np.zeros((8, 4), np.float32))}), r"has shape \(8, 4\)"),
+        (lambda tensors: tensors.update(extra=Tensor("F32", np.zeros(4, np.float32))), '"extra" has no place'),
+    ],
+)
+def test_a_model_that_does_not_load_is_not_written_in_another_form(tiny_model_folder, tmp_path, change, words):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model_folder(layers=3), broken)
+    tensors = dict(load_file(broken / "model.safetensors"))
+    change(tensors)
+    save_file(broken / "model.safetensors", tensors.items())
+    for to in ("hf", "mlx", "gguf"):
+        with pytest.raises(ModelError, match=words):
+            convert_model(str(broken), to=to, output=str(tmp_path / "out"))
+    with pytest.raises(ModelError, match=words):
+        mlxlora.quantize(str(broken), scheme="affine-4bit-g32", output=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
