@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from shared.folder import COMPUTED, ModelFolder, open_folder
 from shared.quant import base3_folder
 from shared.quant.grid import has_grid, requantize
 from shared.registry import find_quantizer
-from shared.tensors import FLOATS, from_float32, read_tensor, to_float32
+from shared.tensors import FLOATS, from_float32, to_float32
 from shared.types import Packed, Tensor
 
 PLAIN = ".plain"  # the fused model before it is quantized anew
@@ -154,8 +155,7 @@ def write_same(folder: ModelFolder, changes: Mapping[str, Change], staged: Path)
             made[name] = plan_plain(folder, weight, changes[name], fused, dtype=weight.dtype).blocks
         else:
             check_grid(weight)
-            arrays = requantized(folder, weight, changes[name], survival)
-            made.update({tensor: (lambda array=array: [array]) for tensor, array in arrays.items()})
+            made[codes_name(weight)] = partial(requantized, folder, weight, changes[name], survival)
     copy_changed(folder, staged, made)
     write_config(folder, staged, dtype=None, plain=False)
     write_tokenizer(folder, staged)
@@ -194,8 +194,13 @@ def check_grid(weight: Weight) -> None:
         )
 
 
-def requantized(folder: ModelFolder, weight: Weight, change: Change, survival: Survival) -> dict[str, Tensor]:
-    """Return the tensors of a quantized weight that the change alters, by their name in the folder."""
+def codes_name(weight: Weight) -> str:
+    """Return the tensor that holds a quantized weight's codes: on a kept grid nothing else can change."""
+    return weight.names.get("weight") or weight.names["trits"]
+
+
+def requantized(folder: ModelFolder, weight: Weight, change: Change, survival: Survival) -> list[Tensor]:
+    """Return the codes of a changed weight as the folder stores them, and count the change."""
     assert weight.scheme is not None
     quantizer = find_quantizer(weight.scheme)
     packed = folder.packed(weight.module, shape=weight.shape)
@@ -207,18 +212,11 @@ def requantized(folder: ModelFolder, weight: Weight, change: Change, survival: S
         written = requantize(wanted.astype(np.float32), like=part)
         survival.add(wanted - base, to_float32(quantizer.dequantize(written)) - base)
         parts.append(written)
-    joined = dict(parts[0].arrays)
-    if len(parts) > 1:
-        joined = {
-            key: Tensor(array.dtype, np.concatenate([part.arrays[key].data for part in parts]))
-            for key, array in joined.items()
-        }
-    if folder.places[weight.module].convert is not None:  # stored in another form than the codec's
-        stored = base3_folder.to_tensors(weight.module, replace(packed, arrays=joined))
-    else:
-        stored = {tensor: joined[key] for key, tensor in weight.names.items()}
-    held = {name: read_tensor(folder.entries[name]).data for name in stored}
-    return {name: tensor for name, tensor in stored.items() if tensor.data.tobytes() != held[name].tobytes()}
+    codes = np.concatenate([part.arrays["weight"].data for part in parts])
+    if folder.places[weight.module].convert is None:
+        return [Tensor(packed.arrays["weight"].dtype, codes)]
+    whole = replace(packed, arrays={**packed.arrays, "weight": Tensor(packed.arrays["weight"].dtype, codes)})
+    return [base3_folder.to_tensors(weight.module, whole)[codes_name(weight)]]
 
 
 def copy_changed(folder: ModelFolder, staged: Path, changed: Mapping[str, Callable[[], Iterable[Tensor]]]) -> None:
