@@ -135,7 +135,7 @@ def summarize(target: Path, fused: Fused, text: TextChange | None, *, scheme: st
 
 def check_survival(result: FuseResult, *, accept_loss: bool) -> None:
     """Raise AdapterError where less than KEPT of the adapter would be left."""
-    kept = min(result.cosine, 1.0 if result.text is None else result.text.cosine)
+    kept = float(np.min([result.cosine, 1.0 if result.text is None else result.text.cosine]))  # NaN where one is
     if kept >= KEPT or accept_loss:
         return
     raise Lost(result, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from shared.convert.shards import row_blocks
 from shared.convert.source import open_rows, plain_weights
 from shared.errors import AdapterError, CapabilityError, ConfigError, ModelError
 from shared.folder import open_folder, sha256
-from shared.fusing import KEPT, Lost, fuse
+from shared.fusing import KEPT, FuseResult, Lost, TextChange, check_survival, fuse
 from shared.quant.affine import unpack
 from shared.tensors import from_float32, load_file, save_file, to_float32
 from shared.types import Tensor
@@ -208,6 +209,13 @@ def test_survival_of_a_known_loss():
     found = Survival()
     found.add(np.array([3.0, 4.0]), np.array([3.0, 0.0]))
     assert (found.cosine, found.share) == (0.6, 9 / 25)
+
+
+def test_log_probabilities_that_are_no_number_do_not_pass(tmp_path):
+    text = TextChange("rows", tokens=3, cosine=math.nan, share=math.nan)
+    for cosine, found in ((1.0, text), (math.nan, None)):
+        with pytest.raises(Lost):
+            check_survival(FuseResult(tmp_path, "same", "auto", 1, cosine, 1.0, (), found), accept_loss=False)
 
 
 def test_a_change_is_that_of_the_formula():
