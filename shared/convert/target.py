@@ -63,6 +63,7 @@ def new_folder(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target)
+        check_target(target, sources=sources, force=force, own=own)  # it may have put one back
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
         yield staged
@@ -109,11 +110,15 @@ def sync(path: Path) -> None:
 
 
 def sweep(target: Path) -> None:
-    """Remove what a killed process left beside `target`."""
-    left = re.compile(re.escape(f".{target.name}.partial-") + r"(\d+)")
-    for path in target.parent.iterdir():
+    """Remove what a killed process left beside `target`, and put back a folder that it had only moved away."""
+    left = re.compile(re.escape(f".{target.name}.") + r"(partial|old)-(\d+)")
+    for path in list(target.parent.iterdir()):
         match = left.fullmatch(path.name)
-        if match and not is_running(int(match[1])):
+        if not match or is_running(int(match[2])):
+            continue
+        if match[1] == "old" and not target.exists():
+            os.rename(path, target)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 

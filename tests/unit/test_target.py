@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,17 @@ def test_what_a_killed_process_left_is_swept(tmp_path, source):
         pass
     assert mine.exists()
     assert not theirs.exists()
+
+
+def test_a_folder_that_a_killed_process_moved_away_comes_back(tmp_path, source):
+    out, moved = tmp_path / "out", tmp_path / ".out.old-99999999"
+    moved.mkdir()
+    (moved / "config.json").write_text("old")
+    with pytest.raises(ConfigError, match="exists"), new_folder(out, sources=[source]):
+        pass
+    assert (out / "config.json").read_text() == "old"
+    shutil.copytree(out, moved)
+    with new_folder(out, sources=[source], force=True) as staged:
+        (staged / "config.json").write_text("new")
+    assert (out / "config.json").read_text() == "new"
+    assert not moved.exists()
