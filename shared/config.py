@@ -250,7 +250,9 @@ def parse_scheme(text: str) -> Scheme | None:
         return scheme
     if short := re.match(r"(?:q|int)?([234568])", text):
         raise ConfigError(f'quantization: unknown scheme "{text}"', fix=f'did you mean "affine-{short[1]}bit-g64"?')
-    raise ConfigError(f'quantization: unknown scheme "{text}"', fix=did_you_mean(text, ["none", *named_schemes()]))
+    hint = did_you_mean(text, ["none", *named_schemes()])
+    listed = "`mlxlora doctor` lists them, e.g. affine-4bit-g64"  # hundreds, with the solvers
+    raise ConfigError(f'quantization: unknown scheme "{text}"', fix=hint if hint.startswith("did") else listed)
 
 
 def validate(values: Any, *, place: str = "config", places: Places | None = None) -> RunConfig:

@@ -45,9 +45,9 @@ def run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        return fail(
-            "\n".join(message.splitlines()[:2]) + "\nfix: mlxlora --help lists commands and options", 2, as_json
-        )
+        place = getattr(error, "ctx", None)
+        command = place.command_path if place is not None else "mlxlora"
+        return fail("\n".join(message.splitlines()[:2]) + f"\nfix: {command} --help lists what it takes", 2, as_json)
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:

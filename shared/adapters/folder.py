@@ -104,7 +104,10 @@ def no_adapter(folder: Path) -> AdapterError:
     if (folder / "adapter" / CONFIG_FILE).is_file():
         return AdapterError(f"{folder} is a run folder", fix=f"use {folder / 'adapter'}")
     if (folder / "config.json").is_file():
-        return AdapterError(f"{folder} is a whole model, not an adapter", fix="give it as MODEL, without --adapter")
+        return AdapterError(
+            f"{folder} is a whole model, not an adapter",
+            fix=f"name a folder with {CONFIG_FILE}; a model alone goes without --adapter",
+        )
     return AdapterError(f"{folder} has no {CONFIG_FILE}", fix="is this an adapter folder?")
 
 

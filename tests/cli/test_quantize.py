@@ -56,3 +56,19 @@ def test_wrong_usage_is_three_lines_at_most(tiny_model_folder, capsys, options, 
 def test_a_model_that_is_not_there_is_exit_code_3(tmp_path, capsys):
     assert run(["quantize", str(tmp_path / "none"), "--scheme", "nf4", "--output", str(tmp_path / "out")]) == 3
     assert "no model folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "remedy"),
+    [
+        (["quantize", "{}", "--scheme", "same", "--plan"], 2, "`mlxlora doctor` lists them, e.g. affine-4bit-g64"),
+        (["quantize", "{}", "--scheme", "affine-4bit", "--plan"], 2, 'did you mean "affine-4bit-g64"?'),
+        (["quantize", "{}", "--frob"], 2, "mlxlora quantize --help lists what it takes"),
+        (["frob"], 2, "mlxlora --help lists what it takes"),
+        (["convert", "{}", "--to", "peft", "--output", "{}-peft"], 3, "name a folder with adapter_config.json"),
+    ],
+)
+def test_a_remedy_is_one_that_the_command_has(tiny_model_folder, capsys, arguments, code, remedy):
+    folder = str(tiny_model_folder())
+    assert run([argument.format(folder) for argument in arguments]) == code
+    assert f"fix: {remedy}" in capsys.readouterr().err
