@@ -34,6 +34,7 @@ DECODE_BLOCK = 2**21
 # Logits of one chunk, as the backends' objectives cut them, and the fewest rows.
 CHUNK_ELEMENTS = {"torch-cpu": 2**25, "torch-gpu": 2**26, "mlx-cpu": 2**21, "mlx-gpu": 2**21}
 CHUNK_ROWS = 64
+ZOO_UNIT = {"torch": 2.0, "mlx": 3.0}  # rows as wide as the MLP that the zoo keeps beyond gate and up
 SCORE_ROWS = 128  # rows of attention scores that MLX computes at once on a CPU
 WORD = 4  # bytes of a float32
 STATE_BYTES = {"float32": 4.0, "8bit": 1.0 + 4 / 256}  # of one moment: a code, and a float32 scale per block of 256
@@ -204,6 +205,8 @@ def running_bytes(
     kept_rows, working_rows = (costs.kept_inputs, costs.recomputed) if recompute else (costs.kept, costs.working)
     kept = layer_bytes(kept_rows, shape, work, rank=rank, size=size)
     working = layer_bytes(working_rows, shape, work, rank=rank, size=size)
+    if shape.info.family not in GATED and not recompute:  # the zoo's own unit keeps more
+        kept += work.positions * size * ZOO_UNIT[place.partition("-")[0]] * shape.mlp
     masks = work.positions * size * costs.dropout * dropped_inputs(shape, spec) / active if spec.dropout else 0
     unused = (
         work.positions * size * (kept_inputs(shape, None) / shape.info.num_layers - kept_inputs(shape, spec) / active)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -336,3 +337,12 @@ def test_chunks_are_those_of_the_backends():
     assert {**found, "mlx-cpu": ours.CHUNK_ELEMENTS, "mlx-gpu": ours.CHUNK_ELEMENTS} == memory.CHUNK_ELEMENTS
     assert memory.CHUNK_ROWS == ours.LEAST_ROWS == theirs.LEAST_ROWS
     assert memory.SCORE_ROWS == attention.BLOCK
+
+
+@pytest.mark.parametrize("place", ["mlx-cpu", "torch-cpu"])
+def test_a_family_with_a_unit_of_its_own_keeps_more(shape, place):
+    other = replace(shape, info=replace(shape.info, family="phi3"))
+    work = Work(8192, 256, 64)
+    assert peak(other, work, place=place)["activations"] > peak(shape, work, place=place)["activations"]
+    both = [peak(one, work, place=place, recompute=True)["activations"] for one in (other, shape)]
+    assert both[0] == both[1]
