@@ -45,8 +45,8 @@ NOTHING = Costs(
     kept=Rows(), working=Rows(), kept_inputs=Rows(), recomputed=Rows(), dropout=0, logits=0, queued=0, head=0,
     decodes=0, update=0, load=0, quantizing=0, framework=0,
 )  # fmt: skip
-# Of full fine-tuning the rows with recompute are taken over from LoRA; its factor of the update on PyTorch was set by runs
-# of benchmarks/memory.py.
+# Of full fine-tuning the rows with recompute are taken over from LoRA; its update factor on PyTorch was set by runs of
+# benchmarks/memory.py.
 MEASURED: dict[tuple[str, str, bool], Costs] = {
     ("torch-cpu", "float32", False): Costs(
         kept=Rows(hidden=3.88, attention=2.92, keys=1.95, mlp=2.14, rank=0.01),
