@@ -24,7 +24,7 @@ UNMIRRORED = {
 }
 MAX_FILE, MAX_FUNCTION = 420, 40
 FRAMEWORKS = {"mlx", "mlx_lm", "torch", "triton", "transformers", "accelerate", "bitsandbytes", "optimum", "peft"}
-GROUND = {"errors", "types", "protocols", "config", "registry"}
+GROUND = {"errors", "faults", "types", "protocols", "config", "registry"}
 FIRST = {
     "seeds",
     "schedules",
