@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from shared.durable import write_whole
 from shared.errors import StorageError
 
 Row = Mapping[str, Any]
@@ -61,9 +61,7 @@ class Metrics:
     def truncate(self, step: int) -> None:
         """Drop the rows of later updates, which will be made again."""
         kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
-        staged = self.path.with_suffix(".tmp")
-        staged.write_text("".join(kept), encoding="utf-8")
-        os.replace(staged, self.path)
+        write_whole(self.path, "".join(kept))
 
 
 def tell(callbacks: Sequence[Callback], event: str, payload: Any) -> None:

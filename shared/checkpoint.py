@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.durable import sync
 from shared.errors import CheckpointError, StorageError
 from shared.folder import sha256
 from shared.tensors import load_file, save_file
@@ -75,15 +76,6 @@ def write_files(staged: Path, checkpoint: Checkpoint) -> None:
     (staged / MARKER).write_text(sha256(staged / MANIFEST_FILE))
     sync(staged / MARKER)
     sync(staged)
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def discard(folder: Path) -> None:

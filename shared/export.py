@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from shared.convert.files import QUANTIZED_KEYS, write_tokenizer
+from shared.durable import write_json
 from shared.folder import ModelFolder
 from shared.tensors import save_file
 from shared.types import Tensor
@@ -17,5 +17,5 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], *, source: ModelFol
     save_file(folder / "model.safetensors", tensors.items(), metadata={"format": "pt"})
     config = {key: value for key, value in source.config.items() if key not in QUANTIZED_KEYS}
     config["torch_dtype"] = config["dtype"] = dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     write_tokenizer(source, folder)

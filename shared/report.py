@@ -16,8 +16,8 @@ from typing import Any
 
 from shared.callbacks import Metrics
 from shared.display import megabytes
+from shared.durable import write_whole
 from shared.errors import StorageError
-from shared.run_folder import write_atomic
 
 Point = tuple[float, float]
 Rows = Sequence[Mapping[str, Any]]
@@ -86,7 +86,7 @@ def write_report(folder: Path, *, samples: Sequence[Sample]) -> Path:
     ]
     target = folder / "report.html"
     try:
-        write_atomic(target, page(folder.resolve().name, manifest, body="\n".join(body)))
+        write_whole(target, page(folder.resolve().name, manifest, body="\n".join(body)))
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror}", fix="free some space") from None
     return target

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -21,6 +20,7 @@ from shared import checkpoint
 from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import to_yaml
+from shared.durable import write_json, write_whole
 from shared.errors import CheckpointError, ConfigError, StorageError
 from shared.folder import sha256
 from shared.types import Capability
@@ -222,15 +222,8 @@ def write_manifest(
         "data_sha256": dict(data),
         **facts,
     }
-    write_atomic(folder / "config.yaml", to_yaml(config))
-    write_atomic(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file such that it is whole or absent."""
-    staged = path.with_name(f".{path.name}.tmp")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
+    write_whole(folder / "config.yaml", to_yaml(config))
+    write_json(folder / "manifest.json", manifest)
 
 
 def command_line() -> list[str]:

@@ -6,7 +6,6 @@ up with zeros, and another scale goes into lora_b.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from shared.adapters.names import MLX_FILE, PEFT_FILE, mlx_name, peft_name, turned
 from shared.adapters.schema import CONFIG_FILE
 from shared.adapters.spec import LAYER, layer_of, leaves_of, natural, short_name
+from shared.durable import write_json
 from shared.tensors import from_float32, save_file, to_float32
 from shared.types import AdapterSpec, ModelInfo, Tensor
 
@@ -55,7 +55,7 @@ def write_adapter(
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write adapter_config.json."""
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG_FILE, config, sort=True)
 
 
 def to_peft(spec: AdapterSpec, tensors: Mapping[str, Tensor], facts: Facts, *, base: str | None) -> Layout:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
+from shared.durable import write_json
 from shared.folder import ModelFolder
 from shared.quant.quanto_folder import MAP
 
@@ -35,4 +35,4 @@ def write_config(source: ModelFolder, folder: Path, *, dtype: str | None, plain:
     config = {key: value for key, value in source.config.items() if not (plain and key in QUANTIZED_KEYS)}
     if dtype is not None:
         config["torch_dtype"] = config["dtype"] = dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from shared.convert.fuse import copy_changed, write_plain
 from shared.convert.ollama import write_modelfile
 from shared.convert.source import check_whole
 from shared.convert.target import ADAPTER, check_target, new_folder
+from shared.durable import write_json
 from shared.errors import CapabilityError, ConfigError, did_you_mean
 from shared.families import with_old_rope_keys
 from shared.folder import ModelFolder, find_folder, open_folder, read_json
@@ -127,7 +127,7 @@ def add_old_rope_keys(staged: Path) -> None:
     config = read_json(staged / "config.json")
     known = with_old_rope_keys(config)
     if known != config:
-        (staged / "config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        write_json(staged / "config.json", known)
 
 
 def is_adapter(source: Path, *, to: str, options: Mapping[str, str], base: str | None) -> bool:

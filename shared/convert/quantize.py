@@ -5,7 +5,6 @@ Shard by shard: in memory are what one shard becomes and the matrix at hand, nev
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -20,6 +19,7 @@ from shared.convert.owners import Owner, check_together, find_owner
 from shared.convert.shards import SINGLE, row_blocks, write_index
 from shared.convert.source import check_whole
 from shared.convert.target import new_folder
+from shared.durable import write_json
 from shared.errors import ConfigError, ModelError, did_you_mean
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.protocols import Quantizer
@@ -216,7 +216,7 @@ def write_config(plan: Plan, staged: Path) -> None:
     dtype = DTYPES[plan.folder.entries[f"{first}.weight"].dtype]
     files = {"config.json": {**config, **plan.owner.config(plan.scheme, plan.modules, dtype)}}
     for name, value in {**files, **plan.owner.files(plan.modules)}.items():
-        (staged / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_json(staged / name, value)
 
 
 def read_weight(folder: ModelFolder, name: str) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.durable import write_json
 from shared.tensors import NUMPY, read_header
 from shared.types import Tensor
 
@@ -98,4 +99,4 @@ def write_shards(folder: Path, planned: Mapping[Path, Sequence[Planned]], *, met
 def write_index(folder: Path, weight_map: Mapping[str, str], *, total: int) -> None:
     """Write the index that says which shard holds which tensor; total: bytes of all."""
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from shared.durable import sync
 from shared.errors import ConfigError, StorageError
 
 # What marks a folder as one that these commands write; --force replaces one of the kind that is written, and no other.
@@ -98,15 +99,6 @@ def put_in_place(staged: Path, target: Path) -> None:
         raise
     sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's or a folder's contents are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sweep(target: Path) -> None:

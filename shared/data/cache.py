@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.data.rows import Row
+from shared.durable import write_whole
 from shared.types import Example
 
 FORMAT = b"mlxlora tokens 1"  # of the file; a new one is never taken for an old one
@@ -125,15 +126,10 @@ def read(file: Path, rows: Sequence[Row]) -> list[Example] | None:
 def keep(file: Path, examples: Sequence[Example]) -> None:
     """Write a file whole or not at all, and remove those used longest ago beyond the bound; never raises OSError."""
     data = to_bytes(examples)
-    staged = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(hashlib.sha256(data).digest() + data)
-        os.replace(staged, file)
+        write_whole(file, hashlib.sha256(data).digest() + data)
         shrink(file.parent, most=MAX_BYTES)
-    except OSError:
-        with suppress(OSError):
-            staged.unlink(missing_ok=True)
 
 
 def shrink(folder: Path, *, most: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from shared.durable import write_json
 from shared.machine import processor_name
 from shared.protocols import Backend
 
@@ -119,9 +120,7 @@ def write_ceilings(ceilings: Ceilings) -> Path:
     path = ceilings_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     every = {**read_all(), key_of(ceilings.backend, ceilings.device, ceilings.processor): asdict(ceilings)}
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    staged.write_text(json.dumps(every, indent=2) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    write_json(path, every)
     return path
 
 

@@ -5,7 +5,6 @@ Legend: D model width, F width of the MLP, V vocabulary, T tokens of a row, R ra
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from shared.durable import write_json
 from shared.seeds import generator
 from shared.tensors import from_float32, save_file
 from shared.types import Example, Tensor
@@ -103,7 +103,7 @@ def write_llama(folder: Path, shape: Shape, *, positions: int, seed: int) -> Pat
 
     tensors = ((name, value(name, dims)) for name, dims in shape.tensors())
     save_file(folder / "model.safetensors", tensors, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(shape.config(positions=positions), indent=2) + "\n")
+    write_json(folder / "config.json", shape.config(positions=positions))
     return folder
 
 

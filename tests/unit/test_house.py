@@ -37,6 +37,7 @@ FIRST = {
     "reference",
     "config_file",
     "importing",
+    "durable",
 }
 FIRST_FOLDERS = {"data", "objectives", "quant", "adapters", "convert"}
 # Third-party packages per floor: at the top of a file, and inside functions.
