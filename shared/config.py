@@ -129,12 +129,24 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    name: Literal["constant", "cosine"] = "cosine"
+    name: Literal[
+        "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "exponential", "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "cosine"  # fmt: skip
     warmup: Annotated[
         NotNegative,
         Field(description="below 1 a share of all updates, from 1 a number of updates"),
     ] = 0.03
-    final: Annotated[Share, Field(description="share of the peak at the end")] = 0.0
+    final: Annotated[Share, Field(description="share of the peak at the end; inverse_sqrt: never below it")] = 0.0
+    cycles: Annotated[Count, Field(description="cosine_with_restarts: half cosines, one after the other")] = 2
+    power: Annotated[Positive, Field(description="polynomial: exponent of what is left of the run")] = 2.0
+    decay: Annotated[Positive, Field(description="warmup_stable_decay: length of the fall, counted as warmup")] = 0.1
+
+    @model_validator(mode="after")
+    def _reachable(self) -> ScheduleConfig:
+        if self.name == "exponential" and self.final == 0:
+            raise ValueError("a final above 0, such as 0.01, which an exponential can reach")
+        return self
 
 
 class TrainConfig(Section):
