@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from shared.fusing import FuseResult
     from shared.measuring.bench import BenchResult
     from shared.parity import ParityResult
+    from shared.preview import Preview
     from shared.quickstart import QuickstartResult
     from shared.train import TrainResult
 
 __version__ = "0.1.0"
 __all__ = [
     "bench", "convert", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "merge", "parity",
-    "quantize", "quickstart", "schema", "train",
+    "preview", "quantize", "quickstart", "schema", "train",
 ]  # fmt: skip
 
 Adapters = str | Path | Sequence[str] | None  # a folder, or several as "folder=weight": their weighted sum
@@ -100,6 +101,15 @@ def estimate(
 
     checked = config if isinstance(config, RunConfig) else load_config(config, **values)
     return make_report(checked, memory=memory, tflops=tflops)
+
+
+def preview(config: str | Path | RunConfig, *, rows: int = 5, **values: Any) -> Preview:
+    """Return what a run would learn from its rows, token by token for the first `rows`; loads no model."""
+    from shared.config import RunConfig
+    from shared.preview import preview as run
+
+    checked = config if isinstance(config, RunConfig) else load_config(config, **values)
+    return run(checked, rows=rows)
 
 
 def evaluate(model: str, *, data: str, adapter: Adapters = None, backend: str = "auto", **options: Any) -> Evaluation:

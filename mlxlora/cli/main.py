@@ -16,11 +16,13 @@ from mlxlora.cli.fusing import fuse
 from mlxlora.cli.measuring import bench
 from mlxlora.cli.merging import merge
 from mlxlora.cli.planning import estimate
+from mlxlora.cli.previewing import preview
 from mlxlora.cli.quantizing import quantize
 
 app.command()(bench)
 app.command()(convert)
 app.command()(estimate)
+app.command()(preview)
 app.command()(quantize)
 app.command()(fuse)
 app.command()(merge)

@@ -1,0 +1,134 @@
+"""`mlxlora preview`: real rows token by token, and what would become of all of them; as text, HTML or JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlxlora.cli.app import Debug, Json, Set, emit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from shared.preview import Piece, Preview, Shown, Split
+
+PLAIN, LEARNED = ("grey50", "grey58"), ("bold green", "bold dark_green")  # by turns, so that tokens can be told apart
+WIDTH = 100  # of the page, in characters
+PAGE = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+    "<title>mlxlora preview</title><style>{stylesheet} body{{color:{foreground};background:{background};margin:2em}}"
+    "pre{{font:13px/1.5 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap}}</style></head>\n"
+    "<body><pre>{code}</pre></body></html>\n"
+)
+
+
+def preview(
+    config: Annotated[Path, typer.Argument(help="YAML file of a run.")],
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Training rows to show.")] = 5,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too.")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Rows as the model gets them, supervised tokens coloured, and counts; loads no model."""
+    import mlxlora
+
+    found = mlxlora.preview(mlxlora.load_config(config, overrides=overrides or []), rows=rows)
+    if html is not None:
+        write_page(found, html)
+    if as_json:
+        emit(found, html=html)
+        return
+    from rich.console import Console
+
+    write(found, Console(highlight=False))
+    if html is not None:
+        print(f"wrote {html}")
+
+
+def write_page(found: Preview, file: Path) -> None:
+    """Write a preview as one HTML page; raises OSError."""
+    import io
+
+    from rich.console import Console
+    from rich.terminal_theme import DEFAULT_TERMINAL_THEME
+
+    console = Console(record=True, file=io.StringIO(), width=WIDTH, highlight=False, force_terminal=True)
+    write(found, console)
+    console.save_html(str(file), theme=DEFAULT_TERMINAL_THEME, code_format=PAGE)
+
+
+def write(found: Preview, console: Console) -> None:
+    """Write a preview on a console."""
+    from rich.text import Text
+
+    legend = Text.assemble("tokens: ", ("supervised", LEARNED[0]), ", ", ("read only", PLAIN[0]), ", special ones ")
+    console.print(legend.append("underlined", style="underline"), f"(train_on: {found.train_on})")
+    for row in found.shown:
+        console.print(row_text(row))
+    for split in found.splits:
+        console.print(split_text(split, found))
+    if found.padding is not None:
+        at = found.padding
+        console.print(
+            f"an update, in micro-batches of {at.micro_tokens:,} tokens: {at.packed_batches:.1f} packed, no padding, "
+            f"or {at.sorted_batches:.1f} sorted by length with {at.sorted_share:.1%} padding"
+        )
+
+
+def row_text(row: Shown) -> Text:
+    """Return a row: its place, its counts, and its tokens in colours."""
+    from rich.text import Text
+
+    cut = f", {row.cut} more are cut" if row.cut else ""
+    text = Text(f"\n{row.source}: {row.tokens} tokens, {row.supervised} supervised{cut}\n", style="bold", end="\n")
+    for number, piece in enumerate(row.pieces):
+        style = (LEARNED if piece.supervised else PLAIN)[number % 2]
+        text.append(visible(piece), style=f"not bold {style} underline" if piece.special else f"not bold {style}")
+    return text
+
+
+def visible(piece: Piece) -> str:
+    """Return a piece's text such that newlines are seen and nothing in it reaches the terminal as a command.
+
+    >>> from shared.preview import Piece
+    >>> visible(Piece("a\\n\\x1b[2J", (1,), True, False))
+    'a⏎\\n\\\\x1b[2J'
+    """
+    return "".join(
+        "⏎\n" if c == "\n" else c if c.isprintable() else c.encode("unicode_escape").decode() for c in piece.text
+    )
+
+
+def split_text(split: Split, found: Preview) -> Text:
+    """Return a split's counts and its histogram."""
+    from rich.text import Text
+
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in split.kinds.items())
+    share = split.supervised / max(split.tokens, 1)
+    text = Text(f"\n{split.name}: {split.rows:,} rows ({kinds})\n", style="bold", end="\n")
+    lines = [f"{split.tokens:,} tokens, {split.supervised:,} supervised ({share:.1%}), longest row {split.longest:,}"]
+    if split.name == "train":
+        lines.append(f"{found.updates_per_epoch:,} updates are one pass over them")
+    if split.cut_rows:
+        lines.append(f"{split.cut_rows:,} rows lose {split.cut_tokens:,} tokens to data.max_length {found.max_length}")
+    if split.duplicates:
+        lines.append(f"{split.duplicates:,} rows repeat an earlier one")
+    if split.leaks:
+        lines.append(f"{split.leaks:,} rows also stand in the training rows")
+    for line in lines:
+        text.append(f"  {line}\n", style="not bold")
+    for problem in split.problems:
+        text.append(f"  refused: {problem}\n", style="not bold red")
+    if split.num_problems > len(split.problems):
+        text.append(f"  and {split.num_problems - len(split.problems):,} more are refused\n", style="not bold red")
+    most = max((bar.rows for bar in split.lengths), default=1)
+    for bar in split.lengths:
+        length = f"  {f'{bar.low:,}-{bar.high:,}':>15} {bar.rows:>9,} "
+        text.append(f"{length}{'█' * round(40 * bar.rows / most) or '▏' * bool(bar.rows)}\n", style="not bold")
+    text.right_crop(1)
+    return text

@@ -1,0 +1,106 @@
+"""`mlxlora preview` shows the tokens that training would use, all of them, and counts what training would meet."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+
+import numpy as np
+import pytest
+
+from mlxlora.cli.main import run
+from shared.config_file import build_config
+from shared.data.rows import Row
+from shared.data.tokenize import tokenize_row
+from shared.preview import pieces, preview
+from shared.train import prepare
+
+ROWS = [
+    {"prompt": "hello? ", "completion": "hello wor 🦊\nnaïve"},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes <b>\x1b[2J"}]},
+    {"text": "hello hello hello hello hello hello"},
+    {"prompt": "hello? ", "completion": "hello wor 🦊\nnaïve"},
+]
+VALID = [{"text": "hello world"}, ROWS[1]]
+
+
+@pytest.fixture
+def config(tiny_model_folder, write_jsonl, tmp_path):
+    write_jsonl(*ROWS)
+    write_jsonl(*VALID, name="valid.jsonl")
+    return build_config({"model": str(tiny_model_folder()), "data": {"path": str(tmp_path), "max_length": 30}})
+
+
+@pytest.fixture
+def file(config, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(config.model_dump(mode="json", exclude_defaults=True)))
+    return file
+
+
+def test_the_pieces_are_the_rows_that_training_gets_token_by_token(config):
+    found, prepared = preview(config, rows=9), prepare(config)
+    assert len(found.shown) == len(ROWS)
+    for shown, example in zip(found.shown, prepared.train, strict=True):
+        ids = [token for piece in shown.pieces for token in piece.ids]
+        mask = [piece.supervised for piece in shown.pieces for _ in piece.ids]
+        assert ids == example.tokens.tolist()
+        assert np.array_equal(mask, example.supervised)
+        assert (shown.source, shown.supervised) == (example.source, example.supervised.sum())
+        whole = prepared.tokenizer.inner.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert "".join(piece.text for piece in shown.pieces) == whole
+
+
+@pytest.mark.parametrize(("name", "one"), [("TinyStories-656K", "upon a tim"), ("stories260K", " upon")])
+def test_blanks_and_characters_of_several_tokens_stay_whole(stored_model, name, one):
+    from shared.data.tokenize import load_tokenizer
+
+    tokenizer = load_tokenizer(stored_model(name))
+    row = Row("text", {"text": "Once upon a time 🦊 naïve  end\n"}, "train.jsonl:1")
+    example = tokenize_row(row, tokenizer, train_on="all", max_length=99)
+    found = list(pieces(example, tokenizer))
+    assert (
+        "".join(piece.text for piece in found if not piece.special).strip() == tokenizer.decode(example.tokens).strip()
+    )
+    assert one in [piece.text for piece in found]
+
+
+def test_counts_truncation_duplicates_and_leaks(config):
+    train, valid = preview(config, rows=0).splits
+    assert (train.rows, train.kinds) == (4, {"prompt": 2, "messages": 1, "text": 1})
+    assert (train.duplicates, train.leaks, valid.duplicates, valid.leaks) == (1, 0, 0, 1)
+    whole = preview(config.model_copy(update={"data": config.data.model_copy(update={"max_length": 999})})).splits[0]
+    assert (whole.cut_rows, whole.cut_tokens) == (0, 0)
+    assert train.tokens == whole.tokens - train.cut_tokens
+    assert train.cut_rows > 0
+    assert sum(bar.rows for bar in train.lengths) == 4
+    assert train.lengths[-1].low <= train.longest <= train.lengths[-1].high
+
+
+def test_rows_that_training_refuses_are_named_and_do_not_end_it(config):
+    short = config.model_copy(update={"data": config.data.model_copy(update={"max_length": 8})})
+    found = preview(short)
+    assert found.splits[0].num_problems > 0
+    assert re.match(r"train.jsonl:2: no supervised token within data.max_length 8", found.splits[0].problems[0])
+    assert found.padding is None
+
+
+def test_the_command_prints_a_page_and_json(file, tmp_path, capsys):
+    page = tmp_path / "out.html"
+    assert run(["preview", str(file), "--rows", "2", "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "train.jsonl:1: " in out
+    assert "train.jsonl:3: " not in out
+    assert "\x1b[2J" not in out
+    text = page.read_text()
+    assert "yes <b>" in html.unescape(re.sub(r"<[^>]*>", "", text))
+    assert not re.search(r"<script|https?:|src=", text)
+    assert run(["preview", str(file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["ok"], found["splits"][0]["rows"]) == (True, 4)
+
+
+def test_a_page_that_cannot_be_written_is_one_clear_error(file, tmp_path, capsys):
+    assert run(["preview", str(file), "--html", str(tmp_path / "absent" / "out.html")]) == 7
+    assert "error: cannot use" in capsys.readouterr().err
