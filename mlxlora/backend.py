@@ -165,7 +165,7 @@ def choose_device(device: str | None) -> str:
     import mlx.core as mx
 
     if device == "gpu" and found != "gpu":
-        raise CapabilityError("device: gpu, but MLX finds neither Metal nor CUDA", fix="set device: auto")
+        raise CapabilityError("device: gpu, but MLX finds neither Metal nor CUDA", code="E402", fix="set device: auto")
     if device == "cpu":
         mx.set_default_device(mx.Device(mx.DeviceType.cpu))
         return "cpu"

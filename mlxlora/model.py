@@ -170,6 +170,7 @@ def build_empty(folder: ModelFolder) -> Any:
     except (ImportError, AttributeError):
         raise ModelError(
             f'unknown architecture "{folder.family}" in {folder.path.name}',
+            code="E303",
             fix=nearest_family(folder.family, known_families()),
         ) from None
     config = with_old_rope_keys(folder.config)
@@ -230,7 +231,9 @@ def check_value(folder: ModelFolder, name: str, value: mx.array, dtype: mx.Dtype
     """Return one float tensor in `dtype`, read now (mx.load is lazy); raises ModelError where it is not finite."""
     finite = mx.isfinite(value.max()) & mx.isfinite(value.min()) & ~mx.isnan(value.sum())  # without a copy
     if not finite.item():
-        raise ModelError(f'{folder.path}: tensor "{name}" holds NaN or infinity', fix="download the model again")
+        raise ModelError(
+            f'{folder.path}: tensor "{name}" holds NaN or infinity', code="E305", fix="download the model again"
+        )
     value = value.astype(dtype)
     mx.eval(value)
     return value

@@ -261,10 +261,14 @@ def parse_scheme(text: str) -> Scheme | None:
     if scheme := named_schemes().get(text):
         return scheme
     if short := re.match(r"(?:q|int)?([234568])", text):
-        raise ConfigError(f'quantization: unknown scheme "{text}"', fix=f'did you mean "affine-{short[1]}bit-g64"?')
+        raise ConfigError(
+            f'quantization: unknown scheme "{text}"', code="E202", fix=f'did you mean "affine-{short[1]}bit-g64"?'
+        )
     hint = did_you_mean(text, ["none", *named_schemes()])
     listed = "`mlxlora doctor` lists them, e.g. affine-4bit-g64"  # hundreds, with the solvers
-    raise ConfigError(f'quantization: unknown scheme "{text}"', fix=hint if hint.startswith("did") else listed)
+    raise ConfigError(
+        f'quantization: unknown scheme "{text}"', code="E202", fix=hint if hint.startswith("did") else listed
+    )
 
 
 def validate(values: Any, *, place: str = "config", places: Places | None = None) -> RunConfig:
@@ -275,10 +279,13 @@ def validate(values: Any, *, place: str = "config", places: Places | None = None
         raise describe(pick_problems(error), place=place, places=places or {}) from None
     parse_scheme(config.quantization)
     if config.adapter.type == "none" and config.adapter.start is not None:
-        raise ConfigError(f"{place}: adapter.start with adapter.type none", fix="mlxlora fuse, and train its result")
+        raise ConfigError(
+            f"{place}: adapter.start with adapter.type none", code="E204", fix="mlxlora fuse, and train its result"
+        )
     if config.adapter.type == "none" and config.quantization != "none":
         raise ConfigError(
             f"{place}: adapter.type none (full fine-tuning) cannot train a base quantized to {config.quantization}",
+            code="E204",
             fix="set quantization: none, or adapter.type: lora",
         )
     return config
@@ -305,16 +312,20 @@ def describe(problems: list[dict[str, Any]], *, place: str, places: Places) -> C
     key = ".".join(str(part) for part in path) or "the top level"
     where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), place)
     if first["type"] == "extra_forbidden":
-        return ConfigError(f'{where}: unknown key "{key}"', fix=did_you_mean(str(path[-1]), known_keys(path[:-1])))
+        return ConfigError(
+            f'{where}: unknown key "{key}"', code="E201", fix=did_you_mean(str(path[-1]), known_keys(path[:-1]))
+        )
     if first["type"] == "missing" and isinstance(path[-1], int):
         whole = ".".join(str(part) for part in path[:-1])
-        return ConfigError(f"{where}: {whole} is too short", expected=f"{path[-1] + 1} values at least")
+        return ConfigError(f"{where}: {whole} is too short", code="E202", expected=f"{path[-1] + 1} values at least")
     if first["type"] == "missing":
-        return ConfigError(f'{where}: key "{key}" is missing', fix=f"add {key} to the config, or --set {key}=...")
+        return ConfigError(
+            f'{where}: key "{key}" is missing', code="E202", fix=f"add {key} to the config, or --set {key}=..."
+        )
     found = first.get("input")
     shown = "" if isinstance(found, dict) else f", found {shorten(found)}"
     wanted = dict.fromkeys(expectation(problem) for problem in problems)
-    return ConfigError(f"{where}: {key}{shown}", expected=" or ".join(wanted))
+    return ConfigError(f"{where}: {key}{shown}", code="E202", expected=" or ".join(wanted))
 
 
 def expectation(problem: dict[str, Any]) -> str:

@@ -87,19 +87,25 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     try:
         if not path.is_file():
             kind = "is a folder" if path.is_dir() else "does not exist"
-            raise ConfigError(f"config file {path} {kind}", fix="give the path of a YAML file, or --model and --data")
+            raise ConfigError(
+                f"config file {path} {kind}", code="E203", fix="give the path of a YAML file, or --model and --data"
+            )
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path.name} is larger than {MAX_BYTES} bytes", fix="is this the config file?")
+            raise ConfigError(
+                f"{path.name} is larger than {MAX_BYTES} bytes", code="E203", fix="is this the config file?"
+            )
         return parse_yaml(path.read_text(encoding="utf-8-sig"), name=path.name)
     except OSError as error:
         raise ConfigError(
-            f"cannot read {path.name}: {error.strerror}", fix="check the path and its permissions"
+            f"cannot read {path.name}: {error.strerror}", code="E203", fix="check the path and its permissions"
         ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path.name}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from None
+        raise ConfigError(
+            f"{path.name}: not UTF-8 at byte {error.start}", code="E203", fix="save the file as UTF-8"
+        ) from None
     except RecursionError:
         raise ConfigError(
-            f"{path.name}: nested deeper than {MAX_DEPTH} levels", fix="is this the config file?"
+            f"{path.name}: nested deeper than {MAX_DEPTH} levels", code="E203", fix="is this the config file?"
         ) from None
 
 
@@ -113,30 +119,38 @@ def parse_yaml(text: str, *, name: str) -> tuple[dict[str, Any], Lines]:
         values = loader.construct_document(node) if node is not None else {}
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}", fix="correct the line") from None
+        raise ConfigError(
+            f"{name}:{line}: not valid YAML: {error.problem}", code="E203", fix="correct the line"
+        ) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML: {error}", fix="is this a text file?") from None
+        raise ConfigError(f"{name}: not valid YAML: {error}", code="E203", fix="is this a text file?") from None
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{name}: a value cannot be read: {error}", fix="correct the value") from None
+        raise ConfigError(f"{name}: a value cannot be read: {error}", code="E203", fix="correct the value") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{name}:1: the top level is a {type(values).__name__}", expected="key: value lines")
+        raise ConfigError(
+            f"{name}:1: the top level is a {type(values).__name__}", code="E203", expected="key: value lines"
+        )
     return values, lines
 
 
 def walk(node: Any, *, path: tuple[Any, ...], lines: Lines, name: str) -> None:
     """Note the line of every key; refuse keys that stand twice and deep nesting."""
     if len(path) > MAX_DEPTH:
-        raise ConfigError(f"{name}: nested deeper than {MAX_DEPTH} levels", fix="is this the config file?")
+        raise ConfigError(f"{name}: nested deeper than {MAX_DEPTH} levels", code="E203", fix="is this the config file?")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"{name}:{key.start_mark.line + 1}: a key is a list or a mapping", expected="a name")
+                raise ConfigError(
+                    f"{name}:{key.start_mark.line + 1}: a key is a list or a mapping", code="E203", expected="a name"
+                )
             inner = (*path, key.value)
             line = key.start_mark.line + 1
             if inner in lines:
-                raise ConfigError(f'{name}:{line}: key "{key.value}" stands twice', fix="remove one of them")
+                raise ConfigError(
+                    f'{name}:{line}: key "{key.value}" stands twice', code="E203", fix="remove one of them"
+                )
             lines[inner] = line
             walk(value, path=inner, lines=lines, name=name)
     elif isinstance(node, yaml.SequenceNode):
@@ -159,7 +173,7 @@ def parse_override(text: str) -> dict[str, Any]:
         if part not in known:
             value_at = ".".join(parts[:n])
             hint = did_you_mean(part, known) if known else f"{value_at} is a value: --set {value_at}=..."
-            raise ConfigError(f'--set: unknown key "{key.strip()}"', fix=hint)
+            raise ConfigError(f'--set: unknown key "{key.strip()}"', code="E201", fix=hint)
     parsed, _ = parse_yaml(f"value: {value}", name=f"--set {key}")
     result: Any = parsed["value"]
     for part in reversed(parts):

@@ -13,9 +13,13 @@ class MlxloraError(Exception):
     """Return an error of at most three lines: `what`, what was `expected`, how to `fix` it."""
 
     exit_code = 1
+    code = "E100"  # of shared/catalogue.py; a subclass has the one of its commonest kind
 
-    def __init__(self, what: str, *, expected: str | None = None, fix: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, expected: str | None = None, fix: str | None = None, code: str | None = None
+    ) -> None:
         self.what, self.expected, self.fix = what, expected, fix
+        self.code = code or self.code
         super().__init__(self.render())
 
     def render(self) -> str:
@@ -28,58 +32,69 @@ class ConfigError(MlxloraError, ValueError):
     """A setting or a command-line argument that cannot be used."""
 
     exit_code = 2
+    code = "E200"
 
 
 class DataError(MlxloraError, ValueError):
     """A data file or a row that cannot be used; the message names `file:line`."""
 
     exit_code = 2
+    code = "E212"
 
 
 class ModelError(MlxloraError, ValueError):
     """A base model that is missing, damaged, or of another shape than its config says."""
 
     exit_code = 3
+    code = "E304"
 
 
 class AdapterError(MlxloraError, ValueError):
     """An adapter that is missing, damaged, or does not fit the base."""
 
     exit_code = 3
+    code = "E312"
 
 
 class CheckpointError(MlxloraError, ValueError):
     """A checkpoint or run folder that is missing, damaged, or of another run."""
 
     exit_code = 3
+    code = "E321"
 
 
 class CapabilityError(MlxloraError, ImportError):
     """Something this machine, backend or version does not have; the fix says what to install."""
 
     exit_code = 4
+    code = "E400"
 
 
 class DivergedError(MlxloraError, ArithmeticError):
     """Training produced non-finite numbers several updates in a row."""
 
     exit_code = 5
+    code = "E500"
 
 
 class OutOfMemory(MlxloraError, MemoryError):
     """The device has no memory left for the smallest possible micro-batch."""
 
     exit_code = 6
+    code = "E600"
 
 
 class StorageError(MlxloraError, OSError):
     """The disk is full or a folder is not writable."""
 
     exit_code = 7
+    code = "E700"
 
 
 class Interrupted(MlxloraError):
     """A signal stopped the run after its state was saved; `exit_code` is 130 or 143."""
+
+    code = "E800"
 
     def __init__(self, what: str, *, exit_code: int, fix: str | None = None) -> None:
         super().__init__(what, fix=fix)

@@ -36,7 +36,9 @@ def config_faults() -> tuple[type[Exception], ...]:
 def config_fault(path: Path, error: Exception) -> ModelError:
     """Return the error for a folder whose config a zoo cannot build a model of, on one line."""
     return ModelError(
-        f"{path / 'config.json'}: {' '.join(str(error).split())}", fix="config.json does not describe a model"
+        f"{path / 'config.json'}: {' '.join(str(error).split())}",
+        code="E302",
+        fix="config.json does not describe a model",
     )
 
 
@@ -113,6 +115,7 @@ def check_logits(family: str, *, gap: float, exact: bool) -> None:
     if not gap <= (LOGIT_GAP if exact else 10 * LOGIT_GAP):
         raise ModelError(
             f'the family "{family}" computes its logits in a way this version does not know (gap {gap:.1e})',
+            code="E303",
             fix=f"report it; {', '.join(sorted(CHECKED))} are known to be right",
         )
 
@@ -121,6 +124,7 @@ def unknown_layout(family: str) -> ModelError:
     """Return the error for a family whose modules are not where we look for them."""
     return ModelError(
         f'the family "{family}" is laid out in a way this version does not know',
+        code="E303",
         fix=f"use a model of a family such as {', '.join(sorted(CHECKED))}",
     )
 

@@ -71,7 +71,9 @@ class ModelFolder:
             )
         tensor = read_tensor(self.entries[name])
         if not is_finite(tensor):
-            raise ModelError(f'{self.path}: tensor "{name}" holds NaN or infinity', fix="download the model again")
+            raise ModelError(
+                f'{self.path}: tensor "{name}" holds NaN or infinity', code="E305", fix="download the model again"
+            )
         return tensor
 
     def packed(self, module: str, *, shape: tuple[int, ...]) -> Packed:
@@ -97,7 +99,9 @@ def open_folder(path: Path) -> ModelFolder:
     """Return a checked model folder; reads headers only. Raises ModelError or CapabilityError."""
     if not path.is_dir():
         raise ModelError(
-            f"no model folder at {path}", expected="a folder with config.json and model.safetensors, or a hub id"
+            f"no model folder at {path}",
+            code="E300",
+            expected="a folder with config.json and model.safetensors, or a hub id",
         )
     config = read_json(path / "config.json")
     check_config(path, config)
@@ -119,6 +123,7 @@ def find_folder(model: str) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f'"{model}" does not exist here, and the hub did not give it: {reason}',
+            code="E300",
             fix="check the name and the network; for a private model set HF_TOKEN",
         ) from None
     return Path(found)
@@ -129,11 +134,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path} is missing", fix="is this a model folder? download it again") from None
+        raise ModelError(f"{path} is missing", code="E301", fix="is this a model folder? download it again") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", fix="download the file again") from None
+        raise ModelError(f"{path} cannot be read: {error}", code="E301", fix="download the file again") from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path} holds a {type(value).__name__}", expected="an object")
+        raise ModelError(f"{path} holds a {type(value).__name__}", code="E301", expected="an object")
     return value
 
 
@@ -141,17 +146,20 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse configs without a usable model type, and models that bring their own code."""
     family = config.get("model_type")
     if not isinstance(family, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", family) or ".." in family:
-        raise ModelError(f"{path / 'config.json'}: model_type is {family!r}", expected='a name such as "llama"')
+        raise ModelError(
+            f"{path / 'config.json'}: model_type is {family!r}", code="E302", expected='a name such as "llama"'
+        )
     if config.get("model_file") or config.get("auto_map"):
         key = "model_file" if config.get("model_file") else "auto_map"
         raise CapabilityError(
             f"{path / 'config.json'}: {key} asks to run code from the folder, which is never done",
+            code="E403",
             fix="use a model whose architecture mlx-lm and transformers know themselves",
         )
     for key in WIDTHS:
         value = config.get(key)
         if isinstance(value, str | bool | float) or (isinstance(value, int) and not 1 <= value <= MAX_WIDTH):
-            raise ModelError(f"{path / 'config.json'}: {key} is {value!r}", expected=f"1 to {MAX_WIDTH}")
+            raise ModelError(f"{path / 'config.json'}: {key} is {value!r}", code="E302", expected=f"1 to {MAX_WIDTH}")
     experts = next((key for key in EXPERTS if isinstance(config.get(key), int) and config[key] > 1), None)
     if experts:
         raise CapabilityError(
@@ -160,7 +168,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         )  # fmt: skip
     layers = config.get("num_hidden_layers")
     if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 10_000):
-        raise ModelError(f"{path / 'config.json'}: num_hidden_layers is {layers!r}", expected="1 to 10000")
+        raise ModelError(f"{path / 'config.json'}: num_hidden_layers is {layers!r}", code="E302", expected="1 to 10000")
 
 
 def check_layers(path: Path, config: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
@@ -170,6 +178,7 @@ def check_layers(path: Path, config: Mapping[str, Any], entries: Mapping[str, En
     if found and stated is not None and len(found) != stated:
         raise ModelError(
             f"{path}: config.json says num_hidden_layers {stated}, the weights hold {len(found)} layers",
+            code="E302",
             fix="config.json and weights must belong together; download the model again",
         )
 
@@ -181,7 +190,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(is_plain_name(name) for name in weight_map.values()):
             raise ModelError(
-                f"{index}: weight_map must name .safetensors files of this folder", fix="download it again"
+                f"{index}: weight_map must name .safetensors files of this folder", code="E301", fix="download it again"
             )
         files = [path / name for name in sorted(set(weight_map.values()))]
     else:
@@ -191,10 +200,10 @@ def read_entries(path: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file in files:
         if not file.is_file():
-            raise ModelError(f"{file} is missing", fix="download the shard again")
+            raise ModelError(f"{file} is missing", code="E301", fix="download the shard again")
         for name, entry in read_header(file).items():
             if name in entries:
-                raise ModelError(f'tensor "{name}" stands in {entries[name].file.name} and in {file.name}')
+                raise ModelError(f'tensor "{name}" stands in {entries[name].file.name} and in {file.name}', code="E301")
             entries[name] = entry
     return entries
 
@@ -210,9 +219,10 @@ def no_weights(path: Path) -> ModelError:
     if pickles:
         return ModelError(
             f"{path} holds its weights as pickle ({pickles[0]}), which can run code and is never loaded",
+            code="E306",
             fix="save the model as safetensors (transformers: model.save_pretrained(folder))",
         )
-    return ModelError(f"{path} has no model*.safetensors", fix="is this a model folder? download it again")
+    return ModelError(f"{path} has no model*.safetensors", code="E301", fix="is this a model folder? download it again")
 
 
 def check_tensors(

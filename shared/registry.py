@@ -52,7 +52,9 @@ def check_installed(name: str) -> None:
         return
     missing = [package for package in resolve(BACKENDS, name, "backend")().needs if not find_spec(package)]
     if missing:
-        raise CapabilityError(f'backend "{name}" is not available: {missing[0]} is not installed', fix=INSTALL[name])
+        raise CapabilityError(
+            f'backend "{name}" is not available: {missing[0]} is not installed', code="E401", fix=INSTALL[name]
+        )
 
 
 def find_backend(name: str) -> Backend:
@@ -64,14 +66,16 @@ def find_backend(name: str) -> Backend:
         backend = resolve(BACKENDS, name, "backend")()
         found = backend.probe()
         if not found.available:
-            raise CapabilityError(f'backend "{name}" is not available: {found.reason}', fix=found.fix or INSTALL[name])
+            raise CapabilityError(
+                f'backend "{name}" is not available: {found.reason}', code="E401", fix=found.fix or INSTALL[name]
+            )
         return backend
     probes = {key: resolve(BACKENDS, key, "backend")() for key in BACKENDS}
     able = {key: backend for key, backend in probes.items() if backend.probe().available}
     for key in preferred_order({key: backend.probe().device for key, backend in able.items()}):
         return able[key]
     reasons = "; ".join(f"{key}: {backend.probe().reason}" for key, backend in probes.items())
-    raise CapabilityError(f"no backend is available ({reasons})", fix="; or ".join(INSTALL.values()))
+    raise CapabilityError(f"no backend is available ({reasons})", code="E401", fix="; or ".join(INSTALL.values()))
 
 
 def preferred_order(devices: dict[str, str]) -> list[str]:

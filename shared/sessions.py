@@ -113,7 +113,7 @@ def find_rows(data: str, *, split: str | None = None) -> tuple[list[Row], str]:
         raise ConfigError(f"--split {split}: {path.name} is a file, which has no splits", fix="leave out --split")
     file = path if path.is_file() else split_file(path, split or "train")
     if file is None:
-        raise DataError(f"{path} has no {split}.jsonl", fix="choose another --split")
+        raise DataError(f"{path} has no {split}.jsonl", code="E210", fix="choose another --split")
     if path.is_file():
         split_file(path, "train")  # refuses what is not JSONL
     return read_rows(file), file.name

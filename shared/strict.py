@@ -24,7 +24,9 @@ def check_adapter(tensors: Mapping[str, Tensor], *, expected: Mapping[str, tuple
         if tuple(tensors[name].shape) != shape:
             raise AdapterError(f'adapter tensor "{name}" has shape {tensors[name].shape}', expected=f"{shape}")
         if not is_finite(tensors[name]):
-            raise AdapterError(f'adapter tensor "{name}" holds NaN or infinity', fix="use an earlier checkpoint")
+            raise AdapterError(
+                f'adapter tensor "{name}" holds NaN or infinity', code="E311", fix="use an earlier checkpoint"
+            )
 
 
 def check_length(info: ModelInfo, tokens: int, *, what: str) -> None:
@@ -42,6 +44,7 @@ def check_recompute(recompute: Recompute, *, place: str, cuda: bool) -> None:
     if recompute == "offload" and not cuda:
         raise CapabilityError(
             f"train.recompute: offload moves activations from a GPU to the host, but {place} has one memory only",
+            code="E402",
             expected="the torch backend on a CUDA device",
             fix="train.recompute: true",
         )

@@ -58,7 +58,9 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise damaged(path, f"a header of {length} bytes in a file of {size}")
             raw = file.read(length)
     except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}", fix="check the path and its permissions") from None
+        raise ModelError(
+            f"cannot read {path}: {error.strerror}", code="E301", fix="check the path and its permissions"
+        ) from None
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
@@ -139,7 +141,7 @@ def check_cover(path: Path, entries: Mapping[str, Entry], *, base: int, size: in
 
 def damaged(path: Path, why: str) -> ModelError:
     """Return the error for a file that is not a whole safetensors file."""
-    return ModelError(f"{path} is damaged: {why}", fix="download or copy the file again")
+    return ModelError(f"{path} is damaged: {why}", code="E301", fix="download or copy the file again")
 
 
 def read_tensor(entry: Entry) -> Tensor:

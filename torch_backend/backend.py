@@ -135,6 +135,8 @@ def choose_device(device: str | None) -> str:
     able = torch.cuda.is_available()
     if device == "gpu" and not able:
         raise CapabilityError(
-            "device: gpu, but torch finds no CUDA device", fix="set device: auto, or install a CUDA build of torch"
+            "device: gpu, but torch finds no CUDA device",
+            code="E402",
+            fix="set device: auto, or install a CUDA build of torch",
         )
     return "cuda" if able and device != "cpu" else "cpu"

@@ -159,7 +159,9 @@ def build_empty(folder: ModelFolder, dtype: torch.dtype) -> Any:
 
     if folder.family not in KNOWN:
         raise ModelError(
-            f'unknown architecture "{folder.family}" in {folder.path.name}', fix=nearest_family(folder.family, KNOWN)
+            f'unknown architecture "{folder.family}" in {folder.path.name}',
+            code="E303",
+            fix=nearest_family(folder.family, KNOWN),
         )
     stripped = {
         key: value for key, value in folder.config.items() if key not in ("quantization", "quantization_config")

@@ -238,6 +238,30 @@ def schema(as_json: Json = False, debug: Debug = False) -> None:
 
 
 @app.command()
+def explain(
+    code: Annotated[str | None, typer.Argument(help="Code of an error, e.g. E202; all of them without.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Cause and remedy of an error, by its code."""
+    from shared.catalogue import CATALOGUE, exit_code
+
+    if code is None:
+        if as_json:
+            emit_object({"errors": {key: vars(kind) for key, kind in CATALOGUE.items()}})
+        for key, kind in CATALOGUE.items() if not as_json else ():
+            print(f"{key}  {kind.title}")
+        return
+    name = f"E{code.upper().removeprefix('E')}"
+    check_choice("explain", name, tuple(CATALOGUE))
+    kind = CATALOGUE[name]
+    if as_json:
+        emit_object({"code": name, "exit_code": exit_code(name), **vars(kind)})
+    else:
+        print(f"{name}: {kind.title} (exit code {exit_code(name)})\ncause:  {kind.cause}\nremedy: {kind.remedy}")
+
+
+@app.command()
 def version(as_json: Json = False) -> None:
     """Version of mlxlora."""
     import mlxlora

@@ -49,11 +49,13 @@ def run(arguments: list[str]) -> int:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         place = getattr(error, "ctx", None)
         command = place.command_path if place is not None else "mlxlora"
-        return fail("\n".join(message.splitlines()[:2]) + f"\nfix: {command} --help lists what it takes", 2, as_json)
+        return fail(
+            "\n".join(message.splitlines()[:2]) + f"\nfix: {command} --help lists what it takes", 2, as_json, "E200"
+        )
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
-        return fail("stopped", 130, as_json)
+        return fail("stopped", 130, as_json, "E800")
     except Exception as error:
         return answer(error, debug=debug, as_json=as_json)
 
@@ -70,18 +72,18 @@ def answer(error: Exception, *, debug: bool, as_json: bool) -> int:
     if debug or not known:
         traceback.print_exception(error)
     if isinstance(error, MlxloraError):
-        return fail(str(error), error.exit_code, as_json, title="" if isinstance(error, Interrupted) else "error: ")
+        return fail(str(error), error.exit_code, as_json, error.code, quiet=isinstance(error, Interrupted))
     if known:
-        return fail("out of memory\nfix: a smaller model, data.max_length or batch", 6, as_json)
-    return fail("this is a bug of mlxlora; please report it with the lines above", 1, as_json)
+        return fail("out of memory\nfix: a smaller model, data.max_length or batch", 6, as_json, "E600")
+    return fail("this is a bug of mlxlora; please report it with the lines above", 1, as_json, "E100")
 
 
-def fail(message: str, code: int, as_json: bool, *, title: str = "error: ") -> int:
-    """Print an error on stderr, and as the JSON object where one was asked for; return the code."""
-    print(f"{title}{message}", file=sys.stderr)
+def fail(message: str, exit_code: int, as_json: bool, code: str, *, quiet: bool = False) -> int:
+    """Print an error on stderr, and as the JSON object where one was asked for; return the exit code."""
+    print(message if quiet else f"error {code}: {message}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"ok": False, "exit_code": code, "error": message}))
-    return code
+        print(json.dumps({"ok": False, "exit_code": exit_code, "code": code, "error": message}))
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -95,7 +95,9 @@ def check_addable(adapters: Sequence[Adapter]) -> None:
         )  # fmt: skip
     damaged = [name for adapter in adapters for name, tensor in adapter.tensors.items() if not is_finite(tensor)]
     if damaged:
-        raise AdapterError(f'adapter tensor "{damaged[0]}" holds NaN or infinity', fix="use an earlier checkpoint")
+        raise AdapterError(
+            f'adapter tensor "{damaged[0]}" holds NaN or infinity', code="E311", fix="use an earlier checkpoint"
+        )
     shapes: dict[str, tuple[int, int]] = {}
     for adapter in adapters:
         for module in adapter.spec.modules:

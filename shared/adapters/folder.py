@@ -54,7 +54,7 @@ class Adapter:
 def read_adapter(folder: Path) -> Adapter:
     """Return the adapter of a folder written by us, PEFT or mlx-lm; raises AdapterError or CapabilityError."""
     if not folder.is_dir():
-        raise AdapterError(f"no adapter folder at {folder}", expected=f"a folder with {CONFIG_FILE}")
+        raise AdapterError(f"no adapter folder at {folder}", code="E310", expected=f"a folder with {CONFIG_FILE}")
     if not (folder / CONFIG_FILE).is_file():
         raise no_adapter(folder)
     file = next((name for name in (PEFT_FILE, MLX_FILE) if (folder / name).is_file()), None)
@@ -68,7 +68,9 @@ def read_as(folder: Path, file: str) -> Adapter:
     try:
         config, stored = read_json(folder / CONFIG_FILE), load_file(folder / file)
     except ModelError as error:
-        raise AdapterError(error.what, expected=error.expected, fix="copy or train the adapter again") from None
+        raise AdapterError(
+            error.what, code=error.code, expected=error.expected, fix="copy or train the adapter again"
+        ) from None
     spec, tensors = (from_peft if file == PEFT_FILE else from_mlx_lm)(config, stored)
     notes = config.get("mlxlora")
     return Adapter(spec, tensors, notes if isinstance(notes, dict) else {}, copies_of(stored))
@@ -102,13 +104,14 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 def no_adapter(folder: Path) -> AdapterError:
     """Return the error for a folder that holds something else."""
     if (folder / "adapter" / CONFIG_FILE).is_file():
-        return AdapterError(f"{folder} is a run folder", fix=f"use {folder / 'adapter'}")
+        return AdapterError(f"{folder} is a run folder", code="E310", fix=f"use {folder / 'adapter'}")
     if (folder / "config.json").is_file():
         return AdapterError(
             f"{folder} is a whole model, not an adapter",
+            code="E310",
             fix=f"name a folder with {CONFIG_FILE}; a model alone goes without --adapter",
         )
-    return AdapterError(f"{folder} has no {CONFIG_FILE}", fix="is this an adapter folder?")
+    return AdapterError(f"{folder} has no {CONFIG_FILE}", code="E310", fix="is this an adapter folder?")
 
 
 def no_tensors(folder: Path) -> AdapterError:
@@ -116,14 +119,18 @@ def no_tensors(folder: Path) -> AdapterError:
     if (folder / "adapter_model.bin").is_file():
         return AdapterError(
             f"{folder} holds its adapter as pickle (adapter_model.bin), which can run code and is never loaded",
+            code="E306",
             fix="save it again with PEFT: model.save_pretrained(folder, safe_serialization=True)",
         )
     if (folder / "adapters.npz").is_file():
         return AdapterError(
             f"{folder} holds its adapter as adapters.npz, which old mlx-lm wrote and this version does not load",
+            code="E310",
             fix=f"write it again: mx.save_safetensors('{MLX_FILE}', dict(mx.load('adapters.npz')))",
         )
-    return AdapterError(f"{folder} has neither {PEFT_FILE} nor {MLX_FILE}", fix="is this an adapter folder?")
+    return AdapterError(
+        f"{folder} has neither {PEFT_FILE} nor {MLX_FILE}", code="E310", fix="is this an adapter folder?"
+    )
 
 
 def from_peft(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[AdapterSpec, dict[str, Tensor]]:
@@ -180,7 +187,9 @@ def from_mlx_lm(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tupl
 def check_leaves(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], *, expected: str) -> None:
     """Refuse tensors that are no part of an adapter as we know them, and two that stand for the same."""
     if len(tensors) != len(stored):
-        raise AdapterError("the adapter holds a tensor twice, under two names", fix="use one adapter of the folder")
+        raise AdapterError(
+            "the adapter holds a tensor twice, under two names", code="E311", fix="use one adapter of the folder"
+        )
     for name, foreign in zip(tensors, stored, strict=True):
         if not name.endswith(ADAPTER_LEAVES):
             raise CapabilityError(f'the adapter holds "{foreign}", which this version does not load', expected=expected)
@@ -191,7 +200,7 @@ def check_leaves(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], *,
                 expected="DoRA on linear layers",
             )
     if not tensors:
-        raise AdapterError("the adapter holds no tensors", fix="train it again")
+        raise AdapterError("the adapter holds no tensors", code="E311", fix="train it again")
 
 
 def modules_of(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -205,15 +214,20 @@ def check_ranks(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
         magnitude = f"{module}.lora_magnitude_vector"
         if (magnitude in tensors) != (spec.kind == "dora"):
             state = "is missing" if spec.kind == "dora" else f"is there, though {CONFIG_FILE} does not say DoRA"
-            raise AdapterError(f'adapter tensor "{magnitude}" {state}', fix="copy config and tensors of one adapter")
+            raise AdapterError(
+                f'adapter tensor "{magnitude}" {state}', code="E311", fix="copy config and tensors of one adapter"
+            )
         A, B = leaves_of(module)
         for leaf, axis in ((A, 0), (B, -1)):
             found, rank = tensors.get(f"{module}.{leaf}"), spec.rank_of(module)
             if found is None or len(found.shape) != 2:
-                raise AdapterError(f'adapter tensor "{module}.{leaf}" is missing', fix="copy the adapter again")
+                raise AdapterError(
+                    f'adapter tensor "{module}.{leaf}" is missing', code="E311", fix="copy the adapter again"
+                )
             if found.shape[axis] != rank:
                 raise AdapterError(
                     f'adapter tensor "{module}.{leaf}" has rank {found.shape[axis]}',
+                    code="E311",
                     expected=f"rank {rank} by {CONFIG_FILE}",
                 )
 

@@ -75,7 +75,9 @@ def check_mlx(config: Mapping[str, Any]) -> Mapping[str, Any]:
             fix="write the final multiplier as scale and take alpha out",
         )
     if not isinstance(settings, dict) or "scale" not in settings or "rank" not in settings:
-        raise AdapterError(f"{CONFIG_FILE} has no lora_parameters with rank and scale", fix="is this mlx-lm's file?")
+        raise AdapterError(
+            f"{CONFIG_FILE} has no lora_parameters with rank and scale", code="E311", fix="is this mlx-lm's file?"
+        )
     for key, value in settings.items():
         if value and key not in MLX_PARAMETERS:
             raise refused(f"lora_parameters.{key}", value, None)
@@ -93,7 +95,7 @@ def read_number(config: Mapping[str, Any], key: str, default: float) -> float:
         with suppress(OverflowError):  # JSON's whole numbers have no end
             number = float(value)
     if not math.isfinite(number):
-        raise AdapterError(f"{CONFIG_FILE}: {key} is {value!r:.80}", expected="a finite number")
+        raise AdapterError(f"{CONFIG_FILE}: {key} is {value!r:.80}", code="E311", expected="a finite number")
     return number
 
 
@@ -101,7 +103,7 @@ def read_rank(config: Mapping[str, Any], key: str, default: int) -> int:
     """Return the rank of an adapter's config; raises AdapterError."""
     value = read_number(config, key, default)
     if value < 1 or value != int(value):
-        raise AdapterError(f"{CONFIG_FILE}: {key} is {value:g}", expected="a whole number from 1")
+        raise AdapterError(f"{CONFIG_FILE}: {key} is {value:g}", code="E311", expected="a whole number from 1")
     return int(value)
 
 
@@ -109,14 +111,14 @@ def read_pattern(config: Mapping[str, Any], key: str) -> Mapping[str, float]:
     """Return PEFT's rank_pattern or alpha_pattern: expression -> number; raises AdapterError."""
     found = config.get(key) or {}
     if not isinstance(found, dict):
-        raise AdapterError(f"{CONFIG_FILE}: {key} is {found!r}", expected="an object of names and numbers")
+        raise AdapterError(f"{CONFIG_FILE}: {key} is {found!r}", code="E311", expected="an object of names and numbers")
     for name in found:
         try:
             usable = len(name) <= MAX_PATTERN and not NESTED.search(name) and bool(re.compile(name))
         except re.error:
             usable = False
         if not usable:
-            raise AdapterError(f'{CONFIG_FILE}: {key} has "{name}"', expected="names of modules")
+            raise AdapterError(f'{CONFIG_FILE}: {key} has "{name}"', code="E311", expected="names of modules")
     return {name: read_number(found, name, 0.0) for name in found}
 
 

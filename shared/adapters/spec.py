@@ -54,7 +54,9 @@ def by_pattern(pattern: Mapping[str, float], modules: Sequence[str], *, key: str
     """Return the numbers of modules that have one of their own; raises ConfigError where a name matches none."""
     for target in pattern:
         if not any(is_match(target, name) for name in modules):
-            raise ConfigError(f'adapter.{key}: "{target}" matches no adapted module', expected="names as in targets")
+            raise ConfigError(
+                f'adapter.{key}: "{target}" matches no adapted module', code="E206", expected="names as in targets"
+            )
     own = {name: next((n for t, n in pattern.items() if is_match(t, name)), usual) for name in modules}
     return {name: number for name, number in own.items() if number != usual}
 
@@ -64,18 +66,21 @@ def check_ends(ends: Sequence[str], config: AdapterConfig, info: ModelInfo) -> N
     if ends and info.is_tied:
         raise ConfigError(
             f'adapter.targets: "{ends[0]}" of a {info.family} model whose head is its embedding: PEFT adapts one of '
-            "the two, mlx-lm both", expected="a base with a head of its own", fix="take it out of adapter.targets",
+            "the two, mlx-lm both", code="E204",
+            expected="a base with a head of its own", fix="take it out of adapter.targets",
         )  # fmt: skip
     if config.type == "dora" and any(is_embedding(name) for name in ends):
         raise ConfigError(
             "adapter.targets: DoRA on an embedding: PEFT's magnitude has a number per dimension, mlx-lm's one per "
             "token",
+            code="E204",
             fix="take the embedding out of adapter.targets, or adapter.type: lora",
         )
     if config.dropout and any(not is_embedding(name) for name in ends):
         raise ConfigError(
             "adapter.dropout with a head among adapter.targets: the head is computed at supervised positions only, "
-            "which the masks do not know", fix="set adapter.dropout: 0, or take the head out of adapter.targets",
+            "which the masks do not know", code="E204",
+            fix="set adapter.dropout: 0, or take the head out of adapter.targets",
         )  # fmt: skip
 
 
@@ -102,7 +107,9 @@ def chosen_layers(config: AdapterConfig, info: ModelInfo) -> set[int]:
     outside = [n for n in wanted if not 0 <= n < total]
     if outside:
         asked = f"the last {config.layers}" if isinstance(config.layers, int) else f"layer {outside[0]}"
-        raise ConfigError(f"adapter.layers asks for {asked}, the model has {total}", expected=f"0 to {total - 1}")
+        raise ConfigError(
+            f"adapter.layers asks for {asked}, the model has {total}", code="E206", expected=f"0 to {total - 1}"
+        )
     return set(wanted)
 
 
@@ -115,12 +122,15 @@ def match_targets(targets: str | Sequence[str], inside: Sequence[str], *, every:
     for target in wanted:
         if not any(is_match(target, name) for name in every):
             raise ConfigError(
-                f'adapter.targets: "{target}" matches no linear module', expected=f"all-linear or {', '.join(kinds)}",
+                f'adapter.targets: "{target}" matches no linear module', code="E206",
+                expected=f"all-linear or {', '.join(kinds)}",
                 fix=hint if "mean" in (hint := did_you_mean(target, kinds)) else None,
             )  # fmt: skip
     found = [name for name in inside if any(is_match(target, name) for target in wanted)]
     if not found:
-        raise ConfigError("adapter.targets matches no module in the chosen layers", fix="change adapter.layers")
+        raise ConfigError(
+            "adapter.targets matches no module in the chosen layers", code="E206", fix="change adapter.layers"
+        )
     return found
 
 

@@ -42,5 +42,6 @@ def check_same(found: AdapterSpec, spec: AdapterSpec, *, facts: Facts) -> None:
     targets = ", ".join(peft_targets(found.modules, facts)[0])
     raise ConfigError(
         "adapter.start: the adapter there is another than the config describes",
+        code="E204",
         fix=f"adapter.type: {found.kind}, rank: {found.rank}, alpha: {plain_number(found.alpha)}, targets: [{targets}]",
     )

@@ -76,7 +76,9 @@ def convert_adapter(source: Path, target: Path, *, to: str, base: str | None = N
     adapter, config = read_as(source, FILES[form]), read_json(source / CONFIG_FILE)
     damaged = next((name for name, tensor in adapter.tensors.items() if not is_finite(tensor)), None)
     if damaged:
-        raise AdapterError(f'adapter tensor "{damaged}" holds NaN or infinity', fix="use an earlier checkpoint")
+        raise AdapterError(
+            f'adapter tensor "{damaged}" holds NaN or infinity', code="E311", fix="use an earlier checkpoint"
+        )
     stored = load_file(source / FILES[form])
     first = restored(config, stored, load_restore(source), to=to)
     folder = find_base(config, base)
@@ -100,7 +102,7 @@ def convert_adapter(source: Path, target: Path, *, to: str, base: str | None = N
 def find_form(source: Path, *, to: str) -> str:
     """Return which library's file of a folder is to be converted: the other's; raises AdapterError."""
     if not source.is_dir():
-        raise AdapterError(f"no adapter folder at {source}", expected=f"a folder with {CONFIG_FILE}")
+        raise AdapterError(f"no adapter folder at {source}", code="E310", expected=f"a folder with {CONFIG_FILE}")
     if not (source / CONFIG_FILE).is_file():
         raise no_adapter(source)
     form = OTHER[to]

@@ -86,5 +86,7 @@ def read_leaf(tensors: Mapping[str, Tensor], name: str, *, shape: tuple[int, ...
             fix="use the base that the adapter was trained on",
         )  # fmt: skip
     if not is_finite(found):
-        raise AdapterError(f'adapter tensor "{name}" holds NaN or infinity', fix="train or copy the adapter again")
+        raise AdapterError(
+            f'adapter tensor "{name}" holds NaN or infinity', code="E311", fix="train or copy the adapter again"
+        )
     return to_float32(found)

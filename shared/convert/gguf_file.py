@@ -48,7 +48,7 @@ class Stored:
 def check_installed() -> None:
     """Raise CapabilityError where the gguf library is not installed."""
     if find_spec("gguf") is None:
-        raise CapabilityError("writing GGUF needs the gguf library", fix=INSTALL)
+        raise CapabilityError("writing GGUF needs the gguf library", code="E401", fix=INSTALL)
 
 
 def write_model(folder: ModelFolder, path: Path, *, kind: str) -> tuple[str, ...]:

@@ -96,10 +96,12 @@ def check_together(owner: Owner, scheme: Scheme, other: Scheme, *, place: str) -
     if other.name not in owner.formats:
         raise ConfigError(
             f'{place}: a folder of {scheme} is loaded by {owner.name}, which has no "{other}"',
+            code="E204",
             expected=", ".join(owner.formats),
         )
     if not owner.mixes and other != scheme:
         raise ConfigError(
             f"{place}: {owner.name} reads one format per folder, and this one holds {scheme}",
+            code="E204",
             expected=f"{scheme} or none",
         )

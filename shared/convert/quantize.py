@@ -103,7 +103,7 @@ def make_plan(model: str, *, scheme: str, overrides: Sequence[str], base3: bool)
         raise ModelError(f"{folder.path} holds no float matrices that could be quantized")
     for pattern, _ in rules:
         if not any(fnmatchcase(module, pattern) for module in shapes):
-            raise ConfigError(f'no module is called "{pattern}"', fix=did_you_mean(pattern, shapes))
+            raise ConfigError(f'no module is called "{pattern}"', code="E206", fix=did_you_mean(pattern, shapes))
     decided = {module: decide(module, shape, chosen, owner, rules) for module, shape in shapes.items()}
     modules = {module: found for module, (found, _) in decided.items()}
     return Plan(folder, chosen, owner, modules, {module: why for module, (_, why) in decided.items() if why})
@@ -144,7 +144,7 @@ def decide(
         return None, "asked for"
     if owner.linears_only and is_embedding(module):
         if named:
-            raise ConfigError(f'"{module}" is an embedding, and {owner.name} quantizes linear layers only')
+            raise ConfigError(f'"{module}" is an embedding, and {owner.name} quantizes linear layers only', code="E204")
         return None, f"an embedding ({owner.name} quantizes linear layers)"
     if owner.linears_only and kind in HEADS and not named:
         return None, f"the head, as {owner.name} keeps it"
@@ -153,7 +153,7 @@ def decide(
     if find_quantizer(chosen).fits(shape):
         return chosen, ""
     if named:
-        raise ConfigError(f'"{module}" of shape {shape} does not divide into groups of {chosen}')
+        raise ConfigError(f'"{module}" of shape {shape} does not divide into groups of {chosen}', code="E204")
     return None, f"its shape {shape} does not divide"
 
 
@@ -223,7 +223,9 @@ def read_weight(folder: ModelFolder, name: str) -> Tensor:
     """Return a tensor mapped from its file; raises ModelError where it is not finite."""
     tensor = read_tensor(folder.entries[name])
     if not is_finite(tensor):
-        raise ModelError(f'{folder.path}: tensor "{name}" holds NaN or infinity', fix="download the model again")
+        raise ModelError(
+            f'{folder.path}: tensor "{name}" holds NaN or infinity', code="E305", fix="download the model again"
+        )
     return tensor
 
 
@@ -235,7 +237,7 @@ def pack_weight(quantizer: Quantizer, weight: Tensor, *, module: str) -> Packed:
             return quantizer.quantize(weight)
         return pack_blocks(quantizer, weight, blocks_of(weight.shape))
     except ModelError as error:
-        raise ModelError(f'"{module}": {error.what}', expected=error.expected, fix=error.fix) from None
+        raise ModelError(f'"{module}": {error.what}', code=error.code, expected=error.expected, fix=error.fix) from None
 
 
 def pack_blocks(quantizer: Quantizer, weight: Tensor, blocks: Iterable[slice]) -> Packed:

@@ -30,24 +30,31 @@ def check_target(target: Path, *, sources: Sequence[Path], force: bool, own: Seq
         if place == theirs or place.is_relative_to(theirs) or theirs.is_relative_to(place):
             how = "is" if place == theirs else ("lies inside" if place.is_relative_to(theirs) else "holds")
             raise ConfigError(
-                f"--output {target} {how} {source}, which is never changed", fix="choose another --output"
+                f"--output {target} {how} {source}, which is never changed", code="E205", fix="choose another --output"
             )
     if not target.exists() and not target.is_symlink():
         return
     if not force:
-        raise ConfigError(f"--output {target} exists", fix="choose another --output, or --force to replace it")
+        raise ConfigError(
+            f"--output {target} exists", code="E205", fix="choose another --output, or --force to replace it"
+        )
     if target.is_symlink() or not target.is_dir() or Path.cwd().is_relative_to(place):
-        raise ConfigError(f"--output {target} is not a folder that --force replaces", fix="choose another --output")
+        raise ConfigError(
+            f"--output {target} is not a folder that --force replaces", code="E205", fix="choose another --output"
+        )
     held = {name for name in (*MODEL, *ADAPTER) if (place / name).exists()}
     if any(place.iterdir()) and not (held and held <= set(own)):
         what = "adapter" if own is ADAPTER else "model"
         raise ConfigError(
             f"--output {target} is no folder of one {what}, so --force does not replace it",
+            code="E205",
             fix="choose another --output",
         )
     if not place.stat().st_mode & WRITABLE:  # root may write there all the same
         raise ConfigError(
-            f"--output {target} is read-only, so --force does not replace it", fix="choose another --output"
+            f"--output {target} is read-only, so --force does not replace it",
+            code="E205",
+            fix="choose another --output",
         )
 
 

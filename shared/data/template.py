@@ -149,10 +149,13 @@ def limits() -> Iterator[None]:
     except (*TEMPLATE_FAULTS, TimeoutError) as error:
         raise DataError(
             f"the chat template failed: {error or type(error).__name__}",
+            code="E214",
             fix="change the row, or the model's chat template",
         ) from None
     except RecursionError:
-        raise DataError("the chat template failed: endless recursion", fix="change the model's chat template") from None
+        raise DataError(
+            "the chat template failed: endless recursion", code="E214", fix="change the model's chat template"
+        ) from None
 
 
 def run_template(source: str, *, messages: list[dict[str, Any]], add_generation_prompt: bool, **values: Any) -> str:
@@ -200,7 +203,9 @@ def find_turns(text: str, messages: list[dict[str, Any]], render: Render) -> tup
             continue
         span = turn_by_prefix(text, messages, n, render) or turn_by_mark(text, messages, n, render)
         if span is None:
-            raise DataError(f"cannot find message {n} in what the chat template made of it", fix="change the row")
+            raise DataError(
+                f"cannot find message {n} in what the chat template made of it", code="E214", fix="change the row"
+            )
         spans.append(span)
     return tuple(spans)
 

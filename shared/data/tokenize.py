@@ -106,6 +106,7 @@ class Tokenizer:
         if self.template is None:
             raise DataError(
                 f"{self.folder.name} has no chat template, which rows with messages need",
+                code="E214",
                 fix="use the instruct version of the model, or rows with prompt and completion",
             )
         return self.template
@@ -124,7 +125,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def load_inner(folder: Path) -> Any:
     """Return the tokenizer of transformers that a folder holds; raises ModelError. Needs the fast (Rust) kind."""
     if not any((folder / name).is_file() for name in FILES):
-        raise ModelError(f"{folder} has no tokenizer.json", fix="download the model's tokenizer files")
+        raise ModelError(f"{folder} has no tokenizer.json", code="E307", fix="download the model's tokenizer files")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with collector_paused():
         from transformers.utils import logging
@@ -134,9 +135,11 @@ def load_inner(folder: Path) -> Any:
             inner = read_inner(folder)
         except Exception as error:  # tokenizers raise bare Exception for a damaged file
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"the tokenizer in {folder} cannot be loaded: {reason}", fix="download it again") from None
+            raise ModelError(
+                f"the tokenizer in {folder} cannot be loaded: {reason}", code="E307", fix="download it again"
+            ) from None
     if not inner.is_fast:
-        raise ModelError(f"{folder} has only a slow tokenizer", fix="save it with tokenizer.json")
+        raise ModelError(f"{folder} has only a slow tokenizer", code="E307", fix="save it with tokenizer.json")
     return inner
 
 
@@ -260,7 +263,7 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: Tokenizer, *, train_on: str, m
         return examples
     first = problems[0]
     others = f" ({len(problems) - 1} more rows have a problem)" if len(problems) > 1 else ""
-    raise DataError(f"{first.what}{others}", expected=first.expected, fix=first.fix)
+    raise DataError(f"{first.what}{others}", code=first.code, expected=first.expected, fix=first.fix)
 
 
 def tokenize_some(
@@ -287,7 +290,7 @@ def ask(row: Row, tokenizer: Tokenizer) -> Question | DataError:
     try:
         return ASK[row.kind](row.fields, tokenizer)
     except DataError as error:
-        return DataError(f"{row.source}: {error.what}", expected=error.expected, fix=error.fix)
+        return DataError(f"{row.source}: {error.what}", code=error.code, expected=error.expected, fix=error.fix)
 
 
 def make_example(row: Row, ids: list[int], mask: list[bool], train_on: str, max_length: int) -> Example | DataError:
@@ -298,6 +301,7 @@ def make_example(row: Row, ids: list[int], mask: list[bool], train_on: str, max_
         cut = f" within data.max_length {max_length}" if any(mask[1:]) else ""
         return DataError(
             f"{row.source}: no supervised token{cut} ({len(ids)} tokens, train_on: {train_on})",
+            code="E213",
             fix="raise data.max_length or shorten the prompt" if cut else "give the row an answer, or remove it",
         )
     return Example(np.array(ids[:max_length], dtype=np.int32), supervised, row.source)

@@ -145,8 +145,8 @@ def ask(task: Mapping[str, Any]) -> dict[str, Any]:
         raise ended(task, done.returncode, done.stderr)
     answer = json.loads(lines[-1])
     if "error" in answer:
-        kind = getattr(errors, answer["error"], MlxloraError)
-        raise kind(answer["what"], expected=answer["expected"], fix=answer["fix"])
+        kind = getattr(errors, answer.pop("error"), MlxloraError)
+        raise kind(answer.pop("what"), **answer)
     return answer
 
 
@@ -168,9 +168,9 @@ def answer(task: Mapping[str, Any]) -> dict[str, Any]:
         config = recipe(**task["config"], rows=len(rows))
         return asdict(measure_updates(backend, config, rows, Effort(**task["effort"])))
     except MlxloraError as error:
-        return {"error": type(error).__name__, "what": error.what, "expected": error.expected, "fix": error.fix}
+        return {"error": type(error).__name__, **vars(error)}
     except ImportError as error:
-        return {"error": CapabilityError.__name__, "what": str(error), "expected": None, "fix": "mlxlora doctor"}
+        return {"error": CapabilityError.__name__, "what": str(error), "code": "E401", "fix": "mlxlora doctor"}
 
 
 if __name__ == "__main__":

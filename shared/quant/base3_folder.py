@@ -28,7 +28,7 @@ def find_base3(path: Path, config: Mapping[str, Any], entries: Mapping[str, Entr
     """Return the modules that have trits, checked against their shapes."""
     group = config["quantization_config"].get("group_size")
     if type(group) is not int or group not in GROUPS:
-        raise ModelError(f"{path / 'config.json'}: group_size is {group!r}", expected="32, 64 or 128")
+        raise ModelError(f"{path / 'config.json'}: group_size is {group!r}", code="E302", expected="32, 64 or 128")
     modules = [name.removesuffix(".trits") for name in entries if name.endswith(".trits")]
     return {module: find_place(path, module, group, entries) for module in modules}
 

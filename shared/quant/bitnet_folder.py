@@ -25,7 +25,9 @@ def find_bitnet(path: Path, config: Mapping[str, Any], entries: Mapping[str, Ent
     kind = CLASSES.get(str(stated.get("linear_class", "bitlinear")))
     if kind is None:
         raise ModelError(
-            f"{path / 'config.json'}: linear_class is {stated.get('linear_class')!r}", expected=" or ".join(CLASSES)
+            f"{path / 'config.json'}: linear_class is {stated.get('linear_class')!r}",
+            code="E302",
+            expected=" or ".join(CLASSES),
         )
     for key, plain in (("quantization_mode", "offline"), ("use_rms_norm", False)):
         if stated.get(key, plain) != plain:
@@ -41,6 +43,7 @@ def find_bitnet(path: Path, config: Mapping[str, Any], entries: Mapping[str, Ent
     if not places:
         raise ModelError(
             f"{path}: config.json says bitnet, but no tensor is packed so",
+            code="E302",
             fix="config.json and weights must belong together; download the model again",
         )
     return places

@@ -38,11 +38,13 @@ def find_bitsandbytes(path: Path, config: Mapping[str, Any], entries: Mapping[st
     if four == bool(stated.get("load_in_8bit", stated.get("_load_in_8bit"))):
         raise ModelError(
             f"{path / 'config.json'}: quantization_config says neither or both of load_in_4bit and load_in_8bit",
-            expected="one of them true", fix="download the model again",
+            code="E302", expected="one of them true", fix="download the model again",
         )  # fmt: skip
     skipped = stated.get("llm_int8_skip_modules")
     if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
-        raise ModelError(f"{path / 'config.json'}: llm_int8_skip_modules is {skipped!r}", expected="a list of names")
+        raise ModelError(
+            f"{path / 'config.json'}: llm_int8_skip_modules is {skipped!r}", code="E302", expected="a list of names"
+        )
     places: dict[str, Place] = {}
     for name in entries:
         module, _, kind = name.partition(STATE)
@@ -53,6 +55,7 @@ def find_bitsandbytes(path: Path, config: Mapping[str, Any], entries: Mapping[st
     if not places:
         raise ModelError(
             f"{path}: config.json says bitsandbytes {'4' if four else '8'} bit, but no tensor is packed so",
+            code="E302",
             fix="config.json and weights must belong together; download the model again",
         )
     return places

@@ -32,7 +32,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return mlx-lm's quantization entry; raises CapabilityError for a mode without a codec."""
     own = config.get("quantization") or config.get("quantization_config")
     if own is not None and not isinstance(own, dict):
-        raise ModelError(f"config.json: quantization is {own!r}", expected='{"group_size": 64, "bits": 4}')
+        raise ModelError(f"config.json: quantization is {own!r}", code="E302", expected='{"group_size": 64, "bits": 4}')
     for entry in (own, *own.values()) if own else ():
         if isinstance(entry, dict) and entry.get("mode", "affine") not in MODES:
             raise CapabilityError(
@@ -48,7 +48,9 @@ def find_place(path: Path, module: str, quantization: dict[str, Any] | None, ent
     weight, scales = entries.get(f"{module}.weight"), entries[f"{module}.scales"]
     if not isinstance(found, dict) or weight is None:
         raise ModelError(
-            f'{path}: "{module}.scales" has no weight, biases or entry in config.json', fix="convert it again"
+            f'{path}: "{module}.scales" has no weight, biases or entry in config.json',
+            code="E302",
+            fix="convert it again",
         )
     if module not in (quantization or {}) and scales.dtype == "U8":
         found = by_shape(weight, scales) or found
@@ -57,7 +59,9 @@ def find_place(path: Path, module: str, quantization: dict[str, Any] | None, ent
     leaves = ("weight", "scales", "biases") if mode == "affine" else ("weight", "scales")
     if f"{module}.{leaves[-1]}" not in entries:
         raise ModelError(
-            f'{path}: "{module}.scales" has no weight, biases or entry in config.json', fix="convert it again"
+            f'{path}: "{module}.scales" has no weight, biases or entry in config.json',
+            code="E302",
+            fix="convert it again",
         )
     if not (is_known(mode, bits, group) and fits(module, entries, leaves, bits=bits, group=group)):
         raise ModelError(

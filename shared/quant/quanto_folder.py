@@ -34,7 +34,9 @@ def find_quanto(path: Path, config: Mapping[str, Any], entries: Mapping[str, Ent
     owned = {name for place in places.values() for name in (*place.names.values(), *place.extra)}
     stray = [name for name in entries if ".weight._" in name and name not in owned]
     if stray:
-        raise ModelError(f'{path}: {MAP} does not name the module of "{stray[0]}"', fix="download the model again")
+        raise ModelError(
+            f'{path}: {MAP} does not name the module of "{stray[0]}"', code="E302", fix="download the model again"
+        )
     return places
 
 
@@ -43,10 +45,12 @@ def read_map(path: Path) -> dict[str, str]:
     try:
         stated = json.loads((path / MAP).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path / MAP} cannot be read: {error}", fix="download the file again") from None
+        raise ModelError(f"{path / MAP} cannot be read: {error}", code="E302", fix="download the file again") from None
     plain = isinstance(stated, dict) and all(MODULE.fullmatch(name) for name in stated)
     if not plain or not all(isinstance(entry, dict) for entry in stated.values()):
-        raise ModelError(f"{path / MAP} holds no map of modules", expected='{"module": {"weights": "qint4"}}')
+        raise ModelError(
+            f"{path / MAP} holds no map of modules", code="E302", expected='{"module": {"weights": "qint4"}}'
+        )
     for module, entry in stated.items():
         if entry.get("activations", "none") != "none" or str(entry.get("weights")) not in TYPES:
             raise CapabilityError(

@@ -694,8 +694,8 @@ def check_message(found: Case, code: int, error: str) -> None:
     assert code == found.code, error
     assert "Traceback" not in error
     if found.started:
-        error = error[error.index("error: ") :]
-    assert error.startswith("error: ")
+        error = error[error.index("error E") :]
+    assert re.match(f"error E{found.code}[0-9][0-9]: ", error)
     assert error.count("\n") <= 3
     assert max(map(len, error.splitlines())) <= 600
     assert re.search(r"^(fix|expected): ", error, re.MULTILINE), error
@@ -766,7 +766,8 @@ def test_with_json_the_error_is_one_object_too(name, world, capsys):
     assert json.loads(out) == {
         "ok": False,
         "exit_code": found.code,
-        "error": error.removeprefix("error: ").rstrip("\n"),
+        "code": error[6:10],
+        "error": error[12:].rstrip("\n"),
     }
 
 
@@ -774,7 +775,7 @@ def test_with_debug_the_traceback_comes_first(world, capsys):
     assert run([*CASES["model: no model folder"].make(world), "--debug"]) == 3
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
-    assert error.index("find_folder") < error.index("\nerror: no model folder")
+    assert error.index("find_folder") < error.index("\nerror E300: no model folder")
 
 
 def test_there_are_more_than_a_hundred_mistakes_each_named_once():

@@ -450,6 +450,19 @@ def test_schema_describes_the_config_file(capsys):
     assert all(section["additionalProperties"] is False for section in found["$defs"].values())
 
 
+def test_explain_tells_cause_and_remedy_of_every_code(capsys):
+    listed = call(capsys, "explain").splitlines()
+    found = answer_of(call(capsys, "explain", "--json"))["errors"]
+    assert [line[:4] for line in listed] == list(found)
+    for code, kind in found.items():
+        text = call(capsys, "explain", code[1:])
+        assert all(part in text for part in kind.values())
+        assert len(text.splitlines()) == 3
+    assert answer_of(call(capsys, "explain", "e304", "--json"))["exit_code"] == "3"
+    assert run(["explain", "E302O"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == 'fix: did you mean "E302"?'
+
+
 def test_version_is_that_of_the_package(capsys):
     import mlxlora
 

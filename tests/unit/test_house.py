@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from shared import errors
+from shared.catalogue import CATALOGUE, page
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("shared", "mlxlora", "torch_backend")
@@ -24,7 +28,7 @@ UNMIRRORED = {
 }
 MAX_FILE, MAX_FUNCTION = 420, 40
 FRAMEWORKS = {"mlx", "mlx_lm", "torch", "triton", "transformers", "accelerate", "bitsandbytes", "optimum", "peft"}
-GROUND = {"errors", "faults", "types", "protocols", "config", "registry"}
+GROUND = {"errors", "catalogue", "faults", "types", "protocols", "config", "registry"}
 FIRST = {
     "seeds",
     "schedules",
@@ -302,3 +306,33 @@ def test_one_training_step_is_five_files_and_under_900_lines(backend):
     lengths = [len(Path(file).read_text().splitlines()) for file in [*(ROOT / name for name in ours), found.origin]]
     assert sum(lengths) < 900
     assert f"**{sum(lengths)}**" in (ROOT / "docs/one-step.md").read_text()
+
+
+def raised_codes() -> Iterator[tuple[str, type[errors.MlxloraError], Any]]:
+    """Yield (place, class, code) of every error of ours that is made; None where the code is another error's."""
+    for file in OURS.values():
+        for node in ast.walk(tree_of(file)):
+            kind = getattr(errors, ast.unparse(node.func), None) if isinstance(node, ast.Call) else None
+            if isinstance(kind, type) and issubclass(kind, errors.MlxloraError):
+                given = next((word.value for word in node.keywords if word.arg == "code"), ast.Constant(kind.code))
+                yield place(file, node.lineno), kind, given.value if isinstance(given, ast.Constant) else None
+
+
+def test_every_error_has_a_code_of_its_exit_code_in_the_catalogue():
+    wrong = [
+        f"{where}: {kind.__name__} with code {code}"
+        for where, kind, code in raised_codes()
+        if code is not None and (code not in CATALOGUE or code[1] not in (str(kind.exit_code), "8"))
+    ]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_every_code_of_the_catalogue_is_used_and_has_its_line_in_the_page():
+    used = {code for *_, code in raised_codes()} | {"E100"}  # what nobody raises
+    assert used - {None} == set(CATALOGUE)
+    assert (ROOT / "docs/errors.md").read_text() == page()
+
+
+def test_every_class_of_errors_has_a_code_for_those_raised_without_one():
+    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert not [kind.__name__ for kind in classes if vars(kind).get("code") not in CATALOGUE]
