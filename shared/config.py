@@ -193,7 +193,10 @@ class CheckpointConfig(Section):
 
 class LogConfig(Section):
     every: Count = 10
-    to: list[Literal["jsonl"]] = ["jsonl"]
+    to: Annotated[
+        list[Literal["jsonl", "tensorboard", "trackio", "wandb", "mlflow"]],
+        Field(description="metrics.jsonl is always written; the others follow it and may be slow or down"),
+    ] = ["jsonl"]
 
 
 class RunConfig(Section):

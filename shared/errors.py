@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from shared.masking import mask
+
 
 class MlxloraError(Exception):
     """Return an error of at most three lines: `what`, what was `expected`, how to `fix` it."""
@@ -25,7 +27,7 @@ class MlxloraError(Exception):
     def render(self) -> str:
         """Return the message, one line per part, newlines inside a part folded to spaces."""
         parts = [("", self.what), ("expected: ", self.expected), ("fix: ", self.fix)]
-        return "\n".join(f"{label}{printable(' '.join(text.split()))}" for label, text in parts if text)
+        return "\n".join(f"{label}{printable(mask(' '.join(text.split())))}" for label, text in parts if text)
 
 
 class ConfigError(MlxloraError, ValueError):

@@ -23,6 +23,7 @@ from shared.config_file import to_yaml
 from shared.durable import write_json, write_whole
 from shared.errors import CheckpointError, ConfigError, StorageError
 from shared.folder import sha256
+from shared.masking import mask
 from shared.types import Capability
 
 # Settings that may change between a run and its resume: they change neither the mathematics nor the data.
@@ -34,6 +35,7 @@ FREE = (
 
 
 FOLDERS = ("checkpoints", "adapter", "model")  # what a run replaces as a whole
+TRACKED = ("sinks", "tensorboard", "wandb")  # what trackers keep of it
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def clear(folder: Path) -> None:
     """Remove an earlier run's results: checkpoints, metrics, adapter and reports."""
-    for name in FOLDERS:
+    for name in (*FOLDERS, *TRACKED):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.jsonl", "manifest.json", "report.html"):  # config.yaml may be what this run is read from
         (folder / name).unlink(missing_ok=True)
@@ -212,7 +214,7 @@ def write_manifest(
     """Write config.yaml and manifest.json."""
     manifest = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": list(command),
+        "command": [mask(word) for word in command],
         "backend": capability.name,
         "device": capability.reason,
         "versions": {"python": platform.python_version(), **capability.versions},

@@ -48,6 +48,7 @@ from shared.run_folder import (
     write_manifest,
 )
 from shared.samples import take_samples
+from shared.sinks import check_sinks, sinks
 from shared.strict import check_length
 from shared.types import AdapterSpec, Capability, Example, Recompute
 
@@ -88,6 +89,7 @@ def train(
     folder = config.output_dir
     check_output(folder, resume)
     check_installed(config.backend)
+    check_sinks(config.log.to)
     prepared = prepare(config)
     backend = find_backend(config.backend)
     open_run(folder)
@@ -103,7 +105,10 @@ def train(
         found = find_checkpoint(folder, resume, identity, note)
         run = build_run(prepared, backend, found, folder=folder, callbacks=callbacks, identity=identity)
         begin(folder, step=run.state.step, resume=resume)
-        return finish_run(run, prepared, backend.probe(), base=hashes.result(), command=command or command_line())
+        given = command or command_line()
+        with sinks(folder, config.log.to, note) as trackers:
+            run.callbacks = [trackers, *callbacks]
+            return finish_run(run, prepared, backend.probe(), base=hashes.result(), command=given)
 
 
 def finish_run(

@@ -164,7 +164,7 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(load, text):
         ("evaluation: {every: 0}", "evaluation.every"),
         ("evaluation: {batches: none}", "evaluation.batches"),
         ("checkpoint: {keep: null}", "checkpoint.keep"),
-        ("log: {to: [wandb]}", "log.to"),
+        ("log: {to: [comet]}", "log.to"),
         ("backend: cuda", "backend"),
         ("train: []", "train"),
         ("train: 3", "train"),

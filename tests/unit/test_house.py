@@ -28,7 +28,7 @@ UNMIRRORED = {
 }
 MAX_FILE, MAX_FUNCTION = 420, 40
 FRAMEWORKS = {"mlx", "mlx_lm", "torch", "triton", "transformers", "accelerate", "bitsandbytes", "optimum", "peft"}
-GROUND = {"errors", "catalogue", "faults", "types", "protocols", "config", "registry"}
+GROUND = {"errors", "catalogue", "faults", "masking", "types", "protocols", "config", "registry"}
 FIRST = {
     "seeds",
     "schedules",
@@ -54,7 +54,7 @@ OPEN = {
 LAZY = {
     0: set(),
     1: {"transformers", "huggingface_hub", "gguf"},
-    2: {"transformers", "huggingface_hub", "rich"},
+    2: {"transformers", "huggingface_hub", "rich", "tensorboard", "trackio", "wandb", "mlflow"},
     4: {"psutil"},
 }
 OWN = {
