@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from shared.durable import write_whole
+from shared import faults
+from shared.durable import sync, write_whole
 from shared.errors import StorageError
 
 Row = Mapping[str, Any]
@@ -30,19 +33,36 @@ class Callback(Protocol):
     def on_end(self, facts: Row) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Metrics:
     """metrics.jsonl: one object per logged update or evaluation, flushed as written."""
 
     path: Path
+    waiting: list[Row] = field(default_factory=list)  # rows that the disk refused
 
     def write(self, row: Row) -> None:
-        """Append a row; raises StorageError."""
+        """Append a row behind those that wait; raises StorageError, then it waits too."""
+        self.waiting.append(row)
+        self.flush()
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Append the rows that wait, all or none of them; durable: force all rows to the disk. Raises StorageError."""
+        data = "".join(json.dumps(row) + "\n" for row in self.waiting).encode()
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            faults.hit("metrics.write")
+            with self.path.open("ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    if file.write(data) < len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(size)
+                    raise
+            if durable:
+                sync(self.path)
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror}", fix="free some space") from None
+        self.waiting.clear()
 
     def read(self) -> list[dict[str, Any]]:
         """Return all whole rows; a line cut by a crash is passed over."""

@@ -1,8 +1,8 @@
 """Checkpoints that a kill at any moment cannot spoil: staged, hashed, marked, renamed.
 
-.tmp-STEP-PID/ -> tensors and state.json, each fsynced -> manifest.json with size and SHA-256 of each ->
-COMMITTED -> fsync of the folder -> rename to step-000100 -> fsync of its parent. A reader takes the newest
-folder whose marker, manifest and hashes are all right, found by scanning.
+.tmp-STEP-PID-RANDOM/ -> tensors and state.json, each synced -> manifest.json with size and SHA-256 of each, synced ->
+COMMITTED, synced -> the folder, synced -> renamed to step-000100 -> its parent, synced. A reader takes the newest
+folder whose marker, manifest and hashes are all right, found by scanning. docs/reliability.md has the reasons.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.durable import sync
-from shared.errors import CheckpointError, StorageError
+from shared import faults
+from shared.durable import put_back, put_in_place, sync
+from shared.errors import CheckpointError, ModelError, StorageError
 from shared.folder import sha256
 from shared.tensors import load_file, save_file
 from shared.types import Tensor
 
-FORMAT = 1
+FORMAT = 2
 STEP_DIR = re.compile(r"step-(\d{6,})")
 ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+FILES = (ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE)
 MANIFEST_FILE, MARKER = "manifest.json", "COMMITTED"
 
 
@@ -35,59 +39,72 @@ class Checkpoint:
     step: int
     adapter: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    state: Mapping[str, Any]
+    state: Mapping[str, Any]  # "loop", "identity", "maker": backend and versions
 
 
 def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write a checkpoint under `root` and prune older ones; return its folder. Raises StorageError."""
     final = root / f"step-{checkpoint.step:06d}"
-    staged = root / f".tmp-{checkpoint.step}-{os.getpid()}"
+    staged = root / f".tmp-{checkpoint.step}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staged, ignore_errors=True)
+        if not root.is_dir():
+            root.mkdir(parents=True)
+            sync(root.parent)
         staged.mkdir()
         write_files(staged, checkpoint)
-        if final.exists():
-            discard(final)
-        staged.rename(final)
-        sync(root)
+        put_in_place(staged, final)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise StorageError(
-            f"cannot save the checkpoint in {root}: {error.strerror or error}",
+            f"cannot save the checkpoint in {root}: {error.strerror or error}; {room(root, checkpoint)}",
             fix="free some space or make the folder writable; the last checkpoint is intact",
         ) from None
-    prune(root, keep=keep, spared=final)
+    with suppress(OSError):  # the next save tries again
+        prune(root, keep=keep, spared=final)
     return final
+
+
+def room(root: Path, checkpoint: Checkpoint) -> str:
+    """Return how many bytes a checkpoint takes, and how many the disk has left."""
+    needed = sum(
+        tensor.data.nbytes for group in (checkpoint.adapter, checkpoint.optimizer) for tensor in group.values()
+    )
+    try:
+        free = f"{shutil.disk_usage(root).free:,} are free"
+    except OSError:
+        free = "the disk does not answer"
+    return f"it takes about {needed:,} bytes, {free}"
 
 
 def write_files(staged: Path, checkpoint: Checkpoint) -> None:
     """Write tensors, state, manifest and marker, each on disk before the next."""
+    faults.hit("checkpoint.begin")
     save_file(staged / ADAPTER_FILE, checkpoint.adapter.items())
     save_file(staged / OPTIMIZER_FILE, checkpoint.optimizer.items())
-    state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+    state = {**checkpoint.state, "format": FORMAT, "step": checkpoint.step}
     (staged / STATE_FILE).write_text(json.dumps(state, indent=1, sort_keys=True))
-    names = (ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE)
-    for name in names:
+    faults.hit("checkpoint.before_sync")
+    for name in FILES:
         sync(staged / name)
-    manifest = {name: {"size": (staged / name).stat().st_size, "sha256": sha256(staged / name)} for name in names}
+    manifest = {name: {"size": (staged / name).stat().st_size, "sha256": sha256(staged / name)} for name in FILES}
     (staged / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
     sync(staged / MANIFEST_FILE)
+    faults.hit("checkpoint.before_marker")
     (staged / MARKER).write_text(sha256(staged / MANIFEST_FILE))
-    sync(staged / MARKER)
-    sync(staged)
+    sync(staged / MARKER)  # the folder itself is synced where it is renamed
 
 
 def discard(folder: Path) -> None:
     """Remove a folder such that it is never half there under its own name."""
-    trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}")
-    shutil.rmtree(trash, ignore_errors=True)
+    trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
     folder.rename(trash)
+    faults.hit("checkpoint.trashed")
     shutil.rmtree(trash, ignore_errors=True)
 
 
 def prune(root: Path, *, keep: int, spared: Path) -> None:
     """Remove all but the newest `keep` checkpoints, never the one just written."""
+    faults.hit("checkpoint.before_prune")
     for folder in step_dirs(root)[keep:]:
         if folder != spared:
             discard(folder)
@@ -106,7 +123,8 @@ def step_of(folder: Path) -> int:
 
 
 def sweep(root: Path) -> None:
-    """Remove what an interrupted save or prune left behind."""
+    """Remove what an interrupted save or prune left behind; put back what was only moved away."""
+    put_back(root)
     for stray in [*root.glob(".tmp-*"), *root.glob(".trash-*")]:
         shutil.rmtree(stray, ignore_errors=True)
 
@@ -136,25 +154,41 @@ def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
 def load(folder: Path) -> Checkpoint:
     """Return a checkpoint after checking marker, manifest and hashes; raises CheckpointError."""
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        if (folder / MARKER).read_text() != sha256(folder / MANIFEST_FILE):
+        manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
+        if (folder / MARKER).read_bytes() != sha256(folder / MANIFEST_FILE).encode():
             raise CheckpointError(f"{folder.name} is damaged: its marker does not match its manifest")
-        for name in (ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE):
+        for name in FILES:
             check_file(folder / name, manifest[name])
-        state = json.loads((folder / STATE_FILE).read_text())
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        state = migrate(json.loads((folder / STATE_FILE).read_bytes()), name=folder.name)
+        tensors = load_file(folder / ADAPTER_FILE), load_file(folder / OPTIMIZER_FILE)
+        return Checkpoint(int(state["step"]), *tensors, state)
+    except (CheckpointError, ModelError) as error:
+        raise CheckpointError(error.what, expected=error.expected, fix=error.fix) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder.name} is damaged: {type(error).__name__} {error}") from None
-    if state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder.name} has format {state.get('format')}", expected=f"{FORMAT}", fix="use the version that wrote it"
-        )
-    tensors = load_file(folder / ADAPTER_FILE), load_file(folder / OPTIMIZER_FILE)
-    return Checkpoint(int(state["step"]), *tensors, state)
 
 
 def check_file(path: Path, stated: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless a file has the stated size and hash."""
-    if path.stat().st_size != stated["size"] or sha256(path) != stated["sha256"]:
+    if not path.is_file() or path.stat().st_size != stated["size"] or sha256(path) != stated["sha256"]:
         raise CheckpointError(f"{path.parent.name} is damaged: {path.name} is not what its manifest says")
+
+
+def migrate(state: dict[str, Any], *, name: str) -> dict[str, Any]:
+    """Return state.json as the format of today has it, one version at a time; raises CheckpointError."""
+    version = state["format"]
+    if version not in (*MIGRATIONS, FORMAT):
+        raise CheckpointError(
+            f"{name} has format {version!r}, this mlxlora reads 1 to {FORMAT}", fix="use the mlxlora that wrote it"
+        )
+    for older in range(version, FORMAT):
+        state = {**MIGRATIONS[older](state), "format": older + 1}
+    return state
+
+
+def add_maker(state: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 does not say which backend and versions made it."""
+    return {**state, "maker": {}}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: add_maker}  # format -> to the next one

@@ -48,8 +48,8 @@ class PlainDisplay:
         self.stream = stream
 
     def say(self, text: str) -> None:
-        """Write a line; a reader that has gone away does not stop the run."""
-        with suppress(BrokenPipeError, ValueError):
+        """Write a line; a reader that has gone, or a full disk, does not stop the run."""
+        with suppress(OSError, ValueError):
             print(text, file=self.stream, flush=True)
 
     def on_start(self, facts: Row) -> None:

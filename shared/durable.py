@@ -1,12 +1,18 @@
-"""Files that are whole or absent, and on the disk when the call returns: staged beside their place, synced, renamed."""
+"""Files and folders that are whole or absent, and on the disk when the call returns: staged beside their place, synced,
+renamed.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from shared import faults
 
 
 def sync(path: Path) -> None:
@@ -38,3 +44,36 @@ def write_whole(path: Path, data: bytes | str) -> None:
 def write_json(path: Path, value: Any, *, sort: bool = False) -> None:
     """Write a value as JSON for people to read, as `write_whole` does; sort: keys in order. Raises OSError."""
     write_whole(path, json.dumps(value, indent=2, sort_keys=sort) + "\n")
+
+
+MOVED = re.compile(r"\.(.+)\.old-(\d+)")  # a folder that another one is about to replace, and whose process did it
+
+
+def put_in_place(staged: Path, target: Path) -> None:
+    """Rename a finished folder, whose files are synced, to its place; an older one there goes away behind it."""
+    sync(staged)
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        os.rename(target, old)
+    faults.hit("folder.before_rename")
+    try:
+        os.rename(staged, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(root: Path) -> None:
+    """Put back the folders under `root` that a process moved away and was killed before replacing; remove the others.
+
+    For a caller that knows that no other process is at work in `root`.
+    """
+    for path in [*root.glob(".*.old-*")] if root.is_dir() else []:
+        match = MOVED.fullmatch(path.name)
+        if match and not (target := root / match[1]).exists():
+            os.rename(path, target)
+        elif match:
+            shutil.rmtree(path, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from typing import Any
 
 from shared.callbacks import tell
 from shared.checkpoint import Checkpoint, save, step_dirs
@@ -61,7 +62,7 @@ def log(run: Run) -> None:
         "time_s": state.time_s,
     }
     state.tokens = state.supervised_tokens = state.positions = 0
-    run.metrics.write(row)
+    write(run, row)
     tell(run.callbacks, "on_step", {**row, "updates": run.updates})
 
 
@@ -78,8 +79,18 @@ def evaluate(run: Run) -> None:
     state.best_loss = loss if better else state.best_loss
     state.evaluated_step = state.step
     row = {"step": state.step, "eval_loss": loss}
-    run.metrics.write(row)
+    write(run, row)
     tell(run.callbacks, "on_evaluate", row)
+
+
+def write(run: Run, row: dict[str, Any]) -> None:
+    """Write a row of metrics; where the disk refuses, say so once: the row waits, and checkpoints wait for it."""
+    first = not run.metrics.waiting
+    try:
+        run.metrics.write(row)
+    except StorageError as error:
+        if first:
+            tell(run.callbacks, "on_note", f"{error.what}; training goes on and tries again at the next row")
 
 
 def stopped_early(run: Run) -> bool:
@@ -98,8 +109,9 @@ def checkpoint(run: Run) -> None:
             f'training diverged: "{broken[0]}" is no longer finite after update {run.state.step}',
             fix=way_out(run),
         )
+    run.metrics.flush(durable=True)  # no checkpoint is ahead of its metrics, not even after a power cut
     time_s = run.state.time_s + time.perf_counter() - run.row_began
-    state = {"loop": asdict(replace(run.state, time_s=time_s)), "identity": run.identity}
+    state = {"loop": asdict(replace(run.state, time_s=time_s)), "identity": run.identity, "maker": run.maker}
     found = Checkpoint(run.state.step, adapter, dict(run.trainer.state()), state)
     save(run.folder / "checkpoints", found, keep=run.config.checkpoint.keep)
 
@@ -109,4 +121,5 @@ def save_or_go_on(run: Run) -> None:
     try:
         checkpoint(run)
     except StorageError as error:
-        tell(run.callbacks, "on_note", error.what)
+        again = f"training goes on and tries again at update {run.state.step + (run.config.checkpoint.every or 0)}"
+        tell(run.callbacks, "on_note", f"{error.what}; {again}")

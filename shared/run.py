@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Run:
     updates: int
     layout: Layout
     identity: dict[str, Any]  # what a resume must find unchanged
+    maker: dict[str, Any]  # backend and versions: what a resume may find changed
     callbacks: Sequence[Callback] = ()
     state: LoopState = field(default_factory=LoopState)
     pending: list[tuple[int, Pending[StepStats]]] = field(default_factory=list)
@@ -54,7 +56,7 @@ class Run:
     row_began: float = 0.0
     lr: float = 0.0  # of the last update
 
-    @property
+    @cached_property
     def metrics(self) -> Metrics:
         """Return the run's metrics file."""
         return Metrics(self.folder / "metrics.jsonl")

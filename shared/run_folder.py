@@ -1,8 +1,7 @@
-"""The run folder: made or refused before anything is loaded, locked by one writer, described by a manifest."""
+"""The run folder: made or refused before anything is loaded, described by a manifest."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import platform
@@ -10,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +17,13 @@ from typing import Any
 
 from shared import checkpoint
 from shared.callbacks import Metrics
-from shared.config import RunConfig
+from shared.config import DataConfig, RunConfig
 from shared.config_file import to_yaml
-from shared.durable import write_json, write_whole
+from shared.durable import put_back, sync, write_json, write_whole
 from shared.errors import CheckpointError, ConfigError, StorageError
 from shared.folder import sha256
 from shared.masking import mask
+from shared.protocols import Backend
 from shared.types import Capability
 
 # Settings that may change between a run and its resume: they change neither the mathematics nor the data.
@@ -83,26 +83,12 @@ def open_run(folder: Path) -> None:
         probe = folder / f".write-test-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
+        with suppress(OSError):  # a parent that may not be read
+            sync(folder.resolve().parent)
     except OSError as error:
         raise StorageError(
             f"output: cannot write in {folder}: {error.strerror}", fix="choose another --output"
         ) from None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder; raises ConfigError where another process trains in it."""
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise ConfigError(f"{folder} is in use by {owner}", fix="wait for it, or choose another --output") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
 
 
 def clear(folder: Path) -> None:
@@ -121,12 +107,16 @@ def find_checkpoint(
     resume: "auto" (the newest valid one of the run folder), "never", or a checkpoint or run folder.
     """
     root = folder / "checkpoints"
+    put_back(folder)
+    checkpoint.sweep(root)
     if resume == "never":
         return None
     if resume == "auto":
         found, problems = checkpoint.newest(root)
         for problem in problems:
             note(f"passed over: {problem}")
+        if found is None:
+            check_fresh(folder, note)
     else:
         found = from_path(Path(resume).expanduser())
     if found is not None:
@@ -134,14 +124,46 @@ def find_checkpoint(
     return found
 
 
+def check_fresh(folder: Path, note: Callable[[str], None]) -> None:
+    """Say that a run begins again; raises CheckpointError where that would cost a result that nobody can go on from."""
+    done = [name for name in ("adapter", "model") if (folder / name).exists()]
+    if done:
+        raise CheckpointError(
+            f"{folder} has a result ({done[0]}) but no checkpoint to go on from",
+            fix="choose another --output, or --resume never to train anew (removes the old run)",
+        )
+    if Metrics(folder / "metrics.jsonl").read():
+        note("no checkpoint was saved yet, so training begins again at update 1")
+
+
+def maker_of(backend: Backend) -> dict[str, Any]:
+    """Return what computes, as state.json keeps it: backend, device and versions."""
+    found = backend.probe()
+    return {"backend": found.name, "device": found.device, "versions": dict(found.versions)}
+
+
+def changed_maker(found: checkpoint.Checkpoint | None, own: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what computes a run from here on, where it was something else before."""
+    before = found.state["maker"] if found else {}
+    changed = [
+        f"{key} {before[key]} -> {own[key]}" for key in ("backend", "device") if before and before[key] != own[key]
+    ]
+    if before and not changed:
+        versions = before["versions"]
+        changed = [
+            f"{key} {versions.get(key)} -> {now}" for key, now in own["versions"].items() if versions.get(key) != now
+        ]
+    if changed:
+        yield f"{', '.join(changed)}: from here on equal to the run so far up to rounding, no longer bit for bit"
+
+
 def begin(folder: Path, *, step: int, resume: str) -> None:
-    """Put the run folder where the run starts: an earlier run goes, or the rows behind `step`.
+    """Put the run folder where the run starts: an earlier run goes, or what is behind `step`, -1 for all of it.
 
     Called when everything is loaded, so that a mistake in the config costs nobody a finished run.
     """
     if resume == "never":
         clear(folder)
-    checkpoint.sweep(folder / "checkpoints")
     checkpoint.drop_after(folder / "checkpoints", step)
     Metrics(folder / "metrics.jsonl").truncate(step)
 
@@ -163,7 +185,7 @@ def from_path(path: Path) -> checkpoint.Checkpoint:
 def check_identity(found: checkpoint.Checkpoint, own: Identity) -> None:
     """Raise CheckpointError with the difference unless the checkpoint is of this very run."""
     theirs = found.state.get("identity", {})
-    settings = theirs.get("settings", {})
+    settings = {**flat_settings(RunConfig(model="any", data=DataConfig(path="any"))), **theirs.get("settings", {})}
     changed = [
         f"{key}: {settings.get(key)!r} -> {own.settings.get(key)!r}"
         for key in sorted({*settings, *own.settings})

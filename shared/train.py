@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared import faults
 from shared.adapters.folder import read_adapter
 from shared.adapters.spec import resolve
 from shared.adapters.start import start_values
@@ -24,10 +25,12 @@ from shared.data.cache import tokenize_cached
 from shared.data.layout import choose_layout
 from shared.data.rows import Row, content_hash, find_data, read_rows, split_file
 from shared.data.tokenize import Tokenizer, tokenize_rows
+from shared.durable import put_in_place, sync
 from shared.errors import ModelError, StorageError
 from shared.estimate.report import decide_run
 from shared.export import write_model
 from shared.folder import ModelFolder, find_folder, open_folder
+from shared.lock import locked
 from shared.loop import fit
 from shared.protocols import Backend, Model
 from shared.registry import check_installed, find_backend
@@ -36,13 +39,14 @@ from shared.run import LoopState, Run
 from shared.run_folder import (
     Identity,
     begin,
+    changed_maker,
     check_output,
     command_line,
     find_checkpoint,
     flat_settings,
     hash_files,
     joint_hash,
-    locked,
+    maker_of,
     open_run,
     with_whole_paths,
     write_manifest,
@@ -93,18 +97,21 @@ def train(
     prepared = prepare(config)
     backend = find_backend(config.backend)
     open_run(folder)
-    with locked(folder):
-        hashes = hash_files([*prepared.base.files, prepared.base.path / "config.json"])
 
-        def note(text: str) -> None:
-            tell(callbacks, "on_note", text)
+    def note(text: str) -> None:
+        tell(callbacks, "on_note", text)
+
+    with locked(folder, note):
+        hashes = hash_files([*prepared.base.files, prepared.base.path / "config.json"])
 
         def identity() -> Identity:
             return make_identity(prepared, hashes)
 
         found = find_checkpoint(folder, resume, identity, note)
+        for text in changed_maker(found, maker_of(backend)):
+            note(text)
         run = build_run(prepared, backend, found, folder=folder, callbacks=callbacks, identity=identity)
-        begin(folder, step=run.state.step, resume=resume)
+        begin(folder, step=run.state.step if found else -1, resume=resume)
         given = command or command_line()
         with sinks(folder, config.log.to, note) as trackers:
             run.callbacks = [trackers, *callbacks]
@@ -242,7 +249,7 @@ def build_run(
     return Run(
         config=config, folder=folder, model=model, trainer=trainer, train=prepared.train, valid=prepared.valid,
         plan=plan, updates=updates, layout=layout,
-        identity=identity().as_dict(), callbacks=callbacks, state=state, spec=spec,
+        identity=identity().as_dict(), maker=maker_of(backend), callbacks=callbacks, state=state, spec=spec,
     )  # fmt: skip
 
 
@@ -322,8 +329,10 @@ def write_result(run: Run, prepared: Prepared) -> None:
         else:
             write_model(staged, tensors, source=prepared.base, dtype=run.config.train.dtype)
         write_card(staged, run, kind=kind, train_rows=len(prepared.train))
-        shutil.rmtree(final, ignore_errors=True)
-        staged.rename(final)
+        for file in staged.iterdir():
+            sync(file)
+        faults.hit("result.before_rename")
+        put_in_place(staged, final)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise StorageError(

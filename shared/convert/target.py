@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.durable import sync
+from shared.durable import put_in_place, sync
 from shared.errors import ConfigError, StorageError
 
 # What marks a folder as one that these commands write; --force replaces one of the kind that is written, and no other.
@@ -91,21 +91,6 @@ def new_folder(
 def is_own(error: OSError, target: Path) -> bool:
     """Return whether an error is about what is being written, not about a file that is read."""
     return error.filename is None or str(target.parent) in str(error.filename)
-
-
-def put_in_place(staged: Path, target: Path) -> None:
-    """Rename the finished folder to its place; an older one there goes away behind it."""
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
-    if target.exists():
-        os.rename(target, old)
-    try:
-        os.rename(staged, target)
-    except OSError:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def sweep(target: Path) -> None:
