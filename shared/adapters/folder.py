@@ -35,7 +35,8 @@ from shared.adapters.schema import (
 from shared.adapters.spec import ADAPTER_LEAVES, is_embedding, leaves_of, natural
 from shared.errors import AdapterError, CapabilityError, ModelError
 from shared.folder import ModelFolder, read_json
-from shared.tensors import from_float32, load_file, to_float32
+from shared.registry import find_quantizer
+from shared.tensors import from_float32, is_finite, load_file, to_float32
 from shared.types import AdapterSpec, ModelInfo, Tensor
 
 
@@ -85,15 +86,27 @@ def copies_of(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def check_copies(adapter: Adapter, base: ModelFolder) -> None:
     """Raise CapabilityError unless weights that came along with an adapter are the base's own."""
     for name, copy in adapter.copies.items():
-        if name.removesuffix(".weight") in base.schemes:
-            continue  # the base holds them in fewer bits
-        own = base.value(name) if name in base.entries else None
-        if own is None or own.shape != copy.shape or not same_values(own, copy):
+        if not is_base_s(name, copy, base):
             raise CapabilityError(
                 f'the adapter brings its own "{name}", another than the base\'s (PEFT: save_embedding_layers)',
                 expected="an adapter that leaves the base as it is",
                 fix="load it with PEFT, merge it into the base, and use that model",
             )
+
+
+def is_base_s(name: str, copy: Tensor, base: ModelFolder) -> bool:
+    """Return whether a weight is the base's, or where that is stored quantized, one that gives the same codes."""
+    place = base.places.get(name.removesuffix(".weight"))
+    shape = place.stored.shape if place else base.entries[name].shape if name in base.entries else None
+    if shape != copy.shape or not is_finite(copy):
+        return False
+    if place is None:
+        return same_values(base.value(name), copy)
+    quantizer = find_quantizer(place.stored.scheme)
+    held = quantizer.dequantize(base.packed(name.removesuffix(".weight"), shape=shape))
+    if same_values(held, copy):
+        return True
+    return same_values(quantizer.dequantize(quantizer.quantize(from_float32(to_float32(copy), held.dtype))), held)
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.adapters.folder import read_adapter
+from shared.adapters.folder import check_copies, read_adapter
 from shared.adapters.schema import CONFIG_FILE
 from shared.convert import gguf_file
 from shared.convert.adapters import find_base
@@ -78,6 +78,7 @@ def export_adapter(source: Path, *, output: str, base: str | None, force: bool =
             "an adapter's GGUF file says which model it is for, and the adapter names none that is here",
             fix="name it: --base MODEL",
         )
+    check_copies(adapter, found)
     with new_folder(target, sources=[source, found.path], force=force, own=ADAPTER) as staged:
         gguf_file.write_adapter(adapter, found, staged / ADAPTER_FILE)
     return ModelResult(str(source), "gguf", target, (ADAPTER_FILE,), ())

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mlxlora
 from shared.convert.change import Change
 from shared.convert.fuse import Survival
 from shared.convert.shards import row_blocks
@@ -402,3 +403,36 @@ def test_a_fused_model_is_quantized_anew(tiny_model_folder, tmp_path):
     with pytest.raises(Lost):
         fuse(str(base), adapter=str(small), output=str(tmp_path / "lost"), scheme="affine-2bit-g32")
     assert not (tmp_path / "lost").exists()
+
+
+EMBEDDING = "model.embed_tokens"
+
+
+@pytest.mark.parametrize("name", ["as it was", "decoded", "trained", "of another shape", "NaN"])
+def test_a_weight_that_comes_along_is_the_quantized_base_s_or_refused(tiny_model_folder, affine_folder, tmp_path, name):
+    base = affine_folder(4, dtype="bfloat16")
+    first = load_file(tiny_model_folder(dtype="bfloat16") / "model.safetensors")[f"{EMBEDDING}.weight"]
+    first = Tensor("F32", to_float32(first))
+    moved = first.data + np.float32(1e-3) * np.random.default_rng(0).standard_normal(first.shape).astype(np.float32)
+    copy = {
+        "as it was": first,
+        "decoded": Tensor("F32", decoded(base)[f"{EMBEDDING}.weight"]),
+        "trained": Tensor("F32", moved),
+        "of another shape": Tensor("F32", first.data[:-1]),
+        "NaN": Tensor("F32", first.data * np.float32(np.nan)),
+    }[name]
+    file = save_adapter(tmp_path / "adapter", base, targets=["q_proj"]) / "adapter_model.safetensors"
+    brought = {f"base_model.model.{EMBEDDING}.base_layer.weight": copy}
+    save_file(file, {**load_file(file), **brought}.items(), metadata={"format": "pt"})
+    runs = {
+        "fused": lambda target: fuse(str(base), adapter=str(file.parent), output=str(target)),
+        "converted": lambda target: mlxlora.convert(file.parent, to="mlx", output=target, base=base),
+        "exported": lambda target: mlxlora.convert(file.parent, to="gguf", output=target, base=base),
+    }
+    for kind, run in runs.items():
+        if name in ("as it was", "decoded"):
+            run(tmp_path / kind)
+            continue
+        with pytest.raises(CapabilityError, match=f'its own "{EMBEDDING}.weight"'):
+            run(tmp_path / kind)
+        assert not (tmp_path / kind).exists()
