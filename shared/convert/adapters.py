@@ -114,16 +114,28 @@ def find_form(source: Path, *, to: str) -> str:
 
 
 def find_base(config: Mapping[str, Any], base: str | None) -> ModelFolder | None:
-    """Return the base's folder: the one asked for, else the one that the config names where it is on this machine."""
+    """Return the base's folder: the one asked for, else the one that the config names where it is on this machine.
+
+    Raises ModelError where that one is damaged; one of a kind that is not read here counts as absent.
+    """
     if base is not None:
         return open_folder(find_folder(base))
     named = config.get("base_model_name_or_path") or config.get("model")
     try:
-        if isinstance(named, str) and (Path(named).expanduser() / "config.json").is_file():
-            return open_folder(Path(named).expanduser())
-    except (MlxloraError, OSError, ValueError):
-        pass  # a name that some other machine gave it
-    return None
+        path = Path(named).expanduser() if isinstance(named, str) else None
+        if path is None or not (path / "config.json").is_file():
+            return None
+    except (OSError, ValueError, RuntimeError):
+        return None  # a name that some other machine gave it
+    try:
+        return open_folder(path)
+    except ModelError as error:
+        raise ModelError(
+            f"the base that the adapter names is damaged: {error.what}", expected=error.expected,
+            fix="mend it, or name another: --base MODEL",
+        ) from None  # fmt: skip
+    except CapabilityError:
+        return None
 
 
 def facts_of(folder: ModelFolder | None) -> Facts:

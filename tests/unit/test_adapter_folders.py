@@ -11,7 +11,7 @@ from mlxlora import convert, fuse, merge
 from shared.adapters.folder import read_adapter
 from shared.adapters.names import mlx_name, own_name, own_name_of_mlx
 from shared.adapters.writing import Facts, folded, mlx_keys, peft_targets, unfolded
-from shared.errors import AdapterError, CapabilityError, ConfigError
+from shared.errors import AdapterError, CapabilityError, ConfigError, ModelError
 from shared.tensors import from_float32, save_file
 from shared.types import Tensor
 
@@ -252,3 +252,20 @@ def test_what_is_folded_comes_back_within_a_rounding(dtype, ratio):
     assert back.dtype == dtype
     off = back.data.view(f"<i{back.data.itemsize}").astype(int) - B.data.view(f"<i{back.data.itemsize}").astype(int)
     assert np.abs(off).max() <= (1 if dtype == "F32" and ratio not in (0.5, 4.0) else 0)
+
+
+def test_a_damaged_base_that_an_adapter_names_is_an_error(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    (base / "model.safetensors").write_bytes(b"nothing")
+    source = peft_folder(tmp_path / "peft", {**PEFT, "base_model_name_or_path": str(base)})
+    for to in ("mlx", "gguf"):
+        with pytest.raises(
+            ModelError, match=r"the base that the adapter names is damaged: .*model\.safetensors"
+        ) as found:
+            convert(source, to=to, output=tmp_path / to)
+        assert found.value.exit_code == 3
+        assert not (tmp_path / to).exists()
+    (base / "config.json").unlink()  # nothing is there: some other machine's folder
+    convert(source, to="mlx", output=tmp_path / "mlx")
