@@ -19,7 +19,7 @@ from shared.errors import CapabilityError, ModelError, did_you_mean
 from shared.quant.folders import find_places
 from shared.quant.place import Place
 from shared.quant.sound import find_fault
-from shared.tensors import Entry, is_finite, read_header, read_tensor
+from shared.tensors import FLOATS, Entry, is_finite, read_header, read_tensor
 from shared.types import Packed, Scheme, Tensor
 
 # Sizes that a config states once for all layers; where it lists them by layer, they are the zoo's to check.
@@ -83,7 +83,7 @@ class ModelFolder:
         arrays |= {key: Tensor("U8", arrays[key].data.view(np.uint8)) for key in place.raw}
         if tuple(shape) != place.stored.shape:
             raise ModelError(f'{self.path}: "{module}" has shape {place.stored.shape}', expected=f"{tuple(shape)}")
-        arrays = arrays if place.convert is None else dict(place.convert(arrays))
+        arrays = arrays if place.form is None else dict(place.form.read(arrays))
         packed = Packed(place.stored.scheme, arrays, place.stored.shape, place.stored.dtype)
         if fault := find_fault(packed):
             raise ModelError(f'{self.path}: "{module}" {fault}', fix="convert the model again")
@@ -107,7 +107,21 @@ def open_folder(path: Path) -> ModelFolder:
     check_config(path, config)
     entries = read_entries(path)
     check_layers(path, config, entries)
-    return ModelFolder(path, config, entries, find_places(path, config, entries))
+    folder = ModelFolder(path, config, entries, find_places(path, config, entries))
+    check_floats(folder)
+    return folder
+
+
+def check_floats(folder: ModelFolder) -> None:
+    """Raise ModelError for a weight or bias that is neither a float nor packed: its codes would count as numbers."""
+    packed = folder.packed_names
+    for name, entry in folder.entries.items():
+        is_weight = name.endswith((".weight", ".bias")) and name not in packed and not COMPUTED.search(name)
+        if is_weight and entry.dtype not in (*FLOATS, "F64"):
+            raise ModelError(
+                f'{folder.path}: tensor "{name}" is {entry.dtype}, and config.json does not say how it is packed',
+                expected=", ".join(FLOATS), fix="config.json and weights must belong together",
+            )  # fmt: skip
 
 
 def find_folder(model: str) -> Path:

@@ -23,7 +23,6 @@ from shared.convert.shards import Planned, rewrite_shard, row_blocks, write_inde
 from shared.convert.source import Weight, blocks, is_by_rows, open_rows, packed_rows, plain_weights
 from shared.errors import CapabilityError
 from shared.folder import COMPUTED, ModelFolder, open_folder
-from shared.quant import base3_folder
 from shared.quant.grid import has_grid, requantize
 from shared.registry import find_quantizer
 from shared.tensors import FLOATS, from_float32, to_float32
@@ -155,7 +154,7 @@ def write_same(folder: ModelFolder, changes: Mapping[str, Change], staged: Path)
             made[name] = plan_plain(folder, weight, changes[name], fused, dtype=weight.dtype).blocks
         else:
             check_grid(weight)
-            made[codes_name(weight)] = partial(requantized, folder, weight, changes[name], survival)
+            made[folder.places[weight.module].codes] = partial(requantized, folder, weight, changes[name], survival)
     copy_changed(folder, staged, made)
     write_config(folder, staged, dtype=None, plain=False)
     write_tokenizer(folder, staged)
@@ -194,13 +193,11 @@ def check_grid(weight: Weight) -> None:
         )
 
 
-def codes_name(weight: Weight) -> str:
-    """Return the tensor that holds a quantized weight's codes: on a kept grid nothing else can change."""
-    return weight.names.get("weight") or weight.names["trits"]
-
-
 def requantized(folder: ModelFolder, weight: Weight, change: Change, survival: Survival) -> list[Tensor]:
-    """Return the codes of a changed weight as the folder stores them, and count the change."""
+    """Return the codes of a changed weight as the folder stores them, and count the change.
+
+    On a kept grid nothing but the codes can change.
+    """
     assert weight.scheme is not None
     quantizer = find_quantizer(weight.scheme)
     packed = folder.packed(weight.module, shape=weight.shape)
@@ -213,14 +210,23 @@ def requantized(folder: ModelFolder, weight: Weight, change: Change, survival: S
         survival.add(wanted - base, to_float32(quantizer.dequantize(written)) - base)
         parts.append(written)
     codes = np.concatenate([part.arrays["weight"].data for part in parts])
-    if folder.places[weight.module].convert is None:
-        return [Tensor(packed.arrays["weight"].dtype, codes)]
-    whole = replace(packed, arrays={**packed.arrays, "weight": Tensor(packed.arrays["weight"].dtype, codes)})
-    return [base3_folder.to_tensors(weight.module, whole)[codes_name(weight)]]
+    written = Tensor(packed.arrays["weight"].dtype, codes)
+    form = folder.places[weight.module].form
+    if form is None:
+        return [written]
+    return [form.write(replace(packed, arrays={**packed.arrays, "weight": written}))[form.codes]]
 
 
 def copy_changed(folder: ModelFolder, staged: Path, changed: Mapping[str, Callable[[], Iterable[Tensor]]]) -> None:
-    """Copy the shards and their index, with some tensors replaced by others of the same dtype and shape."""
+    """Copy the shards and their index, with some tensors replaced by others of the same dtype and shape.
+
+    Raises ModelError for what no backend would load: NaN, infinity, codes that stand for nothing.
+    """
+    for name in folder.entries.keys() - folder.packed_names - changed.keys():
+        if not COMPUTED.search(name):
+            folder.value(name)
+    for module, place in folder.places.items():
+        folder.packed(module, shape=place.stored.shape)
     for file in folder.files:
         own = {name: blocks for name, blocks in changed.items() if folder.entries[name].file == file}
         rewrite_shard(file, staged / file.name, own)

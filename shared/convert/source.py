@@ -30,7 +30,6 @@ class Weight:
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    names: Mapping[str, str]  # of a quantized one: the codec's name of an array -> the tensor that holds it
     scheme: Scheme | None = None
 
     @property
@@ -45,13 +44,10 @@ def plain_weights(folder: ModelFolder) -> dict[str, Weight]:
     owners = {name: module for module, place in folder.places.items() for name in (*place.names.values(), *place.extra)}
     for name, entry in folder.entries.items():
         if name not in owners:
-            found[name] = Weight(name, entry.dtype, entry.shape, entry.file, {})
+            found[name] = Weight(name, entry.dtype, entry.shape, entry.file)
         elif f"{owners[name]}.weight" not in found:
-            place = folder.places[owners[name]]
-            plain = f"{owners[name]}.weight"
-            found[plain] = Weight(
-                plain, place.stored.dtype, place.stored.shape, entry.file, place.names, place.stored.scheme
-            )
+            stored, plain = folder.places[owners[name]].stored, f"{owners[name]}.weight"
+            found[plain] = Weight(plain, stored.dtype, stored.shape, entry.file, stored.scheme)
     return found
 
 

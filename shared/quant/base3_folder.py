@@ -15,7 +15,7 @@ import numpy as np
 
 from shared.errors import ModelError
 from shared.quant.affine import pack, unpack
-from shared.quant.place import Place
+from shared.quant.place import Form, Place
 from shared.quant.ternary import TRITS, pack_base3, unpack_base3
 from shared.tensors import FLOATS, Entry, from_float32, to_float32
 from shared.types import Packed, Scheme, Stored, Tensor
@@ -51,7 +51,7 @@ def find_place(path: Path, module: str, group: int, entries: Mapping[str, Entry]
         )  # fmt: skip
     names = {leaf: f"{module}.{leaf}" for leaf in ("trits", "scales")}
     stored = Stored(Scheme("ternary", 2, group), (rows, width), scales.dtype)
-    return Place(stored, names, convert=partial(to_affine, width=width))
+    return Place(stored, names, form=Form("trits", partial(to_affine, width=width), from_affine))
 
 
 def to_affine(arrays: Mapping[str, Tensor], *, width: int) -> dict[str, Tensor]:
@@ -61,10 +61,15 @@ def to_affine(arrays: Mapping[str, Tensor], *, width: int) -> dict[str, Tensor]:
     return {"weight": Tensor("U32", pack(codes, bits=2)), "scales": scales, "biases": biases}
 
 
+def from_affine(packed: Packed) -> dict[str, Tensor]:
+    """Return the trits and scales of a packed ternary weight."""
+    codes = unpack(packed.arrays["weight"].data, bits=2)
+    return {"trits": Tensor("U8", pack_base3(codes)), "scales": packed.arrays["scales"]}
+
+
 def to_tensors(module: str, packed: Packed) -> dict[str, Tensor]:
     """Return the tensors that hold a packed ternary weight, by their names in the folder."""
-    codes = unpack(packed.arrays["weight"].data, bits=2)
-    return {f"{module}.trits": Tensor("U8", pack_base3(codes)), f"{module}.scales": packed.arrays["scales"]}
+    return {f"{module}.{leaf}": tensor for leaf, tensor in from_affine(packed).items()}
 
 
 def quantization_config(scheme: Scheme) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from shared.errors import CapabilityError, ModelError
 from shared.folder import check_tensors, end_tokens, find_folder, nearest_family, open_folder, sha256
 from shared.quant.mlx_folder import quantization_of
-from shared.tensors import save_file
+from shared.tensors import NUMPY, save_file
 from shared.types import Scheme, Tensor
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 8}
@@ -327,3 +327,13 @@ def test_an_unknown_family_gets_the_nearest_one():
 def test_sha256_is_the_standards(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("dtype", ["I32", "U8", "I8", "F8_E4M3", "BOOL"])
+def test_a_weight_that_is_no_float_is_refused_by_name(make, dtype):
+    codes = Tensor(dtype, np.ones((4, 4), dtype=NUMPY[dtype]))
+    tensors = {name: floats(4, 4) for name in NAMES}
+    with pytest.raises(ModelError, match=f'"{NAMES[1]}" is {dtype}, and config.json does not say'):
+        open_folder(make(files={"model.safetensors": {**tensors, NAMES[1]: codes}}))
+    mask = {"model.layers.0.attn.bias": codes, "model.position_ids": codes}  # buffers of old checkpoints
+    open_folder(make(files={"model.safetensors": {**tensors, **mask}}))

@@ -212,3 +212,18 @@ def test_a_model_that_does_not_load_is_not_written_in_another_form(tiny_model_fo
     with pytest.raises(ModelError, match=words):
         mlxlora.quantize(str(broken), scheme="affine-4bit-g32", output=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("to", ["hf", "mlx"])
+def test_weights_that_no_backend_would_load_are_not_copied(tiny_model_folder, affine_folder, tmp_path, to):
+    for number, (source, name) in enumerate((
+        (tiny_model_folder(), "model.norm.weight"), (affine_folder, "model.layers.0.mlp.up_proj.scales"),
+    )):  # fmt: skip
+        folder = tmp_path / f"{number}"
+        shutil.copytree(source, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name].data.reshape(-1)[0] = np.nan
+        save_file(folder / "model.safetensors", tensors.items(), metadata={"format": "mlx"})
+        with pytest.raises(ModelError, match="NaN or infinity"):
+            convert_model(str(folder), to=to, output=str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
