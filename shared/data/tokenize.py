@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,9 +128,10 @@ def load_inner(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in FILES):
         raise ModelError(f"{folder} has no tokenizer.json", code="E307", fix="download the model's tokenizer files")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    with collector_paused():
+    with collector_paused(), warnings.catch_warnings():
         from transformers.utils import logging
 
+        warnings.simplefilter("ignore", FutureWarning)  # on old keys in the config of a family that it does not know
         logging.set_verbosity_error()  # its warnings on long texts concern training by itself, not ours
         try:
             inner = read_inner(folder)

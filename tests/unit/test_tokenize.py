@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
 from shared.data.rows import Row
 from shared.data.tokenize import load_tokenizer, tokenize_row
 from shared.errors import DataError, ModelError
+from tests.conftest import save_tokenizer
 from tests.unit.chat_templates import STYLES, THINK
 
 STORED = ("TinyStories-656K", "stories260K")
@@ -359,3 +362,11 @@ def test_thinking_models_keep_the_reasoning_of_a_single_answer(make_tokenizer):
     tokenizer = make_tokenizer(template=THINK)
     answer = "<think>\nhm\n</think>\nyes"
     assert spoken(encode(chat_row(("q", answer)), tokenizer), tokenizer) == f"{answer}<|im_end|>"
+
+
+def test_a_config_of_an_unknown_family_gives_no_warning(tmp_path):
+    save_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "unheard", "rope_scaling": {"type": "linear", "factor": 2}}')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_tokenizer(tmp_path)
