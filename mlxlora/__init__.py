@@ -211,7 +211,7 @@ def merge(
 
 
 def parity(
-    config: str | Path | RunConfig, *, updates: int = 50, note: Callable[[str], None] = lambda text: None
+    config: str | Path | RunConfig, *, updates: int | None = None, note: Callable[[str], None] = lambda text: None
 ) -> ParityResult:
     """Return the gaps between MLX and PyTorch on the same batches; `.ok` says whether all are within bounds."""
     from shared.config import RunConfig

@@ -22,6 +22,7 @@ from shared.types import Sampling, Tensor
 
 # The contract's bounds for float32 on a CPU; tests/tolerances.py keeps the measurement behind each.
 BOUNDS = {"first loss": 1e-6, "gradients": 2e-5, "loss curve": 1e-4, "final adapter": 1e-3}
+MOST_UPDATES = 50  # that the bounds were measured over
 GREEDY_TOKENS = 48
 PROMPTS = 2
 
@@ -67,11 +68,14 @@ class Trace:
     texts: tuple[str, ...]
 
 
-def parity(config: RunConfig, *, updates: int = 50, note: Callable[[str], None] = lambda text: None) -> ParityResult:
+def parity(
+    config: RunConfig, *, updates: int | None = None, note: Callable[[str], None] = lambda text: None
+) -> ParityResult:
     """Return the gaps between the two registered backends over the first `updates` updates, in float32.
 
-    Raises CapabilityError where one of them is missing.
+    updates: by default those of the run, MOST_UPDATES at most. Raises CapabilityError where a backend is missing.
     """
+    updates = updates or min(config.train.updates or MOST_UPDATES, MOST_UPDATES)
     for name in BACKENDS:
         check_installed(name)
     prepared = prepare(config)

@@ -167,7 +167,9 @@ def generate(
 @app.command()
 def parity(
     config: Annotated[Path, typer.Argument(help="YAML file of a run.")],
-    updates: Annotated[int, typer.Option("--updates", min=1, help="How many updates to compare.")] = 50,
+    updates: Annotated[
+        int | None, typer.Option("--updates", min=1, help="How many to compare; by default train.updates, 50 at most.")
+    ] = None,
     overrides: Set = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -74,5 +74,5 @@ def lines(result: QuantizeResult) -> list[str]:
         f"{size(result.num_bytes)} for {size(result.source_bytes)}"
     ]
     if result.output is not None:
-        found.append(f"wrote {result.output}, which loads with {result.loads_with}, and here on both backends")
+        found.append(f"wrote {result.output} in the format of {result.loads_with}, which both backends here read too")
     return found

@@ -134,7 +134,11 @@ def joined(
     As, Bs = [factors.A for factors in found], [factors.B for factors in found]
     if method == "linear":
         return total(As, signs), total(Bs, roots)
-    return elected(As, signs, density=density or 1.0), elected(Bs, roots, density=density or 1.0)
+    share = density or 1.0
+    smallest = min(matrix.size for matrix in (*As, *Bs))
+    if int(share * smallest) < 1:
+        raise ConfigError(f'--density {share:g} keeps no value of "{module}"', expected=f"more than {1 / smallest:.3g}")
+    return elected(As, signs, density=share), elected(Bs, roots, density=share)
 
 
 def concatenated(found: Sequence[Factors], *, scale: float) -> Pair:

@@ -88,7 +88,12 @@ def find_owner(scheme: Scheme, *, base3: bool = False) -> Owner:
     """
     if base3 and scheme.name not in BASE3.formats:
         raise ConfigError(f"--base3 is for ternary weights, not for {scheme}", expected="ternary-g64 or the like")
-    return BASE3 if base3 else next(owner for owner in OWNERS if scheme.name in owner.formats)
+    found = BASE3 if base3 else next((owner for owner in OWNERS if scheme.name in owner.formats), None)
+    if found is None:
+        raise ConfigError(
+            f"no tool loads folders of {scheme}", expected=", ".join(sum((o.formats for o in OWNERS), ()))
+        )
+    return found
 
 
 def check_together(owner: Owner, scheme: Scheme, other: Scheme, *, place: str) -> None:

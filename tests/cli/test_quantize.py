@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -21,6 +22,16 @@ def test_a_folder_is_written_and_told_of_in_json(tiny_model_folder, tmp_path, ca
     assert (out / "config.json").is_file()
     assert run(["quantize", str(tiny_model_folder()), "--scheme", "nvfp4", "--output", str(out)]) == 2
     assert "--force to replace it" in capsys.readouterr().err
+
+
+def test_nothing_is_said_of_a_model_that_nobody_may_load(tiny_model_folder, tmp_path, capsys):
+    source = tmp_path / "model"
+    shutil.copytree(tiny_model_folder(), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "unheard"}))
+    assert run(["quantize", str(source), "--scheme", "nf4", "--output", str(tmp_path / "out")]) == 0
+    said = f"wrote {tmp_path / 'out'} in the format of bitsandbytes, which both backends here read too"
+    assert capsys.readouterr().out.splitlines()[-1] == said
 
 
 def test_a_plan_prints_a_row_per_matrix_and_writes_nothing(tiny_model_folder, tmp_path, capsys):

@@ -152,6 +152,7 @@ def test_what_cannot_be_added_is_refused_by_name(tmp_path):
         ([one], {"method": "svd"}, ConfigError, "--rank"),
         ([one], {"method": "ties"}, ConfigError, "--density"),
         ([one], {"method": "ties", "density": 1.5}, ConfigError, "--density is 1.5"),
+        ([one, one], {"method": "ties", "density": 1e-3}, ConfigError, "--density 0.001 keeps no value of "),
         ([one], {"rank": 2}, ConfigError, "--rank"),
         ([one], {"method": "mean"}, ConfigError, "unknown value"),
         ([f"{one}=0"], {}, ConfigError, "every weight is 0"),

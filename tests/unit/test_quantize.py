@@ -10,6 +10,7 @@ import pytest
 
 import mlxlora
 from shared.config import named_schemes
+from shared.convert.owners import find_owner
 from shared.convert.quantize import BY_ROWS, WHOLE, pack_blocks, quantize
 from shared.errors import ConfigError, ModelError
 from shared.folder import open_folder
@@ -253,3 +254,8 @@ def test_a_home_folder_is_one(tiny_model_folder, tmp_path, monkeypatch):
     result = mlxlora.quantize(tiny_model_folder(layers=1), scheme="int8", output="~/out")
     assert result.output == tmp_path / "out"
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_format_that_no_tool_keeps_in_folders_is_refused():
+    with pytest.raises(ConfigError, match="no tool loads folders of made-up"):
+        find_owner(Scheme("made-up", 4, 64))
