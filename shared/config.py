@@ -63,7 +63,11 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    path: Annotated[Name, Field(description="folder, JSONL file, or hub data set of JSONL files")]
+    path: Annotated[Name, Field(description="folder, hub data set, or file: JSON, JSONL, CSV, TSV, Parquet")]
+    columns: Annotated[
+        dict[Literal["text", "prompt", "completion", "messages", "tools"], Name],
+        Field(description="the file's names of our columns, e.g. {prompt: question, completion: answer}"),
+    ] = {}
     max_length: Annotated[int, Field(ge=2, strict=True, description="tokens; longer rows are cut at the end")] = 2048
     train_on: Annotated[
         Literal["completion", "assistant", "all"],

@@ -11,7 +11,7 @@ import numpy as np
 from shared.config import DataConfig, RunConfig
 from shared.data.batch import Plan, micro_batches
 from shared.data.layout import GPU_MICRO_TOKENS, Layout
-from shared.data.rows import Row, content_hash, find_data, read_rows, split_file
+from shared.data.rows import Row, content_hash, find_data, read_rows, split_files
 from shared.data.tokenize import Tokenizer, tokenize_some
 from shared.errors import DataError
 from shared.folder import find_folder, open_folder
@@ -104,10 +104,10 @@ def preview(config: RunConfig, *, rows: int = 5) -> Preview:
     train: list[Example] = []
     seen: set[str] = set()
     for name in ("train", "valid"):
-        file = split_file(data, name)
-        if file is None:
+        files = split_files(data, name)
+        if not files:
             continue
-        found = read_rows(file)
+        found = read_rows(*files, columns=config.data.columns)
         hashes = [content_hash([row]) for row in found]
         whole, problems = tokenize_whole(found, tokenizer, config.data)
         leaks = sum(key in seen for key in hashes)

@@ -30,7 +30,7 @@ from shared.types import Capability
 FREE = (
     "output", "backend", "device", "log", "checkpoint", "evaluation",
     "train.micro_tokens", "train.recompute", "data.packing", "data.cache",
-    "model", "data.path", "adapter.start",  # by hash, wherever they lie
+    "model", "data.path", "data.columns", "adapter.start",  # by hash, wherever they lie
 )  # fmt: skip
 
 

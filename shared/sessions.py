@@ -11,7 +11,7 @@ from shared.adapters.folder import Adapter, check_copies, check_fit
 from shared.config import parse_scheme
 from shared.convert.merge import read_weighted
 from shared.data.layout import choose_layout
-from shared.data.rows import Row, find_data, read_rows, split_file
+from shared.data.rows import Row, find_data, read_rows, split_files
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
 from shared.errors import ConfigError, DataError
 from shared.evaluate import Evaluation, evaluate_examples
@@ -107,16 +107,16 @@ def choose_quantization(asked: str, adapter: Adapter | None, *, already: bool, n
 def find_rows(data: str, *, split: str | None = None) -> tuple[list[Row], str]:
     """Return the rows of a file, or of a folder's split (valid, else test, else train), and the file's name."""
     path = find_data(data)
-    if split is None and path.is_dir():
-        split = next((name for name in ("valid", "test") if (path / f"{name}.jsonl").is_file()), "train")
-    if path.is_file() and split is not None:
-        raise ConfigError(f"--split {split}: {path.name} is a file, which has no splits", fix="leave out --split")
-    file = path if path.is_file() else split_file(path, split or "train")
-    if file is None:
-        raise DataError(f"{path} has no {split}.jsonl", code="E210", fix="choose another --split")
     if path.is_file():
-        split_file(path, "train")  # refuses what is not JSONL
-    return read_rows(file), file.name
+        if split is not None:
+            raise ConfigError(f"--split {split}: {path.name} is a file, which has no splits", fix="leave out --split")
+        return read_rows(*split_files(path, "train")), path.name
+    files = split_files(path, split) if split else []
+    for name in ("valid", "test", "train") if split is None else ():
+        files = files or split_files(path, name)
+    if not files:
+        raise DataError(f"{path} has no {split}.jsonl", code="E210", fix="choose another --split")
+    return read_rows(*files), files[0].name
 
 
 def evaluate_rows(

@@ -23,7 +23,7 @@ from shared.config import DataConfig, RunConfig, parse_scheme
 from shared.data.batch import Plan
 from shared.data.cache import tokenize_cached
 from shared.data.layout import choose_layout
-from shared.data.rows import Row, content_hash, find_data, read_rows, split_file
+from shared.data.rows import Row, content_hash, find_data, read_rows, split_files
 from shared.data.tokenize import Tokenizer, tokenize_rows
 from shared.durable import put_in_place, sync
 from shared.errors import ModelError, StorageError
@@ -161,11 +161,11 @@ def prepare(config: RunConfig) -> Prepared:
     """Read and check everything small: the base's headers, the rows, the tokenizer."""
     parse_scheme(config.quantization)
     data = find_data(config.data.path)
-    file = split_file(data, "train")
-    assert file is not None
-    rows = read_rows(file)
-    valid_file = split_file(data, "valid")
-    valid_rows = read_rows(valid_file) if valid_file and config.evaluation.every is not None else []
+    files, valid_files = split_files(data, "train"), split_files(data, "valid")
+    if config.evaluation.every is None:
+        valid_files = []
+    rows = read_rows(*files, columns=config.data.columns)
+    valid_rows = read_rows(*valid_files, columns=config.data.columns) if valid_files else []
     if config.evaluation.batches != "all":
         valid_rows = valid_rows[: config.evaluation.batches * config.train.batch_size]
     seen = {content_hash([row]) for row in rows} if valid_rows else set()
@@ -173,7 +173,6 @@ def prepare(config: RunConfig) -> Prepared:
     tokenizer = Tokenizer(base.path)
     train_rows, valid = (make_examples(some, tokenizer, config.data) for some in (rows, valid_rows))
     check_vocabulary(base, [*train_rows, *valid])
-    files = [file] + ([valid_file] if valid_file else [])
     return Prepared(
         config=config,
         base=base,
@@ -182,7 +181,7 @@ def prepare(config: RunConfig) -> Prepared:
         valid=valid,
         kind=rows[0].kind,
         data_hash=examples_hash(train_rows),
-        data_files=hash_files(files).result(),
+        data_files=hash_files([*files, *valid_files]).result(),
         leaks=sum(content_hash([row]) in seen for row in valid_rows),
     )
 

@@ -46,9 +46,7 @@ Quantization = Annotated[
 def train(
     config: Annotated[Path | None, typer.Argument(help="YAML file; not needed with --model and --data.")] = None,
     model: Annotated[str | None, typer.Option("--model", metavar="M", help="Folder or hub id of the base.")] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="D", help="Folder with train.jsonl, or a JSONL file.")
-    ] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="D", help="Folder with train.jsonl, or a file.")] = None,
     overrides: Set = None,
     backend: Annotated[
         str | None, typer.Option("--backend", metavar="auto|mlx|torch", help="Where to compute.")
@@ -86,7 +84,7 @@ def train(
 def evaluate(
     model: ModelPath,
     data: Annotated[
-        str, typer.Option("--data", metavar="PATH", help="JSONL file, or folder (valid, else test, else train).")
+        str, typer.Option("--data", metavar="PATH", help="File, or folder (valid, else test, else train).")
     ],
     adapter: AdapterPath = None,
     split: Annotated[

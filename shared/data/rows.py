@@ -1,22 +1,24 @@
-"""Rows of JSONL files: read, checked, and named by file and line in every error."""
+"""Rows of data files: found, read, checked, and named by file and line in every error."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from shared.data.dialects import translate
+from shared.data.formats import READERS, read_values
 from shared.errors import DataError, did_you_mean
 from shared.folder import HUB_ID
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Kind = Literal["text", "prompt", "messages"]
 # What users bring from elsewhere, and where to look for it.
-FOREIGN = {"conversations": "ShareGPT", "instruction": "Alpaca", "chosen": "a preference set", "input": "Alpaca"}
-MAX_LINE = 50_000_000
+FOREIGN = {"instruction": "Alpaca", "chosen": "a preference set", "input": "Alpaca"}
+NAMES = {"valid": ("valid", "validation")}  # of a split's files; the hub's data sets use the long one
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def find_data(path_or_id: str) -> Path:
     if path.exists():
         return path
     if not HUB_ID.fullmatch(path_or_id) or path_or_id.startswith("."):
-        raise DataError(f"no data at {path}", expected="a folder with train.jsonl, or a JSONL file")
+        raise DataError(f"no data at {path}", expected="a folder with train.jsonl, or a file")
     from huggingface_hub import snapshot_download
 
     try:
@@ -47,63 +49,51 @@ def find_data(path_or_id: str) -> Path:
         ) from None
 
 
-def split_file(path: Path, split: str) -> Path | None:
-    """Return the file of a split, None where the folder has none; a single file is its own train split."""
+def split_files(path: Path, split: str) -> list[Path]:
+    """Return the files of a split, none where a folder has none; a single file is its own train split.
+
+    train.jsonl, or parts: train-00000.parquet, train/0.parquet, either of them also in data/.
+    """
+    known = ", ".join(READERS)
     if path.is_file():
-        if path.suffix not in (".jsonl", ".json"):
-            raise DataError(f"{path.name} is not a JSONL file", expected="one JSON object per line, in *.jsonl")
-        return path if split == "train" else None
-    file = path / f"{split}.jsonl"
-    if file.is_file():
-        return file
+        if path.suffix not in READERS:
+            raise DataError(f"{path.name} is no data file", expected=f"one of {known}")
+        return [path] if split == "train" else []
+    for name in NAMES.get(split, (split,)):
+        for pattern in (name, f"{name}-*", f"{name}/*", f"data/{name}-*", f"data/{name}/*"):
+            found = sorted(file for suffix in READERS for file in path.glob(f"{pattern}{suffix}"))
+            if len({file.suffix for file in found}) > 1:
+                raise DataError(f"{path} has {found[0].name} and {found[-1].name}", fix="leave one kind there")
+            if found:
+                return found
     if split == "train":
         near = sorted(item.name for item in path.iterdir())[:5]
         raise DataError(
-            f"{path} has no train.jsonl", expected="train.jsonl", fix=f"it holds: {', '.join(near) or 'nothing'}"
-        )
-    return None
+            f"{path} has no train.jsonl", expected=f"train with one of {known}",
+            fix=f"it holds: {', '.join(near) or 'nothing'}",
+        )  # fmt: skip
+    return []
 
 
-def read_rows(file: Path) -> list[Row]:
-    """Return all rows of a JSONL file; blank lines are passed over. Raises DataError with file:line."""
-    rows = list(iterate_rows(file))
+def read_rows(*files: Path, columns: Mapping[Any, str] | None = None) -> list[Row]:
+    """Return all rows of files; blank lines are passed over. Raises DataError with file:line."""
+    rows = [row for file in files for row in iterate_rows(file, columns=columns)]
     if not rows:
-        raise DataError(f"{file.name} has no rows", expected="one JSON object per line")
+        raise DataError(f"{files[0].name} has no rows", expected="one JSON object per line")
     return rows
 
 
-def iterate_rows(file: Path) -> Iterator[Row]:
-    """Yield checked rows one by one."""
-    try:
-        with file.open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                if raw.strip():
-                    yield parse_row(raw, source=f"{file.name}:{number}")
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}", fix="check the path and its permissions") from None
+def iterate_rows(file: Path, *, columns: Mapping[Any, str] | None = None) -> Iterator[Row]:
+    """Yield checked rows one by one; columns: our key -> the file's."""
+    for value, source in read_values(file):
+        yield make_row(value, source=source, columns=columns)
 
 
-def parse_row(raw: bytes, *, source: str) -> Row:
-    """Return one row of a line; raises DataError."""
-    if len(raw) > MAX_LINE:
-        raise DataError(f"{source}: a line of {len(raw)} bytes", expected=f"at most {MAX_LINE}")
-    try:
-        value = json.loads(raw.rstrip().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        near = error.doc[max(error.pos - 15, 0) : error.pos + 15].strip()
-        raise DataError(
-            f"{source}: not JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}, near {near!r}",
-            expected="one JSON object per line",
-        ) from None
-    except RecursionError:
-        raise DataError(f"{source}: nested too deeply", expected="a flat object") from None
-    except ValueError:  # Python reads no integer of more than 4300 digits
-        raise DataError(f"{source}: a number that is too long to read", expected="texts") from None
+def make_row(value: Any, *, source: str, columns: Mapping[Any, str] | None = None) -> Row:
+    """Return a checked row of a file's value; raises DataError."""
     if not isinstance(value, dict):
         raise DataError(f"{source}: a {type(value).__name__}", expected="a JSON object")
-    return check_row(value, source=source)
+    return check_row(translate(value, source=source, columns=columns), source=source)
 
 
 def check_row(value: dict[str, Any], *, source: str) -> Row:

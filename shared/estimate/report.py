@@ -12,7 +12,7 @@ import numpy as np
 from shared.adapters.spec import resolve
 from shared.config import RunConfig
 from shared.config_file import to_yaml
-from shared.data.rows import Row, find_data, read_rows, split_file
+from shared.data.rows import Row, find_data, read_rows, split_files
 from shared.data.tokenize import load_tokenizer, tokenize_rows
 from shared.errors import ConfigError, DataError, ModelError, OutOfMemory, StorageError
 from shared.estimate.duration import Time, operations, update_time
@@ -142,9 +142,7 @@ def read_lengths(config: RunConfig, base: ModelFolder) -> tuple[Lengths, tuple[s
     """Return the rows' lengths, and notes: where no data is readable, data.max_length stands in and a note says why."""
     try:
         data = find_data(config.data.path)
-        file = split_file(data, "train")
-        assert file is not None
-        rows = read_rows(file)
+        rows = read_rows(*split_files(data, "train"), columns=config.data.columns)
         chosen = choose_rows(rows)
         tokenizer = load_tokenizer(base.path)
         options = {"train_on": config.data.train_on, "max_length": config.data.max_length}

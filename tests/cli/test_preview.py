@@ -103,4 +103,4 @@ def test_the_command_prints_a_page_and_json(file, tmp_path, capsys):
 
 def test_a_page_that_cannot_be_written_is_one_clear_error(file, tmp_path, capsys):
     assert run(["preview", str(file), "--html", str(tmp_path / "absent" / "out.html")]) == 7
-    assert "error: cannot use" in capsys.readouterr().err
+    assert "cannot use" in capsys.readouterr().err

@@ -53,7 +53,7 @@ OPEN = {
 }
 LAZY = {
     0: set(),
-    1: {"transformers", "huggingface_hub", "gguf"},
+    1: {"transformers", "huggingface_hub", "gguf", "pyarrow"},
     2: {"transformers", "huggingface_hub", "rich", "tensorboard", "trackio", "wandb", "mlflow"},
     4: {"psutil"},
 }

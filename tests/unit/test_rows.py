@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from shared.data.rows import Row, content_hash, find_data, read_rows, split_file
+from shared.data.rows import Row, content_hash, find_data, read_rows, split_files
 from shared.errors import DataError
 
 GOOD = {"text": "fine"}
@@ -25,8 +25,14 @@ BAD = {
     "an empty object": ({}, "unknown row, its keys are: none"),
     "unknown keys": ({"question": "q", "answer": "a"}, "unknown row, its keys are: answer, question"),
     "a typo": ({"mesages": []}, r'(?s)unknown row.*did you mean "messages"\?'),
-    "ShareGPT": ({"conversations": []}, r"this looks like ShareGPT"),
-    "Alpaca": ({"instruction": "i", "output": "o"}, r"this looks like Alpaca"),
+    "ShareGPT without turns": ({"conversations": []}, '"messages" is empty or not a list'),
+    "ShareGPT with an unknown speaker": ({"conversations": [{"from": "martian", "value": "a"}]}, 'has role "martian"'),
+    "ShareGPT with a list as speaker": ({"conversations": [{"from": [], "value": "a"}]}, "message 0 has no role"),
+    "a call that is none": (
+        {"conversations": [{"from": "function_call", "value": "[1]"}]}, "a function_call that is no call",
+    ),
+    "Alpaca without an output": ({"instruction": "i", "input": "o"}, r"this looks like Alpaca"),
+    "Alpaca with a number": ({"instruction": "i", "output": 3}, 'message 1: "content" is a int'),
     "a preference set": ({"chosen": "a", "rejected": "b"}, r"this looks like a preference set"),
     "text null": ({"text": None}, '"text" is null or missing'),
     "text a number": ({"text": 3}, '"text" is a int'),
@@ -118,29 +124,53 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path):
 
 def test_a_folder_gives_the_splits_it_has(write_jsonl, tmp_path):
     train, valid = write_jsonl(GOOD), write_jsonl(GOOD, name="valid.jsonl")
-    assert (split_file(tmp_path, "train"), split_file(tmp_path, "valid"), split_file(tmp_path, "test")) == (
-        train,
-        valid,
-        None,
-    )
+    assert [split_files(tmp_path, split) for split in ("train", "valid", "test")] == [[train], [valid], []]
 
 
 def test_a_single_file_is_its_own_train_split(write_jsonl):
     file = write_jsonl(GOOD, name="mine.jsonl")
-    assert split_file(file, "train") == file
-    assert split_file(file, "valid") is None
+    assert split_files(file, "train") == [file]
+    assert split_files(file, "valid") == []
 
 
 def test_a_folder_without_train_jsonl_says_what_it_holds(tmp_path):
     (tmp_path / "training.jsonl").touch()
     with pytest.raises(DataError, match=r"(?s)has no train.jsonl.*it holds: training.jsonl"):
-        split_file(tmp_path, "train")
+        split_files(tmp_path, "train")
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "rows.csv").touch()
-    with pytest.raises(DataError, match=r"rows.csv is not a JSONL file"):
-        split_file(tmp_path / "rows.csv", "train")
+    (tmp_path / "rows.xml").touch()
+    with pytest.raises(DataError, match=r"(?s)rows.xml is no data file.*one of .jsonl, .json, .csv, .tsv, .parquet"):
+        split_files(tmp_path / "rows.xml", "train")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation-00000-of-00001.jsonl"),
+        ("data/train-0.csv", "data/train-1.csv", "data/validation-0.csv"),
+        ("train/0.parquet", "train/1.parquet", "valid/0.parquet"),
+    ],
+)
+def test_a_split_may_be_in_parts_as_the_hub_has_them(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(file.relative_to(tmp_path)) for file in split_files(tmp_path, "train")] == list(names[:2])
+    assert [str(file.relative_to(tmp_path)) for file in split_files(tmp_path, "valid")] == list(names[2:])
+
+
+def test_two_kinds_of_one_split_are_refused(tmp_path):
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "train.csv").touch()
+    with pytest.raises(DataError, match=r"has train.csv and train.jsonl"):
+        split_files(tmp_path, "train")
+
+
+def test_a_copy_of_a_split_under_another_name_is_not_read(tmp_path, write_jsonl):
+    old, train = write_jsonl(GOOD, name="train.old.jsonl"), write_jsonl(GOOD)
+    assert old not in split_files(tmp_path, "train") == [train]
 
 
 def test_a_path_that_is_absent_is_not_looked_up_on_the_hub():

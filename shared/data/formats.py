@@ -1,0 +1,162 @@
+"""Values of data files: JSON (lines or an array), CSV, TSV and Parquet, each with the place it stands at."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shared.errors import CapabilityError, DataError
+
+MAX_LINE = 50_000_000
+BLANK = re.compile(r"[ \t\n\r]*")
+
+
+def read_values(file: Path) -> Iterator[tuple[Any, str]]:
+    """Yield every value of a file and its place, "train.jsonl:3"; blank lines are passed over. Raises DataError."""
+    try:
+        yield from READERS[file.suffix](file)
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}", fix="check the path and its permissions") from None
+
+
+def read_lines(file: Path) -> Iterator[tuple[Any, str]]:
+    """Yield the value of every line."""
+    with file.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            if raw.strip():
+                source = f"{file.name}:{number}"
+                yield parse_line(raw, source=source), source
+
+
+def read_json(file: Path) -> Iterator[tuple[Any, str]]:
+    """Yield the values of a JSON array, or of lines; the place of an array's value is the line where it begins."""
+    with file.open("rb") as stream:
+        if not stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            yield from read_lines(file)
+            return
+    text = to_text(file.read_bytes(), source=file.name)
+    at, line, decoder = text.index("[") + 1, 1, json.JSONDecoder()
+    seen, behind = 0, "["
+    while behind in ("[", ","):
+        at = skip(text, at)
+        if behind == "[" and text[at : at + 1] == "]":
+            break
+        line, seen = line + text.count("\n", seen, at), at
+        source = f"{file.name}:{line}"
+        with json_faults(source):
+            value, at = decoder.raw_decode(text, at)
+        yield value, source
+        at = skip(text, at)
+        behind, at = text[at : at + 1], at + 1
+        if behind not in (",", "]"):
+            raise DataError(f"{source}: not JSON: a value is followed by {behind!r}", expected="a comma or ]")
+    if skip(text, at) < len(text) and text[at - 1] == "]":
+        raise DataError(f"{file.name}: not JSON: more behind the array", expected="one array, or one object per line")
+
+
+def skip(text: str, at: int) -> int:
+    """Return the next place that is not blank."""
+    found = BLANK.match(text, at)
+    return found.end() if found else at
+
+
+def read_table(file: Path) -> Iterator[tuple[Any, str]]:
+    """Yield a CSV or TSV file's rows as objects; the place is the line where a row begins."""
+    csv.field_size_limit(MAX_LINE)
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        rows = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        header: list[str] | None = None
+        line = 1
+        while True:
+            source = f"{file.name}:{line}"
+            try:
+                row = next(rows, None)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{source}: not UTF-8: {error.reason}", fix="save the file as UTF-8") from None
+            except csv.Error as error:
+                raise DataError(f"{source}: not CSV: {error}", fix="correct the line") from None
+            line = rows.line_num + 1
+            if row is None:
+                return
+            if header is None:
+                header = row
+                if len(set(row)) < len(row):
+                    raise DataError(f"{source}: a column stands twice", expected="a name for each column")
+            elif len(row) not in (0, len(header)):
+                raise DataError(f"{source}: {len(row)} cells, the header has {len(header)}", fix="correct the line")
+            elif row:
+                yield dict(zip(header, row, strict=True)), source
+
+
+def read_parquet(file: Path) -> Iterator[tuple[Any, str]]:
+    """Yield a Parquet file's rows as objects, without the fields of inner objects that are null; counted from 1."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise CapabilityError(
+            f"{file.name} is a Parquet file, which pyarrow reads", fix="pip install 'mlxlora[parquet]'"
+        ) from None
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1000):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield {key: without_null(inner) for key, inner in value.items()}, f"{file.name}:{number}"
+    except pyarrow.ArrowException as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{file.name}: not a Parquet file: {reason}", fix="download or write it again") from None
+
+
+def without_null(value: Any) -> Any:
+    """Return a value without null fields: a column of objects has the keys of all of them in each."""
+    if isinstance(value, list):
+        return [without_null(inner) for inner in value]
+    if isinstance(value, dict):
+        return {key: without_null(inner) for key, inner in value.items() if inner is not None}
+    return value
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[Any, str]]]] = {
+    ".jsonl": read_lines, ".json": read_json, ".csv": read_table, ".tsv": read_table, ".parquet": read_parquet,
+}  # fmt: skip
+
+
+def parse_line(raw: bytes, *, source: str) -> Any:
+    """Return the value of a line; raises DataError."""
+    if len(raw) > MAX_LINE:
+        raise DataError(f"{source}: a line of {len(raw)} bytes", expected=f"at most {MAX_LINE}")
+    text = to_text(raw.rstrip(), source=source)
+    with json_faults(source):
+        return json.loads(text)
+
+
+def to_text(raw: bytes, *, source: str) -> str:
+    """Return bytes as text; raises DataError."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from None
+
+
+@contextmanager
+def json_faults(source: str) -> Iterator[None]:
+    """Raise DataError under the place's name for what is not JSON."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        near = error.doc[max(error.pos - 15, 0) : error.pos + 15].strip()
+        raise DataError(
+            f"{source}: not JSON: {error.msg.removesuffix(' at')} at column {error.colno}, near {near!r}",
+            expected="one JSON object per line" if error.doc.count("\n") == 0 else "an array of JSON objects",
+        ) from None
+    except RecursionError:
+        raise DataError(f"{source}: nested too deeply", expected="a flat object") from None
+    except ValueError:  # Python reads no integer of more than 4300 digits
+        raise DataError(f"{source}: a number that is too long to read", expected="texts") from None
