@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlxlora.elementwise import exp
 from shared.families import HeadFacts
 
-CHUNK_ELEMENTS = 2**21  # logits of one chunk: 8 MiB in float32; MLX begins several before the first is done
+CHUNK_ELEMENTS = 3 * 2**20  # logits of one chunk: 12 MiB in float32; MLX begins several before the first is done
 LEAST_ROWS = 64
 
 

@@ -32,7 +32,7 @@ IN_FLOAT32 = {"nf4", "fp4", "int8"}  # formats that are decoded in float32, and 
 IN_BLOCKS = {"affine", "ternary"}  # formats that are decoded block by block on a CPU
 DECODE_BLOCK = 2**21
 # Logits of one chunk, as the backends' objectives cut them, and the fewest rows.
-CHUNK_ELEMENTS = {"torch-cpu": 2**25, "torch-gpu": 2**26, "mlx-cpu": 2**21, "mlx-gpu": 2**21}
+CHUNK_ELEMENTS = {"torch-cpu": 2**25, "torch-gpu": 2**26, "mlx-cpu": 3 * 2**20, "mlx-gpu": 3 * 2**20}
 CHUNK_ROWS = 64
 ZOO_UNIT = {"torch": 2.0, "mlx": 3.0}  # rows as wide as the MLP that the zoo keeps beyond gate and up
 SCORE_ROWS = 128  # rows of attention scores that MLX computes at once on a CPU
