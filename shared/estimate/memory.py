@@ -301,8 +301,9 @@ def weight_bytes(shape: Shape, *, dtype: str, scheme: Scheme | None) -> int:
 def loss_bytes(shape: Shape, work: Work, costs: Costs, *, place: str, size: int) -> float:
     """Return the bytes of one chunk's logits, and of the hidden states at supervised positions with their gradient."""
     rows = min(max(CHUNK_ELEMENTS[place] // shape.info.vocab_size, CHUNK_ROWS), work.supervised)
-    arrays = costs.logits + (costs.queued if rows < work.supervised else 0)
-    return arrays * WORD * rows * shape.info.vocab_size + 2 * work.supervised * shape.width * size
+    behind = min(rows, (work.supervised - rows) / 2)  # two more chunks may be under way, if there are as many
+    logits = (costs.logits * rows + costs.queued * behind) * shape.info.vocab_size
+    return logits * WORD + 2 * work.supervised * shape.width * size
 
 
 def decode_bytes(config: RunConfig, shape: Shape, costs: Costs, *, place: str) -> float:
