@@ -18,12 +18,13 @@ Lines = dict[tuple[Any, ...], int]
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 floats (1e-4 is a number) and without aliases."""
+    """SafeLoader with YAML 1.2 floats (1e-4 is a number) and without anchors and aliases."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
+        event = self.peek_event()
+        if event.anchor is not None:  # of an alias too
+            problem = "anchors (&name) and aliases (*name) are not allowed"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
 

@@ -85,3 +85,24 @@ def test_codecs_are_timed_next_to_their_owners_and_steps_next_to_float32(tmp_pat
         assert f"| {name} |" in out
         assert all(found["steps"][backend][name]["ratio"] > 0 for backend in ("mlx", "torch"))
     assert found["steps"]["mlx"]["none"]["ratio"] == 1
+
+
+def test_fuzz_spoils_every_reader_and_none_breaks(tmp_path):
+    file = tmp_path / "fuzz.json"
+    out = script("fuzz.py", "--count", 1500, "--output", file)
+    readers = json.loads(file.read_text())["readers"]
+    assert sum(row["inputs"] for row in readers.values()) == 1500
+    for name, row in readers.items():
+        assert row["crashes"] == 0, out
+        assert row["read"] > 0, f"{name}: nothing sound is left"
+        assert row["refused"] or name == "metrics", f"{name}: nothing is spoilt"
+
+
+@pytest.mark.slow
+def test_bad_inputs_are_answered_as_promised_and_mlx_lm_stands_beside(tmp_path):
+    file = tmp_path / "bad.json"
+    out = script("bad_inputs.py", "--only", "config: rank 0", "--output", file)
+    (row,) = json.loads(file.read_text())["cases"]
+    assert (row["exit_code"], row["fault"], row["lines"]) == (2, "", 2)
+    assert row["mlx_lm"]["kind"] == "accepted"
+    assert "| config: rank 0 | 2 | 2 |" in out
