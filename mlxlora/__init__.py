@@ -75,18 +75,20 @@ def train(
     config: str | Path | RunConfig | None = None,
     *,
     resume: str = "auto",
+    allow_change: Sequence[str] = (),
     callbacks: Sequence[Callback] = (),
     **values: Any,
 ) -> TrainResult:
     """Train and return where the adapter is and how the losses went; the same call goes on where it stopped.
 
     config: YAML file or checked config. values: sections or keys, e.g. model="...", train={"updates": 100}.
+    allow_change: settings such as "optimizer.lr", or "data" or "base", in which a resumed run may differ.
     """
     from shared.config import RunConfig
     from shared.train import train as run
 
     checked = config if isinstance(config, RunConfig) else load_config(config, **values)
-    return run(checked, resume=resume, callbacks=callbacks)
+    return run(checked, resume=resume, callbacks=callbacks, allow_change=allow_change)
 
 
 def estimate(

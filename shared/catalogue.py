@@ -142,9 +142,15 @@ CATALOGUE = {
         "Use the base it was trained on; adapter_config.json names it.",
     ),
     "E321": Kind(
-        "a checkpoint that is damaged or of another run",
-        "Marker, sizes or SHA-256 do not match, or the run was started with another config, data or base.",
+        "a checkpoint that is damaged",
+        "Marker, sizes or SHA-256 do not match.",
         "Leave `--resume` out to take the newest whole one; `--resume never` starts anew.",
+    ),
+    "E322": Kind(
+        "a run that was started differently",
+        "Settings that decide the result, the training rows or the base are not what the run was started with; the "
+        "message shows the difference.",
+        "`--allow-change KEY` for each goes on all the same; or use the old values, or another `--output`.",
     ),
     "E400": Kind(
         "something this version does not do",

@@ -7,10 +7,10 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from shared.callbacks import Metrics
 from shared.config import DataConfig, RunConfig
 from shared.config_file import to_yaml
 from shared.durable import put_back, sync, write_json, write_whole
-from shared.errors import CheckpointError, ConfigError, StorageError
+from shared.errors import CheckpointError, ConfigError, StorageError, did_you_mean
 from shared.folder import sha256
 from shared.masking import mask
 from shared.protocols import Backend
@@ -100,11 +100,13 @@ def clear(folder: Path) -> None:
 
 
 def find_checkpoint(
-    folder: Path, resume: str, identity: Callable[[], Identity], note: Callable[[str], None]
-) -> checkpoint.Checkpoint | None:
+    folder: Path, resume: str, identity: Callable[[], Identity], note: Callable[[str], None], *,
+    allowed: Collection[str] = (),
+) -> checkpoint.Checkpoint | None:  # fmt: skip
     """Return the checkpoint to go on from, None for a fresh start.
 
     resume: "auto" (the newest valid one of the run folder), "never", or a checkpoint or run folder.
+    allowed: keys of settings, "data" or "base", which may have changed since.
     """
     root = folder / "checkpoints"
     put_back(folder)
@@ -119,9 +121,11 @@ def find_checkpoint(
             check_fresh(folder, note)
     else:
         found = from_path(Path(resume).expanduser())
-    if found is not None:
-        check_identity(found, identity())
-    return found
+    changed = check_identity(found, identity(), allowed=allowed) if found is not None else {}
+    if found is None or not changed:
+        return found
+    note(f"changed since update {found.step}: {'; '.join(changed.values())}")
+    return replace(found, state={**found.state, "loop": {**found.state["loop"], "finished": False}})
 
 
 def check_fresh(folder: Path, note: Callable[[str], None]) -> None:
@@ -182,22 +186,50 @@ def from_path(path: Path) -> checkpoint.Checkpoint:
     return found
 
 
-def check_identity(found: checkpoint.Checkpoint, own: Identity) -> None:
-    """Raise CheckpointError with the difference unless the checkpoint is of this very run."""
+def differences(found: checkpoint.Checkpoint, own: Identity) -> dict[str, str]:
+    """Return what has changed since a checkpoint, each in words under the key that --allow-change takes."""
     theirs = found.state.get("identity", {})
-    settings = {**flat_settings(RunConfig(model="any", data=DataConfig(path="any"))), **theirs.get("settings", {})}
-    changed = [
-        f"{key}: {settings.get(key)!r} -> {own.settings.get(key)!r}"
-        for key in sorted({*settings, *own.settings})
-        if settings.get(key) != own.settings.get(key)
-    ]
-    changed += ["the training rows, the tokenizer or the chat template"] if theirs.get("data") != own.data else []
-    changed += ["the base model's files"] if theirs.get("base") != own.base else []
-    if changed:
+    before = {**default_settings(), **theirs.get("settings", {})}  # an older version knew fewer keys
+    changed = {
+        key: f"{key}: {before.get(key)!r} -> {own.settings.get(key)!r}"
+        for key in sorted({*before, *own.settings})
+        if before.get(key) != own.settings.get(key)
+    }
+    for key, what in (("data", "the training rows, the tokenizer or the chat template"), ("base", "the base's files")):
+        new, old = getattr(own, key), str(theirs.get(key))
+        if new != old:
+            changed[key] = f"{key}: {what} (SHA-256 {old[:8]} -> {new[:8]})"
+    return changed
+
+
+def default_settings() -> dict[str, Any]:
+    """Return the settings that decide the result where a config says nothing."""
+    return flat_settings(RunConfig(model="-", data=DataConfig(path="-")))
+
+
+def check_identity(found: checkpoint.Checkpoint, own: Identity, *, allowed: Collection[str]) -> dict[str, str]:
+    """Return what has changed since the checkpoint; raises CheckpointError for what is not allowed to."""
+    changed = differences(found, own)
+    refused = [key for key in changed if key not in allowed]
+    if refused:
+        flags = " ".join(f"--allow-change {key}" for key in refused)
         raise CheckpointError(
-            f"the run was started differently, so it cannot go on: {'; '.join(changed[:4])}",
-            fix="use the same settings, another --output, or --resume never to start anew (removes the old run)",
+            f"the run was started differently, so it cannot go on: {'; '.join(changed[key] for key in refused[:4])}",
+            expected="the same settings, rows and base, or another --output",
+            fix=f"{flags} goes on all the same; --resume never starts anew (removes the old run)",
+            code="E322",
         )
+    return changed
+
+
+def check_allowed(allowed: Collection[str], config: RunConfig) -> None:
+    """Raise ConfigError for an --allow-change that names nothing a resume compares."""
+    known = [*flat_settings(config), "data", "base"]
+    for key in allowed:
+        if key not in known:
+            raise ConfigError(
+                f'--allow-change: "{key}" is nothing that a resume compares', fix=did_you_mean(key, known)
+            )
 
 
 def with_whole_paths(config: RunConfig, folder: Path) -> RunConfig:

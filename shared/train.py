@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ from shared.run_folder import (
     Identity,
     begin,
     changed_maker,
+    check_allowed,
     check_output,
     command_line,
     find_checkpoint,
@@ -87,10 +88,15 @@ class TrainResult:
 
 
 def train(
-    config: RunConfig, *, resume: str = "auto", callbacks: Sequence[Callback] = (), command: Sequence[str] = ()
-) -> TrainResult:
-    """Train as the config says, or go on where the run folder stands; raises MlxloraError subclasses."""
+    config: RunConfig, *, resume: str = "auto", callbacks: Sequence[Callback] = (), command: Sequence[str] = (),
+    allow_change: Collection[str] = (),
+) -> TrainResult:  # fmt: skip
+    """Train as the config says, or go on where the run folder stands; raises MlxloraError subclasses.
+
+    allow_change: settings, "data" or "base", which may differ from what the run was started with.
+    """
     folder = config.output_dir
+    check_allowed(allow_change, config)
     check_output(folder, resume)
     check_installed(config.backend)
     check_sinks(config.log.to)
@@ -107,7 +113,7 @@ def train(
         def identity() -> Identity:
             return make_identity(prepared, hashes)
 
-        found = find_checkpoint(folder, resume, identity, note)
+        found = find_checkpoint(folder, resume, identity, note, allowed=allow_change)
         for text in changed_maker(found, maker_of(backend)):
             note(text)
         run = build_run(prepared, backend, found, folder=folder, callbacks=callbacks, identity=identity)

@@ -6,9 +6,12 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from shared.train import TrainResult
 
 app = typer.Typer(
     name="mlxlora",
@@ -41,6 +44,11 @@ Quantization = Annotated[
     ),
 ]
 
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option("--allow-change", metavar="KEY", help="Go on though this setting, data or base has changed."),
+]
+
 
 @app.command()
 def train(
@@ -53,6 +61,7 @@ def train(
     ] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Run folder.")] = None,
     resume: Annotated[str, typer.Option("--resume", metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
+    allow_change: AllowChange = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -65,18 +74,24 @@ def train(
     checked = mlxlora.load_config(config, overrides=overrides or [], **values)
     display = make_display()
     try:
-        result = mlxlora.train(checked, resume=resume, callbacks=[display])
+        result = mlxlora.train(checked, resume=resume, allow_change=allow_change or [], callbacks=[display])
     finally:
         getattr(display, "close", lambda: None)()
     if as_json:
         emit(result)
         return
+    show_result(result, model=checked.model)
+
+
+def show_result(result: TrainResult, *, model: str) -> None:
+    """Print how a run ended, and the command that uses its adapter."""
     state = "was complete already" if result.already_complete else "trained"
+    skipped = f", {result.skipped_updates} skipped" if result.skipped_updates else ""
     valid = f", validation loss {result.eval_loss:.4f}" if result.eval_loss is not None else ""
     loss = f", loss {result.loss:.4f}" if result.loss is not None else ""
     kind = result.adapter.name  # adapter, or model after full fine-tuning
-    target = [checked.model, "--adapter", str(result.adapter)] if kind == "adapter" else [str(result.adapter)]
-    print(f"{state}: {result.updates} updates{loss}{valid}\n{kind}: {result.adapter}")
+    target = [model, "--adapter", str(result.adapter)] if kind == "adapter" else [str(result.adapter)]
+    print(f"{state}: {result.updates} updates{skipped}{loss}{valid}\n{kind}: {result.adapter}")
     print(f'next: mlxlora generate {shlex.join(target)} --prompt "..."')
 
 
