@@ -14,6 +14,7 @@ from mlxlora.model import MLXModel, flatten
 from mlxlora.objectives import OBJECTIVES
 from mlxlora.optim import AdamW
 from mlxlora.state import from_mlx, to_mlx
+from shared import faults
 from shared.adapters.spec import layer_of
 from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
 from shared.types import Batch, Memory, MomentFormat, StepStats, Tensor, Update
@@ -73,6 +74,7 @@ class MLXTrainer:
 
     def accumulate(self, batch: Batch, update: Update) -> tuple[mx.array, dict]:
         """Return one micro-batch's summed loss and its summed gradient."""
+        faults.hit("micro.begin")
         dropout = self.model.dropout
         dropout.begin(seed=update.seed, step=update.step, places=batch.places())
         try:

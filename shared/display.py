@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -64,7 +65,7 @@ class PlainDisplay:
     def on_step(self, row: Row) -> None:
         """Say where training stands."""
         self.say(
-            f"update {row['step']}/{row['updates']}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+            f"update {row['step']}/{row['updates']}  loss {row.get('loss', math.nan):.4f}  lr {row['lr']:.2e}  "
             f"{row['tokens_per_s']:,.0f} tokens/s  peak {megabytes(row['peak_memory_bytes'])}"
         )
 
@@ -119,7 +120,7 @@ class LiveDisplay:
     def on_step(self, row: Row) -> None:
         """Show the numbers of a logged update."""
         valid = f"  valid {self.eval_loss:.4f}" if self.eval_loss is not None else ""
-        numbers = f"loss [bold]{row['loss']:.4f}[/]{valid}"
+        numbers = f"loss [bold]{row.get('loss', math.nan):.4f}[/]{valid}"
         if self.console.width >= WIDE:
             numbers += f"  {row['tokens_per_s']:,.0f} tokens/s  {megabytes(row['peak_memory_bytes'])}"
         self.bar.update(self.task, completed=row["step"], numbers=numbers)

@@ -10,20 +10,18 @@ import shlex
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from shared.callbacks import tell
 from shared.config import RunConfig
 from shared.data.ahead import Ahead
 from shared.data.batch import update_batches
-from shared.data.cut import halve
-from shared.errors import Interrupted, OutOfMemory
-from shared.protocols import Pending
+from shared.errors import Interrupted
 from shared.record import checkpoint, drain, evaluate, log, save_or_go_on, stopped_early
+from shared.recovery import step_or_split
 from shared.run import Run
 from shared.schedules import build_schedule
 from shared.signals import stop_signals
-from shared.types import Batch, StepStats, Update
+from shared.types import Update
 
 
 def fit(run: Run) -> None:
@@ -89,21 +87,6 @@ def build_update(config: RunConfig, step: int, *, lr: float) -> Update:
         max_grad_norm=optimizer.max_grad_norm,
         bias_correction=True,
     )
-
-
-def step_or_split(run: Run, micro: list[Batch], update: Update) -> Pending[StepStats]:
-    """Do one update; where memory runs out, do the same update in smaller pieces, from then on."""
-    while True:
-        try:
-            return run.trainer.step(micro, update)
-        except OutOfMemory:
-            micro = halve(micro)
-            run.layout = replace(run.layout, micro_tokens=max(run.layout.micro_tokens // 2, 1))
-            tell(
-                run.callbacks,
-                "on_note",
-                f"out of memory: micro-batches of at most {run.layout.micro_tokens} tokens from here on",
-            )
 
 
 def interrupted(number: int, run: Run) -> Interrupted:

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, replace
 from typing import Any
 
 from shared.callbacks import tell
-from shared.checkpoint import Checkpoint, save, step_dirs
+from shared.checkpoint import Checkpoint, save
 from shared.errors import DivergedError, StorageError
 from shared.evaluate import evaluate_examples
+from shared.recovery import judge, read, roll_back
 from shared.run import Run
 from shared.tensors import is_finite
-
-MAX_SKIPPED = 3
 
 
 def drain(run: Run) -> None:
     """Read the results that are still pending; raises DivergedError after three skipped updates in a row."""
-    for step, pending in run.pending:
-        run.last = pending.result()
-        run.state.skipped_in_a_row = run.state.skipped_in_a_row + 1 if run.last.skipped else 0
-        if run.last.skipped:
-            run.state.skipped += 1
-            rows = ", ".join(run.train[row].source for row in run.plan.rows(step)[:4])
-            tell(
-                run.callbacks,
-                "on_note",
-                f"update {step} skipped: its loss or gradient is not finite (rows {rows}, ...)",
-            )
-        if run.state.skipped_in_a_row >= MAX_SKIPPED:
-            raise DivergedError(
-                f"training diverged: updates {step - MAX_SKIPPED + 1} to {step} had no finite loss or gradient",
-                fix=way_out(run),
-            )
-    run.pending.clear()
-
-
-def way_out(run: Run) -> str:
-    """Return what to do about a run that diverged; names the last checkpoint where there is one."""
-    lower = f"lower optimizer.lr (now {run.config.optimizer.lr:g})"
-    return f"{lower}; the last checkpoint is good" if step_dirs(run.folder / "checkpoints") else lower
+    while run.pending:
+        step, pending = run.pending[0]
+        run.last = read(pending)
+        run.pending.pop(0)
+        judge(run, step=step, stats=run.last)
 
 
 def log(run: Run) -> None:
@@ -49,17 +31,17 @@ def log(run: Run) -> None:
     state, now = run.state, time.perf_counter()
     elapsed, run.row_began = now - run.row_began, now
     state.time_s += elapsed
+    numbers = {"loss": run.last.loss, "lr": run.lr, "grad_norm": run.last.grad_norm}
     row = {
         "step": state.step,
-        "loss": run.last.loss,
-        "lr": run.lr,
-        "grad_norm": run.last.grad_norm,
+        **{name: number for name, number in numbers.items() if math.isfinite(number)},  # JSON has no NaN
         "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens,
         "padding_share": 1 - state.tokens / state.positions,
         "tokens_per_s": state.tokens / elapsed,
         "peak_memory_bytes": run.trainer.memory().peak,
         "time_s": state.time_s,
+        "skipped_updates": state.skipped,
     }
     state.tokens = state.supervised_tokens = state.positions = 0
     write(run, row)
@@ -102,17 +84,15 @@ def stopped_early(run: Run) -> bool:
 def checkpoint(run: Run) -> None:
     """Save everything a resume needs; refuses to commit values that are not finite."""
     drain(run)
-    adapter = dict(run.model.tensors("adapter"))
-    broken = [name for name, tensor in adapter.items() if not is_finite(tensor)]
+    adapter, optimizer = dict(run.model.tensors("adapter")), dict(run.trainer.state())
+    broken = [name for name, tensor in (adapter | optimizer).items() if not is_finite(tensor)]
     if broken:
-        raise DivergedError(
-            f'training diverged: "{broken[0]}" is no longer finite after update {run.state.step}',
-            fix=way_out(run),
-        )
+        what = f'training diverged: "{broken[0]}" is no longer finite after update {run.state.step}'
+        raise DivergedError(what, fix=roll_back(run, run.state.step - 1))
     run.metrics.flush(durable=True)  # no checkpoint is ahead of its metrics, not even after a power cut
     time_s = run.state.time_s + time.perf_counter() - run.row_began
     state = {"loop": asdict(replace(run.state, time_s=time_s)), "identity": run.identity, "maker": run.maker}
-    found = Checkpoint(run.state.step, adapter, dict(run.trainer.state()), state)
+    found = Checkpoint(run.state.step, adapter, optimizer, state)
     save(run.folder / "checkpoints", found, keep=run.config.checkpoint.keep)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shared import faults
 from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
 from shared.types import Batch, Memory, MomentFormat, StepStats, Tensor, Update
 from torch_backend.memory import read_memory
@@ -51,6 +52,7 @@ class TorchTrainer:
 
     def accumulate(self, batch: Batch, update: Update) -> torch.Tensor:
         """Add one micro-batch's summed gradient to the flat one; return its summed loss."""
+        faults.hit("micro.begin")
         model = self.model
         targets_N, weights_N = model.put(batch.targets_N, torch.long), model.put(batch.weights_N, torch.float32)
         model.dropout.begin(seed=update.seed, step=update.step, places=batch.places(), device=model.device)

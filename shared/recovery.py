@@ -1,0 +1,106 @@
+"""What a run does about trouble: memory that runs out, numbers that are not finite, weights that went bad."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+from shared import faults
+from shared.callbacks import tell
+from shared.checkpoint import drop_after, step_dirs, step_of
+from shared.data.cut import halve
+from shared.errors import DivergedError, OutOfMemory, is_out_of_memory
+from shared.evaluate import evaluate_examples
+from shared.protocols import Pending
+from shared.run import Run
+from shared.types import Batch, StepStats, Update
+
+MAX_SKIPPED = 3  # updates in a row without finite numbers, then the weights themselves are in doubt
+MAX_NAMED = 5  # rows in one message
+
+
+class LateOutOfMemory(OutOfMemory):
+    """Memory ran out behind the point where an update can be taken back: go on from the last checkpoint."""
+
+
+def step_or_split(run: Run, micro: list[Batch], update: Update) -> Pending[StepStats]:
+    """Do one update; where memory runs out, do the same update in smaller pieces, from then on."""
+    if faults.hit("update.numbers"):
+        micro = [replace(batch, weights_N=batch.weights_N * math.nan) for batch in micro]
+    while True:
+        try:
+            return run.trainer.step(micro, update)
+        except OutOfMemory:
+            micro = halve(micro)
+            run.layout = replace(run.layout, micro_tokens=max(run.layout.micro_tokens // 2, 1))
+            smaller = f"micro-batches of at most {run.layout.micro_tokens} tokens from here on"
+            tell(run.callbacks, "on_note", f"out of memory: {smaller}")
+        except (RuntimeError, MemoryError) as error:
+            raise_late(error)
+
+
+def read(pending: Pending[StepStats]) -> StepStats:
+    """Return a pending result; raises LateOutOfMemory where a lazy framework only now finds no memory."""
+    try:
+        faults.hit("update.result")
+        return pending.result()
+    except (RuntimeError, MemoryError) as error:
+        raise_late(error)
+
+
+def raise_late(error: Exception) -> NoReturn:
+    """Raise LateOutOfMemory for an error that says so, any other as it is."""
+    if is_out_of_memory(error):
+        raise LateOutOfMemory(f"out of memory: {str(error)[:200]}") from None
+    raise error
+
+
+def judge(run: Run, *, step: int, stats: StepStats) -> None:
+    """Count and report an update that was skipped; raises DivergedError after three in a row."""
+    state = run.state
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if stats.skipped else 0
+    if not stats.skipped:
+        return
+    state.skipped += 1
+    rows = [run.train[row].source for row in run.plan.rows(step)]
+    tell(run.callbacks, "on_note", f"update {step} skipped: loss or gradient not finite ({name_some(rows)})")
+    if state.skipped_in_a_row >= MAX_SKIPPED:
+        steps = range(step - MAX_SKIPPED + 1, step + 1)
+        what = f"training diverged: updates {steps[0]} to {step} had no finite loss or gradient; {suspects(run, steps)}"
+        raise DivergedError(what, fix=roll_back(run, steps[0] - 2))
+
+
+def name_some(rows: Sequence[str]) -> str:
+    """Return names of rows, the first few of many.
+
+    >>> name_some(["a:1", "a:2"]), name_some([f"a:{n}" for n in range(1, 9)])
+    ('a:1, a:2', 'a:1, a:2, a:3, a:4, a:5 and 3 more')
+    """
+    more = f" and {len(rows) - MAX_NAMED} more" if len(rows) > MAX_NAMED else ""
+    return ", ".join(rows[:MAX_NAMED]) + more
+
+
+def suspects(run: Run, steps: Sequence[int]) -> str:
+    """Return what is to blame for updates without finite numbers: rows that are not finite alone, or the weights."""
+    rows = [run.train[row] for row in dict.fromkeys(int(row) for step in steps for row in run.plan.rows(step))]
+    bad = [row.source for row in rows if not math.isfinite(evaluate_examples(run.model, [row], run.layout).loss)]
+    if len(bad) == len(rows):
+        return "every row of theirs does that, so the weights are to blame"
+    return f"suspects: {name_some(bad)}" if bad else "the loss of each row alone is finite"
+
+
+def roll_back(run: Run, step: int) -> str:
+    """Put the run folder back to the last good checkpoint, at most `step`; return what to do next.
+
+    A checkpoint is good when the update behind it had a finite loss: that loss was computed with its weights.
+    """
+    root = run.folder / "checkpoints"
+    drop_after(root, step)
+    left = [step_of(folder) for folder in step_dirs(root)]
+    run.metrics.truncate(max(left, default=0))
+    lower = f"lower optimizer.lr (now {run.config.optimizer.lr:g})"
+    if not left:
+        return f"{lower} and start anew; no checkpoint was good"
+    return f"{lower} with --allow-change optimizer.lr, to go on from update {left[0]}, the last good checkpoint"

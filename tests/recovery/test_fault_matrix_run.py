@@ -1,0 +1,239 @@
+"""Rows of the fault matrix that strike a run itself: signals, numbers, memory, aborts, changed settings, clocks.
+
+Each test is named after its row. Faults are real: signals to this or to a child process, memory limits, and numbers
+that become NaN inside an update (MLXLORA_FAULT). The oracle is the uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shared import checkpoint, faults, record
+from shared.callbacks import Metrics
+from shared.config import RunConfig
+from shared.config_file import build_config
+from shared.errors import CheckpointError, ConfigError, DivergedError
+from shared.loop import fit
+from shared.registry import find_backend
+from shared.run_folder import Identity, differences, flat_settings, hash_files
+from shared.tensors import load_file, save_file
+from shared.train import build_run, make_identity, prepare, train
+
+BACKENDS = ["mlx", "torch"]
+COMPARED = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "eval_loss")
+
+
+class Heard:
+    """A callback that keeps the notes of a run."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def on_note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def about(self, words: str) -> list[str]:
+        return [note for note in self.notes if words in note]
+
+
+@pytest.fixture(scope="module")
+def make_config(tiny_model_folder, tmp_path_factory) -> Callable[..., RunConfig]:
+    """Return a factory of configs of one small run: 20 rows in 10 updates of 4, micro-batches, checkpoints."""
+    data = tmp_path_factory.mktemp("rows")
+    texts = ["hello world " * int(n) for n in np.random.default_rng(1).integers(1, 9, 20)]
+    (data / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def make(output: Path, *overrides: str, backend: str = "torch") -> RunConfig:
+        values = {
+            "model": str(tiny_model_folder()), "data": {"path": str(data), "cache": False}, "backend": backend,
+            "train": {"updates": 10, "batch_size": 4, "micro_tokens": 64, "dtype": "float32"},
+            "adapter": {"rank": 2, "dropout": 0.1, "targets": ["q_proj"]}, "optimizer": {"lr": 3e-3},
+            "checkpoint": {"every": 3}, "evaluation": {"every": None}, "log": {"every": 1}, "output": str(output),
+        }  # fmt: skip
+        return build_config(values, overrides=list(overrides))
+
+    return make
+
+
+@pytest.fixture
+def fault(monkeypatch) -> Callable[[str], None]:
+    """Return a setter of MLXLORA_FAULT that counts afresh."""
+
+    def ask(wanted: str) -> None:
+        faults.passed.clear()
+        monkeypatch.setenv("MLXLORA_FAULT", wanted)
+
+    monkeypatch.delenv("MLXLORA_FAULT", raising=False)
+    return ask
+
+
+@pytest.fixture(scope="module")
+def whole(make_config, tmp_path_factory) -> dict[str, Path]:
+    """Return the folders of the uninterrupted runs."""
+    folders = {backend: tmp_path_factory.mktemp(f"whole-{backend}") for backend in BACKENDS}
+    for backend, folder in folders.items():
+        train(make_config(folder, backend=backend))
+    return folders
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [{key: row[key] for key in COMPARED if key in row} for row in Metrics(folder / "metrics.jsonl").read()]
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def steps_of(folder: Path) -> list[int]:
+    return sorted(checkpoint.step_of(found) for found in checkpoint.step_dirs(folder / "checkpoints"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_26_one_update_without_finite_numbers_is_skipped_counted_and_named(make_config, tmp_path, fault, backend):
+    heard: Any = Heard()
+    fault("update.numbers:5:nan")
+    result = train(make_config(tmp_path, backend=backend), callbacks=[heard])
+    assert result.updates == 10
+    assert result.skipped_updates == 1
+    assert len(heard.about("update 5 skipped")) == 1
+    assert "train.jsonl:" in heard.about("skipped")[0]
+    rows = Metrics(tmp_path / "metrics.jsonl").read()
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["skipped_updates"] for row in rows] == [0] * 4 + [1] * 6
+    assert "loss" not in rows[4]
+    assert all(row["loss"] > 0 for row in rows if row["step"] != 5)
+
+
+def test_row_26_a_skipped_update_survives_kill_and_resume_bit_for_bit(make_config, tmp_path, fault):
+    for name, wanted in (("a", "update.numbers:2:nan"), ("b", "update.numbers:2:nan,update.numbers:6:ENOSPC")):
+        fault(wanted)
+        if name == "b":
+            with pytest.raises(OSError, match="No space"):
+                train(make_config(tmp_path / name))
+            fault("")
+        train(make_config(tmp_path / name))
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+    assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_27_three_in_a_row_roll_back_and_stop_with_exit_code_5(make_config, tmp_path, fault, whole, backend):
+    fault("update.numbers:8+:nan")  # update 6 is saved, and proven good by update 7
+    with pytest.raises(DivergedError, match=r"updates 8 to 10 had no finite loss.*each row alone is finite") as caught:
+        train(make_config(tmp_path, "checkpoint.every=1", "checkpoint.keep=9", backend=backend))
+    assert caught.value.exit_code == 5
+    assert "--allow-change optimizer.lr" in str(caught.value)
+    assert "from update 6, the last good checkpoint" in str(caught.value)
+    assert steps_of(tmp_path)[-1] == 6  # 7 is saved too, but nothing says that its weights are good
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, 7))
+    fault("")
+    train(make_config(tmp_path, "checkpoint.every=1", backend=backend))
+    assert weights_of(tmp_path) == weights_of(whole[backend])
+
+
+def test_row_27_rows_that_are_not_finite_alone_are_named(make_config, tmp_path):
+    rows = [{"text": "hello zzz" if n % 2 else "hello world"} for n in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = make_run(make_config(tmp_path / "run", f"data.path={tmp_path}"))
+    z = set(run.train[1].tokens.tolist()) - set(run.train[0].tokens.tolist())
+    run.model.zoo.get_input_embeddings().weight.data[list(z)] = np.nan  # a base with one ruined token
+    with pytest.raises(DivergedError, match="suspects: ") as caught:
+        fit(run)
+    named = set(re.findall(r"train.jsonl:(\d+)", str(caught.value)))
+    assert named <= {"2", "4", "6", "8"}
+    assert named
+
+
+def test_row_27_ruined_weights_are_to_blame_and_leave_no_checkpoint(make_config, tmp_path):
+    with pytest.raises(DivergedError, match="every row of theirs does that, so the weights are to blame"):
+        train(make_config(tmp_path, "optimizer.lr=1e30", "adapter.targets=all-linear"))
+    assert steps_of(tmp_path) == []
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("part", ["adapter", "moments"])
+def test_row_29_values_that_are_not_finite_are_never_committed(make_config, tmp_path, part):
+    run = make_run(make_config(tmp_path / "run"))
+    run.state.step = 1
+    record.checkpoint(run)
+    run.state.step = 2
+    if part == "adapter":
+        next(iter(run.model.parameters.values())).data.fill_(np.nan)
+    else:
+        run.trainer.optimizer.moments["v"].fill_(np.inf)
+    with pytest.raises(DivergedError, match="no longer finite after update 2"):
+        record.checkpoint(run)
+    assert steps_of(tmp_path / "run") == [1]
+
+
+def make_run(config: RunConfig) -> Any:
+    """Return a run at its start, as `train` makes it."""
+    prepared = prepare(config)
+    config.output_dir.mkdir(exist_ok=True)
+    return build_run(
+        prepared, find_backend(config.backend), None, folder=config.output_dir, callbacks=[],
+        identity=lambda: make_identity(prepared, hash_files(prepared.base.files)),
+    )  # fmt: skip
+
+
+def test_row_24_changed_settings_rows_or_base_are_refused_with_the_difference(make_config, whole, tmp_path):
+    """And each goes on where --allow-change names it; a change of backend needs no permission."""
+    shutil.copytree(whole["torch"], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000010")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train.jsonl").write_text("".join('{"text": "hello hello"}\n' for _ in range(20)))
+    base = shutil.copytree(make_config(tmp_path).model, tmp_path / "base")
+    values = load_file(base / "model.safetensors")
+    embedding = "model.embed_tokens.weight"
+    values[embedding] = replace(values[embedding], data=values[embedding].data * np.float32(1.5))
+    save_file(base / "model.safetensors", values.items())
+    changes = {
+        "optimizer.lr": ("optimizer.lr=1e-3", "optimizer.lr: 0.003 -> 0.001"),
+        "data": (f"data.path={other}", "data: the training rows"),
+        "base": (f"model={base}", "base: the base's files"),
+    }
+    every = [override for override, _ in changes.values()]
+    with pytest.raises(CheckpointError) as caught:
+        train(make_config(tmp_path / "run", *every))
+    assert caught.value.exit_code == 3
+    for key, (override, difference) in changes.items():
+        assert difference in str(caught.value)
+        with pytest.raises(CheckpointError, match=f"fix: --allow-change {key} goes on"):
+            train(make_config(tmp_path / "run", override))
+    heard: Any = Heard()
+    train(make_config(tmp_path / "run", *every, backend="mlx"), allow_change=list(changes), callbacks=[heard])
+    assert heard.about("changed since update 9: optimizer.lr: ")
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, 11))
+    assert rows_of(tmp_path / "run")[:9] == rows_of(whole["torch"])[:9]
+    assert rows_of(tmp_path / "run")[9]["lr"] != rows_of(whole["torch"])[9]["lr"]
+
+
+def test_row_24_a_finished_run_goes_on_with_more_updates(make_config, whole, tmp_path):
+    shutil.copytree(whole["torch"], tmp_path / "run")
+    result = train(make_config(tmp_path / "run", "train.updates=12"), allow_change=["train.updates"])
+    assert result.updates == 12
+    assert not result.already_complete
+    with pytest.raises(ConfigError, match=r'did you mean "optimizer\.lr"'):
+        train(make_config(tmp_path / "run"), allow_change=["optimizer.lrr"])
+
+
+def test_row_24_a_key_that_an_older_version_did_not_know_counts_as_its_default(make_config, whole, tmp_path):
+    found, _ = checkpoint.newest(whole["torch"] / "checkpoints")
+    assert found is not None
+    identity = found.state["identity"]
+    own = Identity(flat_settings(make_config(tmp_path)), identity["data"], identity["base"])
+    del identity["settings"]["optimizer.weight_decay"]
+    assert differences(found, own) == {}
+    assert "optimizer.weight_decay" in differences(
+        found, replace(own, settings={**own.settings, "optimizer.weight_decay": 0.1})
+    )
