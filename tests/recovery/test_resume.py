@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,5 @@ def return_to_before_the_end(folder: Path) -> None:
     found, _ = checkpoint.newest(folder / "checkpoints")
     assert found is not None
     loop = {**found.state["loop"], "finished": False, "positions": 5, "tokens": 5}
-    state = {"loop": loop, "identity": found.state["identity"]}
-    before = checkpoint.Checkpoint(found.step, found.adapter, found.optimizer, state)
+    before = replace(found, state={**found.state, "loop": loop})
     checkpoint.save(folder / "checkpoints", before, keep=2)
