@@ -264,7 +264,7 @@ def test_words_that_yaml_takes_for_switches_do_not_become_text(load):
     ("text", "message"),
     [
         ("train: &x {seed: 1}\nadapter: *x", "run.yaml:3: not valid YAML: anchors"),
-        ("train: {seed: *nowhere}", "run.yaml:3: not valid YAML: aliases"),
+        ("train: {seed: *nowhere}", "run.yaml:3: not valid YAML: anchors"),
         ("train: {seed: 1}\ntrain: {seed: 2}", 'run.yaml:4: key "train" stands twice'),
         ("train:\n  seed: 1\n  seed: 2", 'run.yaml:5: key "seed" stands twice'),
         ("train: {seed: 1\n", "run.yaml:4: not valid YAML"),
