@@ -61,7 +61,8 @@ class Metrics:
             if durable:
                 sync(self.path)
         except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror}", fix="free some space") from None
+            what = f"cannot write {self.path}: {error.strerror}; it takes {len(data):,} bytes more"
+            raise StorageError(what, fix="free some space") from None
         self.waiting.clear()
 
     def read(self) -> list[dict[str, Any]]:
