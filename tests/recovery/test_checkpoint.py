@@ -64,7 +64,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def test_fault_08_everything_is_on_the_disk_before_it_counts(tmp_path):
+def test_row_08_everything_is_on_the_disk_before_it_counts(tmp_path):
     """The system calls of one save, in order; without strace, the fault points that stand between them."""
     code = "import sys; from pathlib import Path; from shared import checkpoint, faults\n"
     code += "from tests.recovery.test_checkpoint import make\n"
@@ -88,7 +88,7 @@ def test_fault_08_everything_is_on_the_disk_before_it_counts(tmp_path):
     ]  # fmt: skip
 
 
-def test_faults_02_to_05_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+def test_rows_02_to_05_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path):
     """Between tensors and marker, before and behind the rename, and while an older one goes away."""
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), *BEFORE, *BEHIND], cwd=ROOT, text=True, capture_output=True
@@ -104,7 +104,7 @@ def test_faults_02_to_05_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST_FILE, MARKER])
-def test_fault_21_every_flipped_byte_is_noticed_and_the_one_before_is_used(root, name):
+def test_row_21_every_flipped_byte_is_noticed_and_the_one_before_is_used(root, name):
     file = root / "step-000002" / name
     data = file.read_bytes()
     for at in range(len(data)):
@@ -120,7 +120,7 @@ def test_fault_21_every_flipped_byte_is_noticed_and_the_one_before_is_used(root,
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST_FILE, MARKER])
-def test_faults_20_and_22_a_truncated_or_missing_file_is_noticed_and_the_one_before_is_used(root, name):
+def test_rows_20_and_22_a_truncated_or_missing_file_is_noticed_and_the_one_before_is_used(root, name):
     file = root / "step-000002" / name
     data = file.read_bytes()
     for length in [*range(len(data)), None, -1]:
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_never_trained_on(finished, tmp_path):
     assert [row["step"] for row in Metrics(folder / "metrics.jsonl").read()] == [1, 2, 3, 4]
 
 
-def test_fault_23_only_damaged_checkpoints_stop_the_run_with_a_list_and_change_nothing(finished, tmp_path):
+def test_row_23_only_damaged_checkpoints_stop_the_run_with_a_list_and_change_nothing(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     (folder / "checkpoints/step-000004/COMMITTED").unlink()
@@ -199,7 +199,7 @@ def test_checkpoints_that_were_removed_behind_a_result_do_not_cost_the_result(fi
 
 
 @pytest.mark.parametrize("version", range(1, FORMAT + 1))
-def test_fault_25_a_golden_checkpoint_of_every_format_goes_on_to_the_same_end(finished, tmp_path, version):
+def test_row_25_a_golden_checkpoint_of_every_format_goes_on_to_the_same_end(finished, tmp_path, version):
     """A format without a golden checkpoint fails here: tests/recovery/golden/make.py writes one."""
     folder = tmp_path / "run"
     golden = HERE / f"format-{version}/step-000002"
@@ -218,7 +218,7 @@ def test_fault_25_a_golden_checkpoint_of_every_format_goes_on_to_the_same_end(fi
 
 
 @pytest.mark.parametrize("version", [0, FORMAT + 1, "1", None, 1.5])
-def test_fault_25_a_format_of_the_future_is_refused_by_its_number(root, version):
+def test_row_25_a_format_of_the_future_is_refused_by_its_number(root, version):
     folder = root / "step-000002"
     state = {**json.loads((folder / "state.json").read_text()), "format": version}
     (folder / "state.json").write_text(json.dumps(state))

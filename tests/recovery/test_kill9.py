@@ -15,7 +15,7 @@ KILLS = 25
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
-def test_faults_01_to_06_every_killed_run_ends_bit_identical(backend, tmp_path):
+def test_rows_01_to_06_every_killed_run_ends_bit_identical(backend, tmp_path):
     output = tmp_path / "kills.json"
     words = ["--backend", backend, "--kills", str(KILLS), "--seed", "1", "--output", str(output)]
     done = subprocess.run(

@@ -125,7 +125,7 @@ class Filler:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "files"])
-def test_faults_15_and_19_a_full_disk_costs_neither_checkpoint_nor_rows(whole, disk, kind):
+def test_rows_15_and_19_a_full_disk_costs_neither_checkpoint_nor_rows(whole, disk, kind):
     """Full of bytes or of files from update 8 to 25: three saves fail, the metrics wait, the end is what it is."""
     run, filler = disk.folder / "run", Filler(disk, kind, first=8, last=25)
     train(build_config(settings(run, updates=UPDATES)), callbacks=[filler])
@@ -141,7 +141,7 @@ def test_faults_15_and_19_a_full_disk_costs_neither_checkpoint_nor_rows(whole, d
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_fault_15_a_disk_that_stays_full_ends_with_7_and_the_same_command_ends_the_run(whole, disk):
+def test_row_15_a_disk_that_stays_full_ends_with_7_and_the_same_command_ends_the_run(whole, disk):
     run = disk.folder / "run"
     config = build_config(settings(run, updates=UPDATES))
     with pytest.raises(StorageError, match=r"No space left|File too large") as caught:
@@ -158,10 +158,10 @@ def test_fault_15_a_disk_that_stays_full_ends_with_7_and_the_same_command_ends_t
 
 
 @pytest.mark.parametrize("point", ["checkpoint.before_sync", "checkpoint.trashed", "metrics.write"])
-def test_fault_18_a_disk_that_fails_is_told_and_tried_again(whole, tmp_path, monkeypatch, point):
+def test_row_18_a_disk_that_fails_is_told_and_tried_again(whole, tmp_path, monkeypatch, point):
     """EIO from a fault point: no file system here fails when asked to."""
     faults.passed.clear()
-    monkeypatch.setenv(faults.VARIABLE, f"{point}:2:EIO,{point}:3:EIO")
+    monkeypatch.setenv("MLXLORA_FAULT", f"{point}:2:EIO,{point}:3:EIO")
     notes = Notes()
     train(build_config(settings(tmp_path / "run", updates=UPDATES)), callbacks=[notes])
     told = [text for text in notes.texts if "Input/output error" in text]
@@ -186,7 +186,7 @@ def broken_pipe() -> int:
     return writer
 
 
-def test_fault_16_a_log_on_a_full_disk_does_not_stop_the_run(whole, tmp_path):
+def test_row_16_a_log_on_a_full_disk_does_not_stop_the_run(whole, tmp_path):
     full = Path("/dev/full")  # Linux; elsewhere a reader that has gone
     descriptor = os.open(full, os.O_WRONLY) if full.exists() else broken_pipe()
     with suppress(OSError), open(descriptor, "w") as stream:
@@ -194,7 +194,7 @@ def test_fault_16_a_log_on_a_full_disk_does_not_stop_the_run(whole, tmp_path):
     assert weights(tmp_path / "run") == weights(whole)
 
 
-def test_fault_17_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path):
+def test_row_17_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path):
     broken, folder = tmp_path / "base", tmp_path / "read-only"
     shutil.copytree(base(), broken)
     config = (broken / "config.json").read_text()
@@ -217,7 +217,7 @@ def test_fault_17_a_folder_that_cannot_be_written_is_refused_before_the_model_is
     assert caught.value.exit_code == 7
 
 
-def test_fault_33_the_second_writer_is_refused_by_the_name_of_the_first(whole, tmp_path):
+def test_row_33_the_second_writer_is_refused_by_the_name_of_the_first(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     with locked(tmp_path / "run", note=print), pytest.raises(ConfigError) as caught:
         train(build_config(settings(tmp_path / "run", updates=UPDATES)))
@@ -227,7 +227,7 @@ def test_fault_33_the_second_writer_is_refused_by_the_name_of_the_first(whole, t
     assert (tmp_path / "run" / FILE).read_text() == ""
 
 
-def test_fault_34_a_lock_that_a_dead_process_left_is_taken_over(whole, tmp_path):
+def test_row_34_a_lock_that_a_dead_process_left_is_taken_over(whole, tmp_path):
     """Whatever it names: a process that never was, this one's own number, or bytes that are no text."""
     shutil.copytree(whole, tmp_path / "run")
     for left in (b"process 999999 on elsewhere", f"process {os.getpid()} on {platform.node()}".encode(), b"\xff\x00"):
@@ -238,7 +238,7 @@ def test_fault_34_a_lock_that_a_dead_process_left_is_taken_over(whole, tmp_path)
 
 
 def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv(faults.VARIABLE, "lock:1:ENOLCK")
+    monkeypatch.setenv("MLXLORA_FAULT", "lock:1:ENOLCK")
     faults.passed.clear()
     with pytest.raises(StorageError, match=os.strerror(errno.ENOLCK)), locked(tmp_path, note=print):
         pass
@@ -255,7 +255,7 @@ class Editor:
             self.file.write_text(self.file.read_text().replace("three", "seven"))
 
 
-def test_fault_38_an_edited_dataset_does_not_get_into_a_run_and_is_refused_behind_it(whole, tmp_path):
+def test_row_38_an_edited_dataset_does_not_get_into_a_run_and_is_refused_behind_it(whole, tmp_path):
     values = settings(tmp_path / "run", updates=UPDATES)
     data = tmp_path / "train.jsonl"
     shutil.copy(values["data"]["path"], data)
@@ -270,7 +270,7 @@ def test_fault_38_an_edited_dataset_does_not_get_into_a_run_and_is_refused_behin
 
 
 @pytest.mark.parametrize("name", ["with blanks", "ünï-文字-🙂", "quo'te\"s;$(x)", "n" * 255, "-dash", "new\nline"])
-def test_fault_42_a_run_folder_may_have_any_name(whole, tmp_path, name):
+def test_row_42_a_run_folder_may_have_any_name(whole, tmp_path, name):
     real = tmp_path / "real"
     real.mkdir()
     (tmp_path / "link").symlink_to(real)
