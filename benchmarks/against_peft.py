@@ -143,7 +143,7 @@ def peft_sum(model, examples: list[Example]):
     import torch
 
     batch = make_batch(examples, range(len(examples)))
-    lengths = torch.from_numpy(batch.lengths_B).long()
+    lengths = torch.from_numpy(batch.lengths_S).long()
     mask = torch.arange(batch.tokens_BT.shape[1])[None] < lengths[:, None]
     logits = model(input_ids=torch.from_numpy(batch.tokens_BT).long(), attention_mask=mask.long()).logits
     picked = logits.flatten(0, 1)[torch.from_numpy(batch.positions_N).long()]

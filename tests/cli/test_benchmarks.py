@@ -106,3 +106,14 @@ def test_bad_inputs_are_answered_as_promised_and_mlx_lm_stands_beside(tmp_path):
     assert (row["exit_code"], row["fault"], row["lines"]) == (2, "", 2)
     assert row["mlx_lm"]["kind"] == "accepted"
     assert "| config: rank 0 | 2 | 2 |" in out
+
+
+@pytest.mark.slow  # PEFT, transformers and both backends: 20 s
+def test_against_peft_ends_where_peft_does(stored_model, tmp_path):
+    file = tmp_path / "against.json"
+    model = stored_model("TinyStories-656K")
+    rows = model.parent.parent / "data/wikisql"
+    script("against_peft.py", "--model", model, "--data", rows, "--updates", 3, "--own-starts", 0, "--output", file)
+    found = json.loads(file.read_text())
+    assert abs(found["ours_minus_peft"]) < 1e-4
+    assert found["curve_gap"] < 1e-5
