@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.hub import split_revision
+
 if TYPE_CHECKING:
     from shared.run import Run
 
 NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 CARD = """---
-base_model: {model}
+base_model: {base}
 library_name: peft
 pipeline_tag: text-generation
 tags: [mlxlora, {tag}]
@@ -48,6 +50,7 @@ model, tokenizer = load("{model}", adapter_path="adapter")
 def write_card(folder: Path, run: Run, *, kind: str, train_rows: int) -> None:
     """Write README.md with the settings and the last losses of a run."""
     config, rows = run.config, run.metrics.read()
+    base, _ = split_revision(config.model)
     losses = [row["loss"] for row in rows if "loss" in row]
     evals = [row["eval_loss"] for row in rows if "eval_loss" in row]
     facts = {
@@ -63,6 +66,7 @@ def write_card(folder: Path, run: Run, *, kind: str, train_rows: int) -> None:
         facts = {key: value for key, value in facts.items() if key not in ("rank, alpha, dropout", "modules")}
     text = CARD.format(
         model=config.model,
+        base=base,
         tag=run.spec.kind if kind == "adapter" else "full-fine-tuning",
         title=run.folder.name,
         what=f"{NAMES[run.spec.kind]} adapter" if kind == "adapter" else "Full fine-tuning",
@@ -70,6 +74,6 @@ def write_card(folder: Path, run: Run, *, kind: str, train_rows: int) -> None:
         updates=run.state.step,
         table="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         flag="--adapter adapter " if kind == "adapter" else "",
-        snippets=SNIPPETS.format(model=config.model) if kind == "adapter" else "",
+        snippets=SNIPPETS.format(model=base) if kind == "adapter" else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from shared.errors import CapabilityError, ModelError, did_you_mean
+from shared.hub import download, is_hub_id
 from shared.quant.folders import find_places
 from shared.quant.place import Place
 from shared.quant.sound import find_fault
@@ -27,7 +28,7 @@ WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_va
 MAX_WIDTH = 100_000_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npz")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")  # of a model on the hub
 # Buffers that old checkpoints carry and every current implementation computes.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|rope\.freqs)$")
 
@@ -126,21 +127,9 @@ def check_floats(folder: ModelFolder) -> None:
 
 def find_folder(model: str) -> Path:
     """Return the local folder of a path or a hub id; downloads safetensors, JSON and tokenizer files only."""
-    path = Path(model).expanduser()
-    if path.exists() or not HUB_ID.fullmatch(model) or model.startswith("."):
-        return path
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"])
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f'"{model}" does not exist here, and the hub did not give it: {reason}',
-            code="E300",
-            fix="check the name and the network; for a private model set HF_TOKEN",
-        ) from None
-    return Path(found)
+    if not is_hub_id(model):
+        return Path(model).expanduser()
+    return download(model, kind="model", patterns=FILES, error=ModelError, code="E300")
 
 
 def read_json(path: Path) -> dict[str, Any]:

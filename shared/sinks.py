@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shared.errors import CapabilityError, ConfigError
+from shared.hub import is_offline
 
 INSTALL = {  # name in log.to, which also is the package -> what to install
     "tensorboard": "pip install tensorboard",
@@ -118,11 +119,6 @@ def check_sinks(names: Sequence[str]) -> None:
             "log.to: MLFLOW_TRACKING_URI is an address in the network, and the run is offline",
             fix="leave mlflow out, or set MLFLOW_TRACKING_URI=sqlite:///mlflow.db",
         )
-
-
-def is_offline() -> bool:
-    """Return whether nothing may reach for the network."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def is_sent(folder: Path, name: str) -> bool:

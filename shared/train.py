@@ -30,6 +30,7 @@ from shared.errors import ModelError, StorageError
 from shared.estimate.report import decide_run
 from shared.export import write_model
 from shared.folder import ModelFolder, find_folder, open_folder
+from shared.hub import pinned
 from shared.lock import locked
 from shared.loop import fit
 from shared.protocols import Backend, Model
@@ -180,7 +181,7 @@ def prepare(config: RunConfig) -> Prepared:
     train_rows, valid = (make_examples(some, tokenizer, config.data) for some in (rows, valid_rows))
     check_vocabulary(base, [*train_rows, *valid])
     return Prepared(
-        config=config,
+        config=pin(config, model=base.path, data=data),
         base=base,
         tokenizer=tokenizer,
         train=train_rows,
@@ -190,6 +191,12 @@ def prepare(config: RunConfig) -> Prepared:
         data_files=hash_files([*files, *valid_files]).result(),
         leaks=sum(content_hash([row]) in seen for row in valid_rows),
     )
+
+
+def pin(config: RunConfig, *, model: Path, data: Path) -> RunConfig:
+    """Return the config with the commits of what came from the hub: org/name@commit."""
+    source = config.data.model_copy(update={"path": pinned(config.data.path, data)})
+    return config.model_copy(update={"model": pinned(config.model, model), "data": source})
 
 
 def make_examples(rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> list[Example]:

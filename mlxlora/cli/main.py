@@ -6,7 +6,9 @@ import json
 import os
 import sys
 import traceback
+from typing import Annotated, Any
 
+import typer
 from typer.exceptions import TyperException
 from typer.main import get_command
 
@@ -43,7 +45,7 @@ def run(arguments: list[str]) -> int:
     as_json, debug = "--json" in arguments, "--debug" in arguments
     arguments = arguments or ["--help"]
     try:
-        code = get_command(app).main(arguments, prog_name="mlxlora", standalone_mode=False)
+        code = commands().main(arguments, prog_name="mlxlora", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
@@ -58,6 +60,34 @@ def run(arguments: list[str]) -> int:
         return fail("stopped", 130, as_json, "E800")
     except Exception as error:
         return answer(error, debug=debug, as_json=as_json)
+
+
+def commands() -> Any:
+    """Return the tree of commands, each of which takes --offline."""
+    tree: Any = get_command(app)
+    source = typer.Typer(add_completion=False)
+    source.command()(offline_option)
+    for command in tree.commands.values():
+        command.params.extend(param for param in get_command(source).params if param.name == "offline")
+    return tree
+
+
+def go_offline(given: bool) -> None:
+    """Forbid the network to every library, before any of them is loaded."""
+    if given:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline", callback=go_offline, expose_value=False, help="No network: what the hub has must be here already."
+    ),
+]
+
+
+def offline_option(offline: Offline = False) -> None:
+    """Carry the option that every command has."""
 
 
 def answer(error: Exception, *, debug: bool, as_json: bool) -> int:

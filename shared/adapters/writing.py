@@ -19,6 +19,7 @@ from shared.adapters.names import MLX_FILE, PEFT_FILE, mlx_name, peft_name, turn
 from shared.adapters.schema import CONFIG_FILE
 from shared.adapters.spec import LAYER, layer_of, leaves_of, natural, short_name
 from shared.durable import write_json
+from shared.hub import split_revision
 from shared.tensors import from_float32, save_file, to_float32
 from shared.types import AdapterSpec, ModelInfo, Tensor
 
@@ -61,10 +62,12 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 def to_peft(spec: AdapterSpec, tensors: Mapping[str, Tensor], facts: Facts, *, base: str | None) -> Layout:
     """Return an adapter as PEFT keeps it; base: what its config calls the model."""
     targets, layers = peft_targets(spec.modules, facts)
+    name, revision = split_revision(base) if base else (None, None)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        **({"revision": revision} if revision else {}),
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,

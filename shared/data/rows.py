@@ -12,7 +12,7 @@ from typing import Any, Literal
 from shared.data.dialects import translate
 from shared.data.formats import READERS, read_values
 from shared.errors import DataError, did_you_mean
-from shared.folder import HUB_ID
+from shared.hub import download, is_hub_id
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Kind = Literal["text", "prompt", "messages"]
@@ -31,22 +31,15 @@ class Row:
 
 
 def find_data(path_or_id: str) -> Path:
-    """Return the local file or folder of a path or a hub data set of JSONL files."""
+    """Return the local file or folder of a path or a hub data set."""
+    if is_hub_id(path_or_id):
+        return download(
+            path_or_id, kind="dataset", patterns=[f"*{suffix}" for suffix in READERS], error=DataError, code="E210"
+        )
     path = Path(path_or_id).expanduser()
-    if path.exists():
-        return path
-    if not HUB_ID.fullmatch(path_or_id) or path_or_id.startswith("."):
+    if not path.exists():
         raise DataError(f"no data at {path}", expected="a folder with train.jsonl, or a file")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path_or_id, repo_type="dataset", allow_patterns=["*.jsonl"]))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f'"{path_or_id}" does not exist here, and the hub did not give it: {reason}',
-            fix="check the name and the network",
-        ) from None
+    return path
 
 
 def split_files(path: Path, split: str) -> list[Path]:

@@ -295,7 +295,7 @@ def test_a_local_path_is_taken_as_it_is(tmp_path):
 
 
 def test_a_hub_id_that_cannot_be_reached_is_one_clear_error():
-    with pytest.raises(ModelError, match=r"(?s)does not exist here, and the hub did not give it.*fix: check the name"):
+    with pytest.raises(ModelError, match=r"(?s)is not downloaded, and the run is offline.*fix: download it"):
         find_folder("no-such-org/no-such-model")
 
 

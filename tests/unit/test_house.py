@@ -35,6 +35,7 @@ FIRST = {
     "tensors",
     "folder",
     "families",
+    "hub",
     "strict",
     "sampling",
     "threads",

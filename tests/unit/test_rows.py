@@ -176,7 +176,7 @@ def test_a_copy_of_a_split_under_another_name_is_not_read(tmp_path, write_jsonl)
 def test_a_path_that_is_absent_is_not_looked_up_on_the_hub():
     with pytest.raises(DataError, match=r"no data at"):
         find_data("./absent/rows")
-    with pytest.raises(DataError, match=r"the hub did not give it"):
+    with pytest.raises(DataError, match=r"is not downloaded"):
         find_data("no-such-org/no-such-set")
 
 
