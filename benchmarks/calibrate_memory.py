@@ -32,7 +32,7 @@ from shared.estimate import memory as model
 from shared.estimate.costs import NOTHING, Costs, Rows
 from shared.folder import open_folder
 from shared.registry import find_backend
-from shared.types import AdapterSpec, Example, Update
+from shared.types import AdapterSpec, Example, Method, Update
 
 KINDS = [field.name for field in fields(Rows)]
 CHANGES: list[dict[str, Any]] = [
@@ -202,7 +202,7 @@ def run(case: Case, folder: Path, *, load_only: bool) -> None:
     base.attach(spec)
     if spec.kind == "lora":
         base.load_tensors("adapter", initial_adapter(spec, base.info.linears, seed=0))
-    trainer = find_backend(case.backend).trainer(base, objective="sft", state="float32")
+    trainer = find_backend(case.backend).trainer(base, objective="sft", optimizer=Method("adamw"))
     random = np.random.default_rng(0)
     examples = [
         Example(
@@ -214,7 +214,7 @@ def run(case: Case, folder: Path, *, load_only: bool) -> None:
     layout = choose_layout(base.info, packing="auto", micro_tokens=case.micro_tokens)
     for step in (1, 2):
         micro = micro_batches(examples, layout)
-        update = Update(step, 0, 1e-4, 0.9, 0.999, 1e-8, 0.0, 1.0, bias_correction=True)
+        update = Update(step, 0, 1e-4, 0.9, 0.999, 1e-8, 0.0, 1.0, True, momentum=0.9, nesterov=False)
         trainer.step(micro, update).result()
 
 

@@ -33,6 +33,7 @@ from shared.data.layout import Layout, choose_layout
 from shared.loop import build_update
 from shared.measuring.measure import load, recipe
 from shared.measuring.synthetic import Shape, make_rows, write_llama
+from shared.optimizers import method_of
 from shared.protocols import Trainer
 from shared.registry import find_backend
 from shared.train import load_trainable, prepare
@@ -131,7 +132,7 @@ def real_subject(arguments: argparse.Namespace) -> Subject:
     model, spec = load_trainable(prepared, backend)
     if spec.kind == "lora":
         model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=config.train.seed))
-    trainer = backend.trainer(model, objective="sft", state=config.optimizer.state)
+    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer))
     micro = None if config.train.micro_tokens == "auto" else config.train.micro_tokens
     layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=micro)
     return Subject(model, trainer, prepared.train, config, layout)

@@ -12,12 +12,12 @@ from mlx.utils import tree_map
 from mlxlora.memory import read_memory
 from mlxlora.model import MLXModel, flatten
 from mlxlora.objectives import OBJECTIVES
-from mlxlora.optim import AdamW
+from mlxlora.optim import Optimizer
 from mlxlora.state import from_mlx, to_mlx
 from shared import faults
 from shared.adapters.spec import layer_of
 from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
-from shared.types import Batch, Memory, MomentFormat, StepStats, Tensor, Update
+from shared.types import Batch, Memory, Method, StepStats, Tensor, Update
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class PendingStats:
 class MLXTrainer:
     """One model, one objective, one optimizer."""
 
-    def __init__(self, model: MLXModel, *, objective: str, state: MomentFormat) -> None:
+    def __init__(self, model: MLXModel, *, objective: str, optimizer: Method) -> None:
         self.model, self.objective = model, OBJECTIVES[objective]
-        self.optimizer = AdamW(model.parameters, state=state)
+        self.optimizer = Optimizer(model.parameters, method=optimizer)
         self.loss_and_grad = value_and_grad(model.zoo, self.loss)
 
     def step(self, micro: Sequence[Batch], update: Update) -> PendingStats:

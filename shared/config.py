@@ -40,6 +40,13 @@ def no_zero_byte(value: str) -> str:
     return value
 
 
+def is_import_path(value: str) -> str:
+    """Refuse what is no "package.module:NAME"."""
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", value):
+        raise ValueError("your own as package.module:NAME")
+    return value
+
+
 Count = Annotated[int, Field(ge=1, strict=True)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(not_a_switch)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(not_a_switch)]
@@ -122,14 +129,40 @@ class AdapterConfig(Section):
         return value
 
 
+USUAL: dict[str, dict[str, Any]] = {  # defaults of optimizers that have their own
+    "lion": {"betas": (0.9, 0.99)},
+    "adadelta": {"lr": 1.0, "betas": (0.9, 0.9), "eps": 1e-6},
+    "muon": {"momentum": 0.95, "nesterov": True},
+}
+
+
 class OptimizerConfig(Section):
-    name: Literal["adamw"] = "adamw"
+    name: Annotated[
+        Literal["adamw", "adam", "sgd", "adafactor", "lion", "adadelta", "muon"]
+        | Annotated[str, AfterValidator(is_import_path)],
+        Field(description="or a shared.optimizers.Rule of your own, as package.module:NAME"),
+    ] = "adamw"
     lr: Annotated[Positive, Field(description="peak learning rate")] = 1e-4
-    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: Annotated[NotNegative, Field(description="decoupled, on tensors of two or more dimensions")] = 0.0
+    betas: Annotated[
+        tuple[ShareBelowOne, ShareBelowOne], Field(description="lion: 0.9 and 0.99; adadelta's rho is the second, 0.9")
+    ] = (0.9, 0.999)
+    eps: Annotated[Positive, Field(description="adadelta: 1e-6; adafactor and lion have none")] = 1e-8
+    weight_decay: Annotated[
+        NotNegative,
+        Field(description="on tensors of two or more dimensions; decoupled, for adam, sgd, adadelta in the gradient"),
+    ] = 0.0
+    momentum: Annotated[ShareBelowOne, Field(description="of sgd, and of muon: 0.95")] = 0.9
+    nesterov: Annotated[bool, Field(strict=True, description="of sgd, and of muon: true")] = False
+    lora_plus_ratio: Annotated[Positive, Field(description="LoRA+: rate of LoRA's B to that of A")] = 1.0
     max_grad_norm: Positive | None = 1.0
     state: Annotated[MomentFormat, Field(description="8bit keeps the moments in a quarter of the memory")] = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, values: Any) -> Any:
+        """Fill in the defaults of the optimizer that is named."""
+        name = values.get("name") if isinstance(values, dict) else None
+        return {**USUAL[name], **values} if isinstance(name, str) and name in USUAL else values
 
 
 class ScheduleConfig(Section):

@@ -86,6 +86,8 @@ def build_update(config: RunConfig, step: int, *, lr: float) -> Update:
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
         bias_correction=True,
+        momentum=optimizer.momentum,
+        nesterov=optimizer.nesterov,
     )
 
 

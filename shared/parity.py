@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,12 +13,13 @@ from shared.data.batch import Plan, update_batches
 from shared.data.layout import choose_layout
 from shared.folder import end_tokens
 from shared.loop import build_update
+from shared.optimizers import method_of
 from shared.protocols import Backend, Model, Trainer
 from shared.registry import BACKENDS, check_installed, find_backend
 from shared.schedules import build_schedule
 from shared.tensors import to_float32
 from shared.train import Prepared, load_trainable, prepare
-from shared.types import Sampling, Tensor
+from shared.types import Batch, Method, Sampling, Tensor, Update
 
 # The contract's bounds for float32 on a CPU; tests/tolerances.py keeps the measurement behind each.
 BOUNDS = {"first loss": 1e-6, "gradients": 2e-5, "loss curve": 1e-4, "final adapter": 1e-3}
@@ -99,24 +100,25 @@ def trace(backend: Backend, prepared: Prepared, *, updates: int) -> Trace:
     model, spec = load_trainable(prepared, backend, dtype="float32")
     if spec.kind != "none":
         model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
-    trainer = backend.trainer(model, objective="sft", state="float32")
+    method = replace(method_of(config.optimizer), state="float32")
     plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
     total = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
     schedule = build_schedule(config.schedule, lr=config.optimizer.lr, updates=total)
     micro = None if config.train.micro_tokens == "auto" else config.train.micro_tokens
     layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=micro)
-    losses, first = [], {}
+    batches, update = update_batches(prepared.train, plan, 1, layout), build_update(config, 1, lr=0.0)
+    first = first_gradient(backend.trainer(model, objective="sft", optimizer=Method("sgd")), batches, update)
+    trainer, losses = backend.trainer(model, objective="sft", optimizer=method), []
     for step in range(1, updates + 1):
         batches = update_batches(prepared.train, plan, step, layout)
         losses.append(trainer.step(batches, build_update(config, step, lr=schedule(step))).result().loss)
-        first = first or first_gradient(trainer, beta1=config.optimizer.betas[0])
     return Trace(tuple(losses), first, as_arrays(dict(model.tensors("adapter"))), greedy_texts(model, prepared))
 
 
-def first_gradient(trainer: Trainer, *, beta1: float) -> dict[str, np.ndarray]:
-    """Return the (clipped) gradient of update 1, which AdamW's first moment holds as (1 - beta1) * g."""
-    moments = {name[2:]: tensor for name, tensor in trainer.state() if name.startswith("m.")}
-    return {name: array / (1 - beta1) for name, array in as_arrays(moments).items()}
+def first_gradient(trainer: Trainer, batches: list[Batch], update: Update) -> dict[str, np.ndarray]:
+    """Return the (clipped) gradient, which is SGD's momentum behind its first update; at rate 0 nothing moves."""
+    trainer.step(batches, replace(update, weight_decay=0.0)).result()
+    return as_arrays({name.removeprefix("m."): tensor for name, tensor in trainer.state()})
 
 
 def as_arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:

@@ -19,8 +19,8 @@ from shared.types import (
     Batch,
     Capability,
     Memory,
+    Method,
     ModelInfo,
-    MomentFormat,
     Packed,
     Part,
     Recompute,
@@ -80,10 +80,10 @@ class Trainer(Protocol):
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the optimizer's tensors: `m.<name>`, `v.<name>`, and `master.<name>` where kept.
+        """Yield the optimizer's tensors: what its rule keeps, as `m.<name>`, and `master.<name>` where kept.
 
-        With moments in 8 bits `m.<name>` and `v.<name>` are codes (U8), `m_absmax.<name>` and `v_absmax.<name>` the
-        scales of their blocks (F32), as in shared/quant/blockwise.py.
+        In 8 bits `m.<name>` and `v.<name>` are codes (U8), `m_absmax.<name>` and `v_absmax.<name>` the scales of their
+        blocks (F32), as in shared/quant/blockwise.py.
         """
         ...
 
@@ -135,7 +135,7 @@ class Backend(Protocol):
         """
         ...
 
-    def trainer(self, model: Model, *, objective: str, state: MomentFormat) -> Trainer: ...
+    def trainer(self, model: Model, *, objective: str, optimizer: Method) -> Trainer: ...
 
     def decode(self, packed: Packed) -> Tensor:
         """Return the weight a packed array stands for, as this backend's kernels see it."""

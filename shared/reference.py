@@ -209,7 +209,7 @@ def adamw(param: np.ndarray, grad: np.ndarray, m: np.ndarray, v: np.ndarray, upd
     algorithm 2; bias correction of Kingma and Ba 2015, algorithm 1.
 
     >>> update = Update(step=1, seed=0, lr=0.1, beta1=0.9, beta2=0.99, eps=0.0, weight_decay=0.5,
-    ...                 max_grad_norm=None, bias_correction=True)
+    ...                 max_grad_norm=None, bias_correction=True, momentum=0.0, nesterov=False)
     >>> one, zero = np.ones((1, 1)), np.zeros((1, 1))
     >>> moved = adamw(one, one, zero, zero, update)
     >>> round(moved.param.item(), 6), round(moved.m.item(), 6), round(moved.v.item(), 6)

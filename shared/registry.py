@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared.errors import CapabilityError, ConfigError, did_you_mean
 from shared.types import TERNARY_RULES
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shared.protocols import Backend, Quantizer
     from shared.types import Scheme
 
+T = TypeVar("T")
 BACKENDS = {"mlx": "mlxlora.backend:create", "torch": "torch_backend.backend:create"}
 QUANTIZERS = {  # Scheme.codec: the format, and "+solver" where the config names one
     "affine": "shared.quant.affine:AffineQuantizer",
@@ -39,6 +40,20 @@ def resolve(table: dict[str, str], name: str, what: str) -> Any:
         raise ConfigError(f'unknown {what} "{name}"', fix=did_you_mean(name, table))
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def import_own(name: str, kind: type[T], *, key: str) -> T:
+    """Return what a user's "package.module:NAME" stands for; raises ConfigError where it is no `kind`."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f'{key}: no "{name}": {error}', fix="put its folder on PYTHONPATH, or correct it") from None
+    if not isinstance(found, kind):
+        raise ConfigError(
+            f'{key}: "{name}" is a {type(found).__name__}', expected=f"a {kind.__module__}.{kind.__name__}"
+        )
+    return found
 
 
 def find_quantizer(scheme: Scheme) -> Quantizer:

@@ -33,6 +33,7 @@ from shared.folder import ModelFolder, find_folder, open_folder
 from shared.hub import pinned
 from shared.lock import locked
 from shared.loop import fit
+from shared.optimizers import method_of
 from shared.protocols import Backend, Model
 from shared.registry import check_installed, find_backend
 from shared.report import write_report
@@ -251,7 +252,7 @@ def build_run(
         model.load_tensors("adapter", found.adapter)
     elif spec.kind != "none":
         model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
-    trainer = backend.trainer(model, objective="sft", state=config.optimizer.state)
+    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer))
     if found is not None:
         trainer.load_state(found.optimizer)
     state = LoopState(**found.state["loop"]) if found else LoopState()

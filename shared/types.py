@@ -14,7 +14,7 @@ import numpy as np
 
 Part = Literal["base", "adapter"]
 BackendName = Literal["mlx", "torch"]
-MomentFormat = Literal["float32", "8bit"]  # how AdamW's two moments are kept between updates
+MomentFormat = Literal["float32", "8bit"]  # how an optimizer's moments are kept between updates
 Recompute = bool | Literal["offload"]  # true: layers keep their input only; offload: in host memory
 
 
@@ -84,9 +84,20 @@ class Update:
     beta1: float
     beta2: float
     eps: float
-    weight_decay: float  # decoupled; on tensors of two or more dimensions only
+    weight_decay: float  # on tensors of two or more dimensions only
     max_grad_norm: float | None
     bias_correction: bool
+    momentum: float
+    nesterov: bool
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which optimizer: what decides what is kept between updates. `name` is a rule's in shared/optimizers.py."""
+
+    name: str
+    state: MomentFormat = "float32"
+    lora_plus_ratio: float = 1.0  # rate of LoRA's B to that of all others
 
 
 @dataclass(frozen=True)

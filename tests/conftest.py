@@ -187,7 +187,9 @@ def stored_model() -> Callable[[str], Path]:
 def make_update() -> Callable[..., Update]:
     """Return a factory of updates: AdamW's usual numbers, any of them replaced by name."""
     usual = {"step": 1, "seed": 0, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-    return lambda **changes: Update(**{**usual, "max_grad_norm": 1.0, "bias_correction": True, **changes})
+    return lambda **changes: Update(
+        **{**usual, "max_grad_norm": 1.0, "bias_correction": True, "momentum": 0.9, "nesterov": False, **changes}
+    )
 
 
 @pytest.fixture(scope="session")

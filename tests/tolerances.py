@@ -26,6 +26,13 @@ LOSS_LAYER = 2e-6  # measured: 1.4e-6 (MLX, soft-cap 10: its float32 tanh and ex
 # Ten AdamW updates on the same gradients, |one - other| / |movement|, MLX against PyTorch.
 OPTIMIZER = 1e-5  # measured: 1.0e-6
 
+# Ten updates of every other optimizer against its formula in float64, |one - other| / |other|, and / |movement|.
+TRAJECTORY = 1e-6  # measured: 2.2e-7 (Lion)
+MOVEMENT = 1e-4  # measured: 5.3e-5 (Lion at rate 1e-3, whose movement is small), 9.3e-6 for the rest
+
+# Ten updates of Muon's formula against torch.optim.Muon, which iterates in bfloat16, |one - other| / |movement|.
+BFLOAT16_MUON = 0.02  # measured: 5.1e-3
+
 # The same with moments in 8 bits: MLX, PyTorch, and the float64 reference with the codec.
 OPTIMIZER_8BIT = 1e-3  # measured: 2.9e-4 where one code in 7,000 differs, 4.4e-6 where none does
 

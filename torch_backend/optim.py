@@ -1,6 +1,7 @@
-"""AdamW on one flat float32 vector: a handful of operations per update, whatever the number of tensors.
+"""Optimizers on one flat float32 vector: a handful of operations per update, whatever the number of tensors.
 
-Source: Loshchilov and Hutter 2019 (AdamW), algorithm 2, with Adam's bias correction (Kingma and Ba 2015).
+The formulae are those of shared/optimizers.py; here are clipping, the skip, how moments are kept, and torch's own fused
+kernels where it has one of the same meaning.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from shared.quant.blockwise import BLOCK, num_blocks
-from shared.types import MomentFormat, Update
+from shared.optimizers import Group, make_groups
+from shared.quant.blockwise import BLOCK
+from shared.types import Method, MomentFormat, Update
 from torch_backend.blockwise import decode, encode
 
-PIECE = 2**12 * BLOCK  # values decoded at a time: 4 MiB for each moment
+Tensors = dict[str, torch.Tensor]
+PIECE = 2**12 * BLOCK  # values that are updated at a time where there is no kernel: 4 MiB for each moment
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,21 @@ class Scales:
     step: torch.Tensor  # of the bias correction; infinity for none
 
 
-class AdamW:
-    """Moments and float32 values of all trained tensors, laid end to end, matrices first.
+class Optimizer:
+    """What is kept, and the float32 values, of all trained tensors, laid end to end, group by group.
 
-    Each tensor begins at a multiple of 256, so that no block of 8-bit moments spans two; what lies between is zero.
     float32 parameters become views of the flat vector; others are copied from it after each update.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], *, state: MomentFormat) -> None:
-        self.parameters = dict(sorted(parameters.items(), key=lambda item: item[1].ndim < 2))
-        self.sizes = [num_blocks(parameter.numel()) * BLOCK for parameter in self.parameters.values()]
-        decayed = [parameter.ndim >= 2 for parameter in self.parameters.values()]
-        self.num_decayed = sum(size for size, yes in zip(self.sizes, decayed, strict=True) if yes)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, method: Method) -> None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.groups = make_groups(shapes, method, limit=math.inf)
+        self.parameters = {name: parameters[name] for group in self.groups for name in group.shapes}
+        self.sizes = [span.stop - span.start for group in self.groups for span in group.spans.values()]
         device, total = next(iter(self.parameters.values())).device, sum(self.sizes)
         self.value, self.grad = (torch.zeros(total, device=device) for _ in range(2))
-        self.moments = make_moments(total, state=state, device=device)
-        self.in_8bit = state == "8bit"
+        self.moments = [make_moments(group, state=method.state, device=device) for group in self.groups]
+        self.in_8bit = method.state == "8bit"
         self.pull()
         for parameter, view in zip(self.parameters.values(), self.views(self.value), strict=True):
             if parameter.dtype == torch.float32:
@@ -72,39 +74,25 @@ class AdamW:
             clip = torch.clamp(update.max_grad_norm / (norm + 1e-6), max=1.0)
         step = float(update.step) if update.bias_correction else math.inf
         scales = Scales(divisor=weight / clip, skip=(~ok).float(), step=torch.full_like(norm, step))
-        if self.in_8bit:
-            self.step_8bit(update, scales)
-        else:
-            m, v = self.moments["m"], self.moments["v"]
-            for span, decay in self.spans(len(self.value)):
-                adamw(self.value[span], self.grad[span], m[span], v[span], update, scales, decay=decay)
+        values, grads = (flat.split([group.size for group in self.groups]) for flat in (self.value, self.grad))
+        parts = list(zip(self.groups, values, grads, self.moments, strict=True))
+        news = [
+            None if self.is_fused(group) else step_apart(group, value, grad, held, group.numbers(update), scales)
+            for group, value, grad, held in parts
+        ]
+        for number, (group, value, grad, held) in enumerate(parts):  # from here on no memory is asked for
+            if (new := news[number]) is None:
+                FUSED[group.name](value, grad, held, group.numbers(update), scales)
+            else:
+                value.copy_(grad)
+                self.moments[number] = new
         self.grad.zero_()
         self.push()
         return norm, ok
 
-    def step_8bit(self, update: Update, scales: Scales) -> None:
-        """Update piece by piece; next values wait in the gradient, next codes beside the old, until all have memory."""
-        news = {name: torch.empty_like(flat) for name, flat in self.moments.items()}
-        for span, decay in self.spans(PIECE):
-            blocks = slice(span.start // BLOCK, span.stop // BLOCK)
-            places = {name: blocks if name.endswith("absmax") else span for name in news}
-            olds = {name: flat[places[name]] for name, flat in self.moments.items()}
-            m, v = (decode(olds[k], olds[f"{k}_absmax"], signed=k == "m") for k in "mv")
-            value = self.value[span].clone()
-            adamw(value, self.grad[span], m, v, update, scales, decay=decay)
-            self.grad[span] = value
-            for key, moment in (("m", m), ("v", v)):
-                pair = zip((key, f"{key}_absmax"), encode(moment, signed=key == "m"), strict=True)
-                for name, new in pair:
-                    news[name][places[name]] = torch.where(scales.skip > 0, olds[name], new)
-        self.value.copy_(self.grad)
-        self.moments = news
-
-    def spans(self, longest: int) -> Iterator[tuple[slice, bool]]:
-        """Yield pieces of the flat vector of at most `longest` values, and whether weight decay applies to them."""
-        for start, stop, decay in ((0, self.num_decayed, True), (self.num_decayed, len(self.value), False)):
-            for at in range(start, stop, longest):
-                yield slice(at, min(at + longest, stop)), decay
+    def is_fused(self, group: Group) -> bool:
+        """Return whether one kernel updates a group where it stands."""
+        return group.name in FUSED and not self.in_8bit
 
     def push(self) -> None:
         """Write the values into the parameters that are not views."""
@@ -113,32 +101,119 @@ class AdamW:
                 parameter.data.copy_(view)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield `m.<name>`, `v.<name>`, and `master.<name>` for parameters below float32; in 8 bits also scales."""
-        for prefix, flat in {**self.moments, "master": self.value}.items():
-            in_blocks = prefix.endswith("absmax")
-            views = flat.split([size // BLOCK for size in self.sizes]) if in_blocks else self.views(flat)
-            for (name, parameter), view in zip(self.parameters.items(), views, strict=True):
-                if prefix != "master" or parameter.dtype != torch.float32:
-                    yield f"{prefix}.{name}", view
+        """Yield `m.<name>` and the like, and `master.<name>` for parameters below float32; in 8 bits also scales."""
+        for group, held in zip(self.groups, self.moments, strict=True):
+            for prefix, array in held.items():
+                if prefix.endswith("absmax"):
+                    pieces = {name: array[blocks_of(span)] for name, span in group.spans.items()}
+                else:
+                    pieces = split(group, array)
+                yield from ((f"{prefix}.{name}", piece) for name, piece in pieces.items())
+        for (name, parameter), view in zip(self.parameters.items(), self.views(self.value), strict=True):
+            if parameter.dtype != torch.float32:
+                yield f"master.{name}", view
 
 
-def make_moments(size: int, *, state: MomentFormat, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return zero moments of a flat vector: m and v, or their codes with m_absmax and v_absmax."""
-    if state == "float32":
-        return {name: torch.zeros(size, device=device) for name in ("m", "v")}
-    moments = {}
-    for name in ("m", "v"):
-        moments[name], moments[f"{name}_absmax"] = encode(torch.zeros(size, device=device), signed=name == "m")
-    return moments
+def split(group: Group, joined: torch.Tensor) -> Tensors:
+    """Return the pieces of a vector in the tensors' shapes, or those of a stack."""
+    if group.rule.whole:
+        return {name: joined[place] for place, name in enumerate(group.shapes)}
+    places = zip(group.shapes.items(), group.spans.values(), strict=True)
+    return {name: joined[span][: math.prod(shape)].view(shape) for (name, shape), span in places}
 
 
-def adamw(
-    p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, update: Update, scales: Scales, *, decay: bool
-) -> None:
+def blocks_of(span: slice) -> slice:
+    """Return the blocks of a span of values."""
+    return slice(span.start // BLOCK, span.stop // BLOCK)
+
+
+def make_moments(group: Group, *, state: MomentFormat, device: torch.device) -> Tensors:
+    """Return zero moments of a group: m and the like, or their codes with m_absmax and the like."""
+    zeros = {name: torch.zeros(shape, device=device) for name, shape in group.keeps.items()}
+    return zeros if state == "float32" else coded(zeros)
+
+
+def coded(moments: Tensors) -> Tensors:
+    """Return the codes of float32 moments, and their scales."""
+    codes = {}
+    for name, flat in moments.items():
+        codes[name], codes[f"{name}_absmax"] = encode(flat, signed=name == "m")
+    return codes
+
+
+def unpack(held: Tensors) -> Tensors:
+    """Return a group's moments in float32."""
+    return {
+        name: decode(array, held[f"{name}_absmax"], signed=name == "m") if f"{name}_absmax" in held else array
+        for name, array in held.items()
+        if not name.endswith("absmax")
+    }
+
+
+def step_apart(
+    group: Group, value: torch.Tensor, grad: torch.Tensor, held: Tensors, numbers: Update, scales: Scales
+) -> Tensors:
+    """Update piece by piece: next values wait in the gradient, what is kept next, which is returned, beside the old."""
+    news = {name: torch.empty_like(array) for name, array in held.items()}
+    for span in pieces_of(group):
+        places = {name: blocks_of(span) if name.endswith("absmax") else span for name in held}
+        olds = {name: array if group.rule.whole else array[places[name]] for name, array in held.items()}
+        old, slope = (stacked(group, flat[span]) for flat in (value, grad))
+        new, kept = next_values(group, old, slope, unpack(olds), numbers, scales)
+        slope.copy_(new)
+        for name, array in (kept if kept.keys() == held.keys() else coded(kept)).items():
+            place = ... if group.rule.whole else places[name]
+            news[name][place] = torch.where(scales.skip > 0, olds[name], array)
+    return news
+
+
+def pieces_of(group: Group) -> Iterator[slice]:
+    """Yield the spans of a group that are updated at a time: whole tensors together, others by PIECE."""
+    length = group.size if group.rule.whole else PIECE
+    for start in range(0, group.size, length):
+        yield slice(start, min(start + length, group.size))
+
+
+def stacked(group: Group, flat: torch.Tensor) -> torch.Tensor:
+    """Return a view of the flat vector as its rule sees it."""
+    if not group.rule.whole:
+        return flat
+    return flat.view(len(group.shapes), -1)[:, : math.prod(group.stack[1:])].view(group.stack)
+
+
+def next_values(
+    group: Group, value: torch.Tensor, grad: torch.Tensor, kept: Tensors, numbers: Update, scales: Scales
+) -> tuple[torch.Tensor, Tensors]:
+    """Return the next values and what is kept next, by torch's kernel where there is one; values stay where skipped."""
+    if group.name in FUSED:
+        value = value.clone()
+        FUSED[group.name](value, grad, kept, numbers, scales)
+        return value, kept
+    new, kept = group.rule.step(value, grad / scales.divisor, kept, numbers)
+    return torch.where(scales.skip > 0, value, new), kept
+
+
+def fused_adamw(p: torch.Tensor, g: torch.Tensor, kept: Tensors, n: Update, scales: Scales) -> None:
     """Update values and moments in place, in one pass without further memory: torch.optim.AdamW's fused kernel."""
-    torch.ops.aten._fused_adamw_.default(
-        [p], [g], [m], [v], [], [scales.step], amsgrad=False, maximize=False,
+    fused_adam(p, g, kept, n, scales, kernel=torch.ops.aten._fused_adamw_.default)
+
+
+def fused_adam(p: torch.Tensor, g: torch.Tensor, kept: Tensors, n: Update, scales: Scales, *, kernel=None) -> None:
+    """Do the same by torch.optim.Adam's."""
+    (kernel or torch.ops.aten._fused_adam_.default)(
+        [p], [g], [kept["m"]], [kept["v"]], [], [scales.step], amsgrad=False, maximize=False,
         grad_scale=scales.divisor, found_inf=scales.skip,
-        lr=update.lr, beta1=update.beta1, beta2=update.beta2, eps=update.eps,
-        weight_decay=update.weight_decay if decay else 0.0,
+        lr=n.lr, beta1=n.beta1, beta2=n.beta2, eps=n.eps, weight_decay=n.weight_decay,
     )  # fmt: skip
+
+
+def fused_sgd(p: torch.Tensor, g: torch.Tensor, kept: Tensors, n: Update, scales: Scales) -> None:
+    """Do the same by torch.optim.SGD's."""
+    torch.ops.aten._fused_sgd_.default(
+        [p], [g], list(kept.values()), weight_decay=n.weight_decay, momentum=n.momentum if kept else 0.0, lr=n.lr,
+        dampening=0.0, nesterov=n.nesterov, maximize=False, is_first_step=False,
+        grad_scale=scales.divisor, found_inf=scales.skip,
+    )  # fmt: skip
+
+
+FUSED = {"adamw": fused_adamw, "adam": fused_adam, "sgd": fused_sgd, "plain_sgd": fused_sgd}

@@ -9,11 +9,11 @@ import torch
 
 from shared import faults
 from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
-from shared.types import Batch, Memory, MomentFormat, StepStats, Tensor, Update
+from shared.types import Batch, Memory, Method, StepStats, Tensor, Update
 from torch_backend.memory import read_memory
 from torch_backend.model import TorchModel
 from torch_backend.objectives import OBJECTIVES
-from torch_backend.optim import AdamW
+from torch_backend.optim import Optimizer
 from torch_backend.state import from_torch, to_torch
 
 
@@ -33,9 +33,9 @@ class PendingStats:
 class TorchTrainer:
     """One model, one objective, one optimizer."""
 
-    def __init__(self, model: TorchModel, *, objective: str, state: MomentFormat) -> None:
+    def __init__(self, model: TorchModel, *, objective: str, optimizer: Method) -> None:
         self.model, self.objective = model, OBJECTIVES[objective]
-        self.optimizer = AdamW(model.parameters, state=state)
+        self.optimizer = Optimizer(model.parameters, method=optimizer)
 
     def step(self, micro: Sequence[Batch], update: Update) -> PendingStats:
         """Do exactly one update; on OutOfMemory nothing has changed."""

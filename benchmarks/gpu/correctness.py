@@ -27,13 +27,13 @@ from shared.data.layout import choose_layout
 from shared.families import HeadFacts
 from shared.registry import find_backend, find_quantizer
 from shared.tensors import from_float32, to_float32
-from shared.types import FIXED, AdapterSpec, Batch, Example, Recompute, Sampling, Scheme, Tensor, Update
+from shared.types import FIXED, AdapterSpec, Batch, Example, Method, Recompute, Sampling, Scheme, Tensor, Update
 from torch_backend import objectives
 from torch_backend.adapters import Dropout, LoRALinear
 from torch_backend.decoders import find_decoder
 from torch_backend.model import TorchModel
 from torch_backend.offload import offload_layers
-from torch_backend.optim import AdamW
+from torch_backend.optim import Optimizer
 from torch_backend.state import from_torch, to_torch
 from torch_backend.trainer import TorchTrainer
 
@@ -101,14 +101,14 @@ def lab(
             values = seeds.uniform(seed=1, name=name, shape=tensor.shape, bound=0.02)
             tensors[name] = Tensor("F32", values)
     model.load_tensors("adapter", tensors)
-    return Lab(model, TorchTrainer(model, objective="sft", state="float32"))
+    return Lab(model, TorchTrainer(model, objective="sft", optimizer=Method("adamw")))
 
 
 def update(step: int, **changes: Any) -> Update:
     """Return AdamW's usual numbers."""
     usual: dict[str, Any] = {
         "seed": 0, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0,
-        "bias_correction": True,
+        "bias_correction": True, "momentum": 0.9, "nesterov": False,
     }  # fmt: skip
     return Update(step=step, **{**usual, **changes})
 
@@ -219,7 +219,7 @@ def check_adamw(device: str, random: np.random.Generator) -> Checks:
     """Compare an AdamW update with float64."""
     start, slope = random.standard_normal((30, 20)), random.standard_normal((30, 20))
     parameter = nn.Parameter(torch.tensor(start, dtype=torch.float32, device=device))
-    own = AdamW({"p": parameter}, state="float32")
+    own = Optimizer({"p": parameter}, method=Method("adamw"))
     own.views(own.grad)[0].copy_(torch.tensor(slope))
     numbers = update(1, max_grad_norm=None)
     own.step(numbers, loss=torch.zeros((), device=device), weight=1.0)

@@ -27,7 +27,7 @@ from shared.data.layout import choose_layout
 from shared.families import HeadFacts
 from shared.folder import ModelFolder
 from shared.measuring.synthetic import make_rows
-from shared.types import AdapterSpec, Batch, Example, Packed, Recompute, Scheme, Tensor, Update
+from shared.types import AdapterSpec, Batch, Example, Method, Packed, Recompute, Scheme, Tensor, Update
 from torch_backend import attention
 from torch_backend.model import TorchModel, describe, set_recompute
 from torch_backend.objectives import Head
@@ -204,7 +204,7 @@ class Ours:
         set_recompute(layers, recompute, device=self.model.device)
         self.model.load_tensors("adapter", self.start)
         self.trainer = None
-        self.trainer = trainer = TorchTrainer(self.model, objective="sft", state="float32")
+        self.trainer = trainer = TorchTrainer(self.model, objective="sft", optimizer=Method("adamw"))
         tokens = sum(len(row.tokens) for row in rows)
         micro = micro_batches(rows, choose_layout(self.model.info, packing="auto", micro_tokens=tokens))
         found = timed(lambda n: trainer.step(micro, numbers(n)), lambda pending: pending.result().loss, self.device)
@@ -300,7 +300,7 @@ def numbers(step: int) -> Update:
     """Return the numbers of an update, those of PEFT's optimizer."""
     return Update(
         step=step, seed=0, lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0,
-        bias_correction=True,
+        bias_correction=True, momentum=0.9, nesterov=False,
     )  # fmt: skip
 
 

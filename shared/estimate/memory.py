@@ -23,6 +23,7 @@ from shared.config import RunConfig, parse_scheme
 from shared.estimate.costs import Costs, Rows, find_costs, is_measured
 from shared.families import GATED
 from shared.folder import COMPUTED, ModelFolder
+from shared.optimizers import method_of, num_bytes
 from shared.registry import find_quantizer
 from shared.types import AdapterSpec, ModelInfo, Recompute, Scheme
 
@@ -184,7 +185,8 @@ def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
 def standing_bytes(config: RunConfig, shape: Shape, spec: AdapterSpec, costs: Costs) -> dict[str, float]:
     """Return the bytes of what lives from the first update to the last."""
     trained, full = num_trained(shape, spec), spec.kind == "none"
-    moments = 2 * STATE_BYTES[getattr(config.optimizer, "state", "float32")] * trained
+    method = method_of(config.optimizer)
+    moments = num_bytes(trained_shapes(shape, spec), method) * STATE_BYTES[method.state] / WORD
     master = WORD * trained if full and config.train.dtype != "float32" else 0
     return {
         "weights": weight_bytes(shape, dtype=config.train.dtype, scheme=load_scheme(config, shape)),
@@ -273,11 +275,22 @@ def dropped_inputs(shape: Shape, spec: AdapterSpec) -> int:
 
 def num_trained(shape: Shape, spec: AdapterSpec) -> int:
     """Return the number of trained parameters."""
+    return sum(math.prod(sizes) for sizes in trained_shapes(shape, spec).values())
+
+
+def trained_shapes(shape: Shape, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the trained tensors; what is no linear layer or embedding counts as a vector."""
+    known, shapes = shape.info.adaptable, {}
     if spec.kind == "none":
-        return sum(elements for elements, _ in shape.floats.values())
-    shapes = shape.info.adaptable
-    magnitudes = sum(shapes[name][0] for name in spec.modules) if spec.kind == "dora" else 0
-    return magnitudes + sum(spec.rank_of(name) * sum(shapes[name]) for name in spec.modules)
+        for name, (elements, _) in shape.floats.items():
+            module = known.get(name.removesuffix(".weight"), ())
+            shapes[name] = module if math.prod(module) == elements else (elements,)
+        return shapes
+    for name in spec.modules:
+        (out, wide), rank = known[name], spec.rank_of(name)
+        shapes |= {f"{name}.lora_A": (rank, wide), f"{name}.lora_B": (out, rank)}
+        shapes |= {f"{name}.magnitude": (out,)} if spec.kind == "dora" else {}
+    return shapes
 
 
 def load_scheme(config: RunConfig, shape: Shape) -> Scheme | None:

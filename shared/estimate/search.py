@@ -14,6 +14,7 @@ from shared.errors import OutOfMemory
 from shared.estimate.plan import COMFORT
 from shared.estimate.report import decide_run
 from shared.loop import build_update
+from shared.optimizers import method_of
 from shared.protocols import Trainer
 from shared.registry import find_backend
 from shared.train import load_trainable, prepare
@@ -50,7 +51,7 @@ def search_micro_tokens(config: RunConfig, *, tell: Callable[[Tried], None] = la
     model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
     if spec.kind != "none":
         model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
-    trainer = backend.trainer(model, objective="sft", state=config.optimizer.state)
+    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer))
     packing = config.data.packing
     rows = sorted(prepared.train, key=lambda example: -len(example.tokens))[: config.train.batch_size]
     tried: list[Tried] = []

@@ -28,6 +28,7 @@ from shared.folder import open_folder
 from shared.loop import build_update
 from shared.measuring.ceilings import Ceilings, measure_ceilings
 from shared.measuring.synthetic import make_rows
+from shared.optimizers import method_of
 from shared.protocols import Backend, Model, Trainer
 from shared.registry import find_backend
 from shared.types import Example, Recompute
@@ -91,7 +92,7 @@ def load(backend: Backend, config: RunConfig, rows: Sequence[Example]) -> Loaded
     model.attach(spec)
     model.load_tensors("adapter", first_values(spec, model, seed=config.train.seed))
     layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=chosen.micro_tokens)
-    trainer = backend.trainer(model, objective="sft", state=config.optimizer.state)
+    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer))
     return Loaded(model, trainer, layout, chosen.recompute)
 
 

@@ -384,7 +384,7 @@ CONFIG = [
          "--set: optimizer.lr, found null"),
     case("betas of three", section("optimizer: {betas: [0.9, 0.9, 0.9]}"), 2, "config.yaml:6: optimizer.betas"),
     case("max_grad_norm 0", section("optimizer: {max_grad_norm: 0}"), 2, "config.yaml:6: optimizer.max_grad_norm"),
-    case("optimizer misspelt", section("optimizer: {name: adam}"), 2, "config.yaml:6: optimizer.name", "adamw"),
+    case("optimizer misspelt", section("optimizer: {name: adamm}"), 2, "config.yaml:6: optimizer.name", "adamw"),
     case("schedule misspelt", section("schedule: {name: cosin}"), 2, "config.yaml:6: schedule.name", "cosine"),
     case("rank 0", section("adapter: {rank: 0}"), 2, "config.yaml:6: adapter.rank, found 0", "greater than.* 1"),
     case("rank -1", section("adapter: {rank: -1}"), 2, "config.yaml:6: adapter.rank, found -1", "greater than.* 1"),

@@ -13,7 +13,7 @@ from shared.adapters.spec import initial_adapter, resolve
 from shared.config import AdapterConfig
 from shared.protocols import Backend, Model, Trainer
 from shared.registry import BACKENDS, find_backend
-from shared.types import AdapterSpec, MomentFormat
+from shared.types import AdapterSpec, Method, MomentFormat
 
 
 @dataclass
@@ -46,7 +46,8 @@ def make_lab(backend: Backend, place: tuple[str, str], tiny_model_folder: Callab
     """Return a factory of labs: a tiny base, an adapter config, and options of load_model."""
 
     def make(folder: Path | None = None, *, dtype: str = "float32", recompute: bool = False, quantization: Any = None,
-             state: MomentFormat = "float32", seed: int = 0, warm: bool = True, **adapter: Any) -> Lab:  # fmt: skip
+             state: MomentFormat = "float32", optimizer: str = "adamw", seed: int = 0, warm: bool = True,
+             **adapter: Any) -> Lab:  # fmt: skip
         model = backend.load_model(
             folder or tiny_model_folder(), dtype=dtype, quantization=quantization, recompute=recompute, device=place[1]
         )
@@ -61,6 +62,6 @@ def make_lab(backend: Backend, place: tuple[str, str], tiny_model_folder: Callab
                         tensor.data[:] = 0.02 * tensors[name.replace("lora_B", "lora_A")].data[:, :1].T[:, :rank]
                         tensors[name] = tensor
             model.load_tensors("adapter", tensors)
-        return Lab(backend, model, backend.trainer(model, objective="sft", state=state), spec)
+        return Lab(backend, model, backend.trainer(model, objective="sft", optimizer=Method(optimizer, state)), spec)
 
     return make

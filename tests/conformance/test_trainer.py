@@ -14,10 +14,11 @@ from shared.data.batch import make_batch, micro_batches
 from shared.data.layout import Layout
 from shared.errors import CheckpointError
 from shared.tensors import to_float32
-from shared.types import Scheme, Tensor
+from shared.types import Method, Scheme, Tensor
 from tests import tolerances
 
 LENGTHS = [12, 12, 12, 12, 12, 12, 12, 12]
+OPTIMIZERS = [("adamw", "float32"), ("adamw", "8bit"), ("adafactor", "float32"), ("lion", "8bit"), ("muon", "float32")]
 RAGGED = [5, 19, 8, 31, 12, 12, 3, 27]
 
 
@@ -94,9 +95,9 @@ def test_gradient_norm_is_reported_before_clipping(make_lab, make_examples, make
     assert wide.grad_norm == pytest.approx(narrow.grad_norm, rel=1e-6)
 
 
-@pytest.mark.parametrize("state", ["float32", "8bit"])
-def test_non_finite_update_is_skipped_and_changes_nothing(make_lab, make_examples, make_update, state):
-    lab = make_lab(state=state)
+@pytest.mark.parametrize(("optimizer", "state"), OPTIMIZERS)
+def test_non_finite_update_is_skipped_and_changes_nothing(make_lab, make_examples, make_update, optimizer, state):
+    lab = make_lab(optimizer=optimizer, state=state)
     good = micro_batches(make_examples(RAGGED), Layout(4096))
     lab.trainer.step(good, make_update()).result()
     before = [*lab.model.tensors("adapter"), *lab.trainer.state()]
@@ -108,18 +109,18 @@ def test_non_finite_update_is_skipped_and_changes_nothing(make_lab, make_example
     assert not lab.trainer.step(good, make_update(step=3)).result().skipped
 
 
-@pytest.mark.parametrize("state", ["float32", "8bit"])
-def test_state_round_trip_continues_bit_for_bit(make_lab, make_examples, make_update, state):
+@pytest.mark.parametrize(("optimizer", "state"), OPTIMIZERS)
+def test_state_round_trip_continues_bit_for_bit(make_lab, make_examples, make_update, optimizer, state):
     batches = micro_batches(make_examples(RAGGED), Layout(64))
-    whole = make_lab(dropout=0.1, state=state)
+    whole = make_lab(dropout=0.1, optimizer=optimizer, state=state)
     for step in range(1, 6):
         whole.trainer.step(batches, make_update(step=step)).result()
-    first = make_lab(dropout=0.1, state=state)
+    first = make_lab(dropout=0.1, optimizer=optimizer, state=state)
     for step in range(1, 4):
         first.trainer.step(batches, make_update(step=step)).result()
     second = make_lab(dropout=0.1, seed=7)
     second.model.load_tensors("adapter", dict(first.model.tensors("adapter")))
-    trainer = second.backend.trainer(second.model, objective="sft", state=state)
+    trainer = second.backend.trainer(second.model, objective="sft", optimizer=Method(optimizer, state))
     trainer.load_state(dict(first.trainer.state()))
     for step in range(4, 6):
         trainer.step(batches, make_update(step=step)).result()

@@ -47,6 +47,7 @@ def test_lora_on_every_family(make_config, tiny_model_folder, family, tied):
         ("quantization=affine-3bit-g64", "train.recompute=true"),
         ("schedule.name=constant", "optimizer.max_grad_norm=null", "optimizer.betas=[0.8, 0.95]"),
         ("data.train_on=all", "train.batch_size=20"),
+        pytest.param(("optimizer.name=muon", "optimizer.lora_plus_ratio=4"), marks=pytest.mark.slow),
     ],
     ids=lambda overrides: " ".join(overrides),
 )

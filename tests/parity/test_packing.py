@@ -16,7 +16,7 @@ from shared.data.layout import Layout, choose_layout
 from shared.errors import CapabilityError
 from shared.registry import BACKENDS, find_backend
 from shared.tensors import to_float32
-from shared.types import AdapterSpec, Batch, Example, ModelInfo, Tensor
+from shared.types import AdapterSpec, Batch, Example, Method, ModelInfo, Tensor
 from tests import tolerances
 from tests.parity.test_families import LLAMA3_ROPE, load, save, wanted_log_probs
 from torch_backend import attention as on_torch
@@ -112,7 +112,7 @@ def step(backend: str, folder: Path, micro: list[Batch], update, *, warm: bool, 
     if spec.kind == "lora":
         tensors = warm_values(spec, model.info) if warm else initial_adapter(spec, model.info.linears, seed=0)
         model.load_tensors("adapter", tensors)
-    trainer = find_backend(backend).trainer(model, objective="sft", state="float32")
+    trainer = find_backend(backend).trainer(model, objective="sft", optimizer=Method("adamw"))
     loss = trainer.step(micro, update).result().loss
     tensors = dict(trainer.state() if warm else model.tensors("adapter"))
     wanted = {name: to_float32(t).astype(np.float64) for name, t in tensors.items() if not warm or name[:2] == "m."}

@@ -23,7 +23,7 @@ from shared.data.batch import make_batch
 from shared.data.cut import halve
 from shared.errors import OutOfMemory
 from shared.registry import find_backend
-from shared.types import Example, Update
+from shared.types import Example, Method, Update
 import numpy as np
 
 name, folder, headroom, length = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
@@ -31,9 +31,9 @@ model = find_backend(name).load_model(folder, dtype="float32", quantization=None
 spec = resolve(AdapterConfig(), model.info)
 model.attach(spec)
 model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=0))
-trainer = find_backend(name).trainer(model, objective="sft", state="float32")
+trainer = find_backend(name).trainer(model, objective="sft", optimizer=Method("adamw"))
 random = np.random.default_rng(0)
-update = Update(1, 0, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0, True)
+update = Update(1, 0, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0, True, 0.9, False)
 def rows(count, length):
     tokens = random.integers(0, 256, (count, length), dtype=np.int32)
     return [Example(row, np.arange(length) > 0, "x") for row in tokens]

@@ -85,7 +85,8 @@ def test_a_loaded_config_cannot_be_changed():
         ),
         (
             "optimizer: {zzz: 1}",
-            'unknown key "optimizer.zzz"\nfix: known: betas, eps, lr, max_grad_norm, name, state, weight_decay',
+            'unknown key "optimizer.zzz"\nfix: known: betas, eps, lora_plus_ratio, lr, '
+            "max_grad_norm, momentum, name, nesterov, state, weight_decay",
         ),
     ],
 )
@@ -130,7 +131,9 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(load, text):
         ("optimizer: {betas: [0.9, 1.0]}", "optimizer.betas"),
         ("optimizer: {weight_decay: -0.1}", "optimizer.weight_decay"),
         ("optimizer: {max_grad_norm: 0}", "optimizer.max_grad_norm"),
-        ("optimizer: {name: adam}", "optimizer.name"),
+        ("optimizer: {name: adamm}", "optimizer.name"),
+        ("optimizer: {name: 'os:'}", "optimizer.name"),
+        ("optimizer: {momentum: 1}", "optimizer.momentum"),
         ("adapter: {rank: 0}", "adapter.rank"),
         ("adapter: {rank: 8.5}", "adapter.rank"),
         ("adapter: {alpha: 0}", "adapter.alpha"),

@@ -28,6 +28,7 @@ from shared.estimate.memory import (
     kept_inputs,
     num_trained,
     read_shape,
+    trained_shapes,
     weight_bytes,
 )
 from shared.estimate.plan import (
@@ -45,7 +46,7 @@ from shared.estimate.plan import (
 from shared.estimate.report import choose_rows, fit, make_report, write_config
 from shared.folder import open_folder
 from shared.quant.affine import AffineQuantizer
-from shared.types import Scheme, Tensor
+from shared.types import AdapterSpec, Scheme, Tensor
 
 PLACES = ("mlx-cpu", "mlx-gpu", "torch-cpu", "torch-gpu")
 
@@ -162,6 +163,27 @@ def test_optimizer_and_gradients_are_exact(shape):
     full = peak(shape, Work(64, 64, 64), adapter__type="none", train__dtype="bfloat16")
     every = sum(n for n, _ in shape.floats.values())
     assert (full["weights"], full["adapter"], full["optimizer"]) == (2 * every, 0, 12 * every)  # a float32 master
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "words"), [("lion", "float32", 1), ("muon", "float32", 1), ("sgd", "8bit", 65 / 256)]
+)
+def test_an_optimizer_that_keeps_one_moment_needs_half(shape, name, state, words):
+    trained = num_trained(shape, resolve(make_config().adapter, shape.info))
+    found = peak(shape, Work(64, 64, 64), optimizer__name=name, optimizer__state=state)
+    assert found["optimizer"] == round(4 * words * trained)
+
+
+def test_adafactor_keeps_rows_and_columns_of_matrices(shape):
+    found = peak(shape, Work(64, 64, 64), adapter__type="none", optimizer__name="adafactor")
+    matrices = {
+        name: sizes
+        for name, sizes in trained_shapes(shape, AdapterSpec("none", 1, 1.0, 0.0, ())).items()
+        if len(sizes) == 2
+    }
+    vectors = sum(n for name, (n, _) in shape.floats.items() if name not in matrices)
+    assert found["optimizer"] == 4 * (vectors + sum(sum(sizes) for sizes in matrices.values()))
+    assert len(matrices) == len([name for name in shape.floats if "norm" not in name])
 
 
 def test_parts_at_the_peak_add_up_to_it(shape):

@@ -43,6 +43,7 @@ FIRST = {
     "config_file",
     "importing",
     "durable",
+    "optimizers",
 }
 FIRST_FOLDERS = {"data", "objectives", "quant", "adapters", "convert"}
 # Third-party packages per floor: at the top of a file, and inside functions.

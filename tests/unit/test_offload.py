@@ -16,7 +16,7 @@ from shared.adapters.spec import initial_adapter
 from shared.data.batch import make_batch
 from shared.errors import CapabilityError
 from shared.registry import BACKENDS, find_backend
-from shared.types import AdapterSpec, Scheme
+from shared.types import AdapterSpec, Method, Scheme
 from torch_backend.model import load_model
 from torch_backend.offload import Shelf, Slot, offload_layers
 from torch_backend.trainer import TorchTrainer
@@ -33,7 +33,7 @@ def trained(folder, batches, update, *, offload, device="cpu", scheme=None):
     spec = AdapterSpec("lora", rank=4, alpha=8.0, dropout=0.1, modules=tuple(model.info.linears))
     model.attach(spec)
     model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=1))
-    trainer = TorchTrainer(model, objective="sft", state="float32")
+    trainer = TorchTrainer(model, objective="sft", optimizer=Method("adamw"))
     losses = [trainer.step(batches, update(step=step)).result().loss for step in (1, 2, 3)]
     return losses, {name: tensor.data.copy() for name, tensor in model.tensors("adapter")}
 
