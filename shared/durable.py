@@ -4,6 +4,7 @@ renamed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -46,13 +47,31 @@ def write_json(path: Path, value: Any, *, sort: bool = False) -> None:
     write_whole(path, json.dumps(value, indent=2, sort_keys=sort) + "\n")
 
 
+LONGEST = 200  # bytes of a name that leave room for more; file systems take 255
+
+
+def aside(target: Path, kind: str) -> Path:
+    """Return a hidden place beside `target` that belongs to this process: .NAME.KIND-PID, a hash for a long name."""
+    return target.with_name(f".{label(target)}.{kind}-{os.getpid()}")
+
+
+def label(target: Path) -> str:
+    """Return a name, or a short one in its place.
+
+    >>> label(Path("a/b")), len(label(Path("n" * 255)))
+    ('b', 40)
+    """
+    name = os.fsencode(target.name)
+    return target.name if len(name) <= LONGEST else hashlib.sha1(name).hexdigest()
+
+
 MOVED = re.compile(r"\.(.+)\.old-(\d+)")  # a folder that another one is about to replace, and whose process did it
 
 
 def put_in_place(staged: Path, target: Path) -> None:
     """Rename a finished folder, whose files are synced, to its place; an older one there goes away behind it."""
     sync(staged)
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    old = aside(target, "old")
     if target.exists():
         os.rename(target, old)
     faults.hit("folder.before_rename")

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.durable import put_in_place, sync
+from shared import faults
+from shared.durable import aside, label, put_in_place, sync
 from shared.errors import ConfigError, StorageError
 
 # What marks a folder as one that these commands write; --force replaces one of the kind that is written, and no other.
@@ -67,7 +68,7 @@ def new_folder(
     Raises ConfigError as `check_target` does, StorageError where the disk is full or not writable.
     """
     check_target(target, sources=sources, force=force, own=own)
-    staged = target.parent / f".{target.name}.partial-{os.getpid()}"
+    staged = aside(target, "partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target)
@@ -75,6 +76,7 @@ def new_folder(
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
         yield staged
+        faults.hit("folder.written")
         for file in staged.rglob("*"):
             sync(file)
         put_in_place(staged, target)
@@ -95,7 +97,7 @@ def is_own(error: OSError, target: Path) -> bool:
 
 def sweep(target: Path) -> None:
     """Remove what a killed process left beside `target`, and put back a folder that it had only moved away."""
-    left = re.compile(re.escape(f".{target.name}.") + r"(partial|old)-(\d+)")
+    left = re.compile(re.escape(f".{label(target)}.") + r"(partial|old)-(\d+)")
     for path in list(target.parent.iterdir()):
         match = left.fullmatch(path.name)
         if not match or is_running(int(match[2])):

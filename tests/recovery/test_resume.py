@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared import checkpoint
+from mlxlora.cli import main
+from shared import checkpoint, faults
 from shared.callbacks import Metrics
 from shared.config_file import build_config
 from shared.train import train
@@ -142,6 +143,22 @@ def test_run_goes_on_on_the_other_backend(settings, whole, tmp_path, first, seco
     assert ours.keys() == wanted.keys() == set(range(1, UPDATES + 1))
     for step, loss in ours.items():
         assert loss == pytest.approx(wanted[step], rel=tolerances.CURVE)
+
+
+def test_row_41_a_run_goes_from_mlx_to_torch_and_back_within_the_curve(settings, whole, tmp_path, monkeypatch):
+    """Stopped by SIGTERM behind updates 5 and 10, with dropout and AdamW's moments on board."""
+    folder, stop = tmp_path / "run", "update.numbers:5:SIGTERM"
+    for backend, fault, code in (("mlx", stop, 143), ("torch", stop, 143), ("mlx", "", 0)):
+        monkeypatch.setenv("MLXLORA_FAULT", fault)
+        faults.passed.clear()
+        assert main.run(settings(folder, f"backend={backend}")) == code
+        assert checkpoint.load(checkpoint.step_dirs(folder / "checkpoints")[0]).state["maker"]["backend"] == backend
+    for key in ("loss", "eval_loss", "grad_norm"):
+        ours, wanted = (
+            {row["step"]: row[key] for row in Metrics(run / "metrics.jsonl").read() if key in row}
+            for run in (folder, whole("mlx"))
+        )
+        assert ours == pytest.approx(wanted, rel=tolerances.CURVE)
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])

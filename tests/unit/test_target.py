@@ -142,3 +142,12 @@ def test_a_folder_that_a_killed_process_moved_away_comes_back(tmp_path, source):
         (staged / "config.json").write_text("new")
     assert (out / "config.json").read_text() == "new"
     assert not moved.exists()
+
+
+@pytest.mark.parametrize("name", ["with blanks", "ünï-文字-🙂", "n" * 255, "ß" * 127])
+def test_row_42_a_folder_may_have_any_name(tmp_path, source, name):
+    for content in ("old", "new"):
+        with new_folder(tmp_path / name, sources=[source], force=True) as staged:
+            (staged / "config.json").write_text(content)
+    assert (tmp_path / name / "config.json").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 2
