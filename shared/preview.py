@@ -126,6 +126,15 @@ def preview(config: RunConfig, *, rows: int = 5) -> Preview:
     )
 
 
+def count_updates(config: RunConfig) -> int:
+    """Return the updates of a run; the rows are only read where the config counts epochs."""
+    if config.train.updates is not None:
+        return config.train.updates
+    rows = read_rows(*split_files(find_data(config.data.path), "train"), columns=config.data.columns)
+    plan = Plan(len(rows), config.train.batch_size, config.train.seed)
+    return plan.updates_per_epoch * (config.train.epochs or 1)
+
+
 def tokenize_whole(
     rows: Sequence[Row], tokenizer: Tokenizer, data: DataConfig
 ) -> tuple[list[Example], list[DataError]]:

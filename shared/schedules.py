@@ -9,6 +9,8 @@ from functools import partial
 from shared.config import ScheduleConfig
 
 Schedule = Callable[[int], float]
+WIDTH, HEIGHT = 72, 8  # characters of a drawing
+EIGHTHS = " ▁▂▃▄▅▆▇█"
 Curve = Callable[[float], float]  # share of the run, 0 to 1 -> factor, 1 to 0
 
 
@@ -129,3 +131,22 @@ def behind_warmup(config: ScheduleConfig, *, lr: float, updates: int, warmup: in
         "warmup_stable_decay": partial(held, decay=decay),
     }
     return falling(curves[config.name], peak=lr, updates=rest, final=final)
+
+
+def draw(schedule: Schedule, *, updates: int) -> list[str]:
+    """Return the curve of a run as lines of text, in eighths of a character, with rates on the left.
+
+    >>> print("\\n".join(draw(falling(linear, peak=1.0, updates=8, final=0.0), updates=8)[-2:]))
+            0 ████████
+              1      8  update
+    """
+    columns = min(updates, WIDTH)
+    steps = [1 + round(column * (updates - 1) / max(columns - 1, 1)) for column in range(columns)]
+    rates = [schedule(step) for step in steps]
+    top = max(rates)
+    lines = []
+    for line in reversed(range(HEIGHT)):
+        filled = (min(max(round(rate / top * HEIGHT * 8) - 8 * line, 0), 8) for rate in rates)
+        label = f"{top:.3g}" if line == HEIGHT - 1 else "0" if line == 0 else ""
+        lines.append(f"{label:>9} " + "".join(EIGHTHS[eighths] for eighths in filled))
+    return [*lines, f"{'':10}1{updates:>{max(columns - 1, 0)}}  update"]

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxlora.cli.app import Debug, Json, Set, emit
+from mlxlora.cli.app import Debug, Json, Set, emit, emit_object
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from shared.config import RunConfig
     from shared.preview import Piece, Preview, Shown, Split
 
 PLAIN, LEARNED = ("grey50", "grey58"), ("bold green", "bold dark_green")  # by turns, so that tokens can be told apart
@@ -30,6 +31,7 @@ def preview(
     config: Annotated[Path, typer.Argument(help="YAML file of a run.")],
     rows: Annotated[int, typer.Option("--rows", min=0, help="Training rows to show.")] = 5,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too.")] = None,
+    schedule: Annotated[bool, typer.Option("--schedule", help="Draw the learning rate of the run instead.")] = False,
     overrides: Set = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -37,7 +39,11 @@ def preview(
     """Rows as the model gets them, supervised tokens coloured, and counts; loads no model."""
     import mlxlora
 
-    found = mlxlora.preview(mlxlora.load_config(config, overrides=overrides or []), rows=rows)
+    checked = mlxlora.load_config(config, overrides=overrides or [])
+    if schedule:
+        show_schedule(checked, as_json=as_json)
+        return
+    found = mlxlora.preview(checked, rows=rows)
     if html is not None:
         write_page(found, html)
     if as_json:
@@ -48,6 +54,22 @@ def preview(
     write(found, Console(highlight=False))
     if html is not None:
         print(f"wrote {html}")
+
+
+def show_schedule(config: RunConfig, *, as_json: bool) -> None:
+    """Print the learning rate of every update, as a drawing or as JSON."""
+    from shared.preview import count_updates
+    from shared.schedules import build_schedule, draw
+
+    updates = count_updates(config)
+    at = build_schedule(config.schedule, lr=config.optimizer.lr, updates=updates)
+    if as_json:
+        emit_object({"updates": updates, "lr": [at(step) for step in range(1, updates + 1)]})
+        return
+    print(
+        f"{config.schedule.name}, warmup {config.schedule.warmup:g}, final {config.schedule.final:g}, {updates} updates"
+    )
+    print("\n".join(draw(at, updates=updates)))
 
 
 def write_page(found: Preview, file: Path) -> None:

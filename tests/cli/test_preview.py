@@ -104,3 +104,18 @@ def test_the_command_prints_a_page_and_json(file, tmp_path, capsys):
 def test_a_page_that_cannot_be_written_is_one_clear_error(file, tmp_path, capsys):
     assert run(["preview", str(file), "--html", str(tmp_path / "absent" / "out.html")]) == 7
     assert "cannot use" in capsys.readouterr().err
+
+
+def test_the_schedule_is_drawn_and_given_as_json(file, capsys):
+    assert run(["preview", str(file), "--schedule", "--set", "schedule.name=warmup_stable_decay"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "warmup_stable_decay, warmup 0.03, final 0, 500 updates"
+    assert lines[1].startswith("   0.0001")
+    assert lines[1].count("█") > 50
+    assert lines[-1].split() == ["1", "500", "update"]
+    assert (
+        run(["preview", str(file), "--schedule", "--json", "--set", "train.updates=null", "--set", "train.epochs=3"])
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["updates"] == len(found["lr"]) == 3
