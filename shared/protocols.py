@@ -100,6 +100,11 @@ class Quantizer(Protocol):
     @property
     def scheme(self) -> Scheme: ...
 
+    @property
+    def by_rows(self) -> bool:
+        """Return whether blocks of two rows or more are packed to the same bytes as the whole."""
+        ...
+
     def fits(self, shape: tuple[int, int]) -> bool:
         """Return whether a weight (out, in) can be stored so."""
         ...

@@ -203,7 +203,7 @@ def from_float32(values: np.ndarray, dtype: str) -> Tensor:
         )
         nan = np.isnan(values)
         return Tensor("BF16", np.where(nan, np.uint16(0x7FC0), rounded).reshape(values.shape))
-    return Tensor(dtype, values.astype(NUMPY[dtype]))
+    return Tensor(dtype, values.astype(NUMPY[dtype], copy=False))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -28,8 +28,6 @@ from shared.tensors import is_finite, read_tensor, save_file, to_float32
 from shared.types import Packed, Scheme, Tensor
 
 HEADS = ("lm_head", "embed_out", "output")
-WHOLE = {"hqq", "stochastic"}  # solvers that look at a whole matrix
-BY_ROWS = ("affine", "ternary", "mxfp4", "nvfp4", "mxfp8", "int8", "quanto-qint8", "quanto-qfloat8")
 
 
 @dataclass(frozen=True)
@@ -231,9 +229,8 @@ def read_weight(folder: ModelFolder, name: str) -> Tensor:
 
 def pack_weight(quantizer: Quantizer, weight: Tensor, *, module: str) -> Packed:
     """Return a packed matrix, block of rows by block of rows where the format allows it."""
-    scheme = quantizer.scheme
     try:
-        if scheme.name not in BY_ROWS or scheme.solver in WHOLE:
+        if not quantizer.by_rows:
             return quantizer.quantize(weight)
         return pack_blocks(quantizer, weight, blocks_of(weight.shape))
     except ModelError as error:
@@ -254,7 +251,7 @@ def blocks_of(shape: tuple[int, ...]) -> Iterator[slice]:
     """Yield blocks of rows, none of a single row: some formats store that differently.
 
     >>> list(blocks_of((9, 2**20)))
-    [slice(0, 4, None), slice(4, 9, None)]
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None), slice(6, 9, None)]
     """
     found = list(row_blocks(shape))
     if len(found) > 1 and found[-1].stop - found[-1].start == 1:

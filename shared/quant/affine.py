@@ -16,6 +16,7 @@ from shared.tensors import from_float32, to_float32
 from shared.types import Packed, Scheme, Tensor
 
 SMALLEST_SCALE = np.float32(1e-7)
+LANES = (8, 16, 32)  # of a word of eight codes, which is packed in three halvings: pairs, fours, all
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class AffineQuantizer:
     """The affine codec of one scheme; bits 2, 3, 4, 5, 6 or 8, groups of 32, 64 or 128."""
 
     scheme: Scheme
+    by_rows = True
 
     def fits(self, shape: tuple[int, int]) -> bool:
         """Return whether a weight (out, in) divides into whole groups."""
@@ -39,19 +41,10 @@ class AffineQuantizer:
 
     def quantize(self, weight: Tensor) -> Packed:
         """Return codes, scales and biases of a weight (O, I); min-max with the larger edge kept exact."""
-        rows, width = weight.shape
-        if not self.fits((rows, width)):
-            raise ModelError(f"a weight of width {width} does not divide into groups of {self.scheme.group_size}")
-        grouped = to_float32(weight).reshape(rows, -1, self.scheme.group_size)
-        scale, bias = choose_grid(grouped, levels=2**self.scheme.bits - 1)
-        codes = np.rint((grouped - bias[..., None]) / scale[..., None])
-        codes = np.clip(codes, 0, 2**self.scheme.bits - 1).astype(np.uint8).reshape(rows, width)
-        arrays = {
-            "weight": Tensor("U32", pack(codes, bits=self.scheme.bits)),
-            "scales": from_float32(scale, weight.dtype),
-            "biases": from_float32(bias, weight.dtype),
-        }
-        return Packed(self.scheme, arrays, (rows, width), weight.dtype)
+        grouped, top = in_groups(weight, self.scheme.group_size), 2**self.scheme.bits - 1
+        scale, bias = choose_grid(grouped, levels=top)
+        codes = np.clip(np.rint((grouped - bias[..., None]) / scale[..., None]), 0, top)
+        return to_packed(self.scheme, codes, scale, bias, dtype=weight.dtype)
 
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the weight (O, I): a product, then a sum, each rounded in the scales' dtype."""
@@ -77,6 +70,25 @@ def choose_grid(grouped: np.ndarray, *, levels: int) -> tuple[np.ndarray, np.nda
     return scale.astype(np.float32), np.where(exact, edge, np.float32(0)).astype(np.float32)
 
 
+def in_groups(weight: Tensor, size: int) -> np.ndarray:
+    """Return the values of a weight (O, I) in groups, (O, I/size, size) float32; raises ModelError for a rest."""
+    rows, width = weight.shape
+    if width % size:
+        raise ModelError(f"a weight of width {width} does not divide into groups of {size}")
+    return to_float32(weight).reshape(rows, -1, size)
+
+
+def to_packed(scheme: Scheme, codes: np.ndarray, scale: np.ndarray, bias: np.ndarray, *, dtype: str) -> Packed:
+    """Return a weight of codes in any shape and float32 scale and bias (O, I/G), which are rounded to `dtype`."""
+    flat = codes.astype(np.uint8).reshape(len(scale), -1)
+    arrays = {
+        "weight": Tensor("U32", pack(flat, bits=scheme.bits)),
+        "scales": from_float32(scale, dtype),
+        "biases": from_float32(bias, dtype),
+    }
+    return Packed(scheme, arrays, (flat.shape[0], flat.shape[1]), dtype)
+
+
 def pack(codes: np.ndarray, *, bits: int) -> np.ndarray:
     """Return uint32 words (O, I*bits/32) of codes (O, I) uint8.
 
@@ -84,14 +96,18 @@ def pack(codes: np.ndarray, *, bits: int) -> np.ndarray:
     array([[1985229328]], dtype=uint32)
     """
     rows = codes.shape[0]
-    if bits in (2, 4, 8):  # whole codes in a byte: ten times as fast as single bits
+    if bits in (2, 4, 8):  # whole codes in a byte
         places = codes.reshape(rows, -1, 8 // bits)
         raw = places[..., 0].copy()
         for n in range(1, 8 // bits):
             raw |= places[..., n] << np.uint8(bits * n)
         return raw.view("<u4")
-    stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little").reshape(rows, -1)
-    return np.packbits(stream, axis=-1, bitorder="little").view("<u4")
+    eight = np.ascontiguousarray(codes).reshape(rows, -1).view("<u8")
+    for lane in LANES:
+        low, gap = lower_halves(lane, bits=lane // 8 * bits), np.uint64(lane - lane // 8 * bits)
+        eight = (eight & low) | ((eight >> gap) & (low << np.uint64(lane // 8 * bits)))
+    raw = eight.view(np.uint8).reshape(rows, -1, 8)[..., :bits]
+    return np.ascontiguousarray(raw).reshape(rows, -1).view("<u4")
 
 
 def unpack(words: np.ndarray, *, bits: int) -> np.ndarray:
@@ -102,8 +118,21 @@ def unpack(words: np.ndarray, *, bits: int) -> np.ndarray:
     """
     rows = words.shape[0]
     raw = np.ascontiguousarray(words).view(np.uint8)
-    if bits in (2, 4, 8):
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        return ((raw[..., None] >> shifts) & np.uint8(2**bits - 1)).reshape(rows, -1)
-    stream = np.unpackbits(raw, axis=-1, bitorder="little").reshape(rows, -1, bits)
-    return np.packbits(stream, axis=-1, bitorder="little").reshape(rows, -1)
+    if bits == 8:
+        return raw.reshape(rows, -1)
+    spread = np.zeros((rows, raw.shape[1] // bits, 8), dtype=np.uint8)
+    spread[..., :bits] = raw.reshape(rows, -1, bits)
+    eight = spread.view("<u8")[..., 0]
+    for lane in reversed(LANES):
+        low, gap = lower_halves(lane, bits=lane // 8 * bits), np.uint64(lane - lane // 8 * bits)
+        eight = (eight & low) | ((eight & (low << np.uint64(lane // 8 * bits))) << gap)
+    return eight.view(np.uint8).reshape(rows, -1)
+
+
+def lower_halves(lane: int, *, bits: int) -> np.uint64:
+    """Return a mask of the lowest `bits` of every second lane of a 64-bit word; lane: 8, 16 or 32 bits.
+
+    >>> hex(lower_halves(16, bits=6))
+    '0x3f0000003f'
+    """
+    return np.uint64(sum((2**bits - 1) << at for at in range(0, 64, 2 * lane)))

@@ -27,6 +27,7 @@ class BitnetQuantizer:
     """The codec of "bitnet" and "bitnet-inverse"."""
 
     scheme: Scheme
+    by_rows = False  # one scale, and rows from all over share a byte
 
     def fits(self, shape: tuple[int, int]) -> bool:
         """Return whether the rows of a weight (out, in) fill whole bytes."""

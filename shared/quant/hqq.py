@@ -13,9 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.errors import ModelError
-from shared.quant.affine import AffineQuantizer, pack
-from shared.tensors import from_float32, to_float32
+from shared.quant.affine import AffineQuantizer, in_groups, to_packed
 from shared.types import Packed, Scheme, Tensor
 
 NORM, BETA, ROUNDS = np.float32(0.7), 10.0, 20  # the library's own
@@ -35,10 +33,11 @@ class HQQuantizer:
     """The affine codec with HQQ as its solver."""
 
     scheme: Scheme
+    by_rows = False  # it minimises the error of the whole matrix
 
     def fits(self, shape: tuple[int, int]) -> bool:
         """Return whether a weight (out, in) divides into whole groups."""
-        return shape[1] % self.scheme.group_size == 0
+        return AffineQuantizer(self.scheme).fits(shape)
 
     def num_bytes(self, shape: tuple[int, int], *, scale_bytes: int) -> int:
         """Return the bytes of the arrays of a weight (out, in), as affine."""
@@ -46,20 +45,13 @@ class HQQuantizer:
 
     def quantize(self, weight: Tensor) -> Packed:
         """Return affine codes, scales and biases of a weight (O, I)."""
-        rows, width = weight.shape
-        if not self.fits((rows, width)):
-            raise ModelError(f"a weight of width {width} does not divide into groups of {self.scheme.group_size}")
-        grouped = to_float32(weight).reshape(-1, self.scheme.group_size)
-        top = 2**self.scheme.bits - 1
+        rows, top = weight.shape[0], 2**self.scheme.bits - 1
+        grouped = in_groups(weight, self.scheme.group_size).reshape(-1, self.scheme.group_size)
         grid = solve(grouped, top=top)
-        codes = round_codes(grouped, grid, top=top).astype(np.uint8).reshape(rows, width)
         scale = np.float32(1) / grid.scale
-        arrays = {
-            "weight": Tensor("U32", pack(codes, bits=self.scheme.bits)),
-            "scales": from_float32(scale.reshape(rows, -1), weight.dtype),
-            "biases": from_float32((-grid.zero * scale).reshape(rows, -1), weight.dtype),
-        }
-        return Packed(self.scheme, arrays, (rows, width), weight.dtype)
+        bias = (-grid.zero * scale).reshape(rows, -1)
+        codes = round_codes(grouped, grid, top=top)
+        return to_packed(self.scheme, codes, scale.reshape(rows, -1), bias, dtype=weight.dtype)
 
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the weight (O, I), as affine."""

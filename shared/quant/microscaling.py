@@ -15,8 +15,7 @@ from functools import cache
 
 import numpy as np
 
-from shared.errors import ModelError
-from shared.quant.affine import pack, unpack
+from shared.quant.affine import in_groups, pack, unpack
 from shared.tensors import from_float32, to_float32
 from shared.types import Packed, Scheme, Tensor
 
@@ -30,6 +29,7 @@ class MicroscalingQuantizer:
     """The codec of mxfp4, nvfp4 or mxfp8."""
 
     scheme: Scheme
+    by_rows = True
 
     def fits(self, shape: tuple[int, int]) -> bool:
         """Return whether a weight (out, in) divides into whole groups."""
@@ -43,9 +43,7 @@ class MicroscalingQuantizer:
     def quantize(self, weight: Tensor) -> Packed:
         """Return codes and scales of a weight (O, I)."""
         rows, width = weight.shape
-        if not self.fits((rows, width)):
-            raise ModelError(f"a weight of width {width} does not divide into groups of {self.scheme.group_size}")
-        grouped = to_float32(weight).reshape(rows, -1, self.scheme.group_size)
+        grouped = in_groups(weight, self.scheme.group_size)
         largest = np.abs(grouped).max(axis=-1) / np.float32(LARGEST[self.scheme.bits])
         bits, steps = self.choose_scales(to_float32(from_float32(largest, weight.dtype)), weight.dtype)
         scaled = np.divide(grouped, steps[..., None], out=np.zeros_like(grouped), where=steps[..., None] != 0)
@@ -93,12 +91,24 @@ def encode_e4m3(values: np.ndarray) -> np.ndarray:
     [0, 56, 184, 126, 126]
     """
     words = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    places = words >> np.uint32(15)
+    places |= (words & np.uint32(0x7FFF)) != 0
+    return np.take(e4m3_codes(), places, mode="clip")  # which saves a copy of the places
+
+
+@cache
+def e4m3_codes() -> np.ndarray:
+    """Return the byte of every float32 by its upper 17 bits, the last also 1 where any lower one is.
+
+    A midpoint of two E4M3 values has none of the lower 16 bits, so that these can only push a value over it.
+    """
+    words = np.arange(2**17, dtype=np.uint32) << np.uint32(15)
     sign, words = (words >> np.uint32(24)) & np.uint32(0x80), words & np.uint32(0x7FFFFFFF)
     rounded = (words + np.uint32(0x7FFFF) + ((words >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
     small = words < np.float32(2**-6).view(np.uint32)  # subnormal: in steps of 2^-9
     steps = np.rint(np.where(small, words.view(np.float32), np.float32(0)) * np.float32(512)).astype(np.uint32)
     codes = np.where(small, steps, np.minimum(rounded - np.uint32((127 - 7) << 3), np.uint32(126)))
-    return (codes | sign).astype(np.uint8)
+    return frozen((codes | sign).astype(np.uint8))
 
 
 def decode_e4m3(codes: np.ndarray) -> np.ndarray:

@@ -30,6 +30,11 @@ class QuantoQuantizer:
 
     scheme: Scheme
 
+    @property
+    def by_rows(self) -> bool:
+        """Return whether rows are packed each by itself: below 8 bits rows from all over share a byte."""
+        return self.scheme.bits == 8
+
     def fits(self, shape: tuple[int, int]) -> bool:
         """Return whether a weight (out, in) has scales of its own per row; quanto stores single rows differently."""
         return shape[0] > 1
@@ -48,10 +53,10 @@ class QuantoQuantizer:
         rows, width = weight.shape
         if not self.fits((rows, width)):
             raise ModelError(f"quanto stores a weight of shape {(rows, width)} in another way")
-        arrays = self.by_rows(weight) if self.scheme.bits == 8 else self.by_groups(weight)
+        arrays = self.eight_bits(weight) if self.scheme.bits == 8 else self.few_bits(weight)
         return Packed(self.scheme, arrays, (rows, width), weight.dtype)
 
-    def by_rows(self, weight: Tensor) -> dict[str, Tensor]:
+    def eight_bits(self, weight: Tensor) -> dict[str, Tensor]:
         """Return the arrays of an 8-bit format."""
         values, dtype = to_float32(weight), weight.dtype
         largest = np.abs(values).max(axis=1, keepdims=True)
@@ -61,7 +66,7 @@ class QuantoQuantizer:
             return {"weight": Tensor("F8_E4M3", encode_e4m3(ratio)), "scales": scale}
         return {"weight": Tensor("I8", np.clip(np.rint(ratio), -128, 127).astype(np.int8)), "scales": scale}
 
-    def by_groups(self, weight: Tensor) -> dict[str, Tensor]:
+    def few_bits(self, weight: Tensor) -> dict[str, Tensor]:
         """Return the arrays of a format of 2 or 4 bits."""
         dtype, bits = weight.dtype, self.scheme.bits
         grouped = to_float32(weight).reshape(-1, group_size(weight.shape[1]))

@@ -25,6 +25,7 @@ class RowInt8Quantizer:
     """The codec of int8: weight (O, I) I8 and SCB (O,) F32, the largest magnitude of each row."""
 
     scheme: Scheme
+    by_rows = True
 
     def fits(self, shape: tuple[int, int]) -> bool:
         """Return whether a weight (out, in) can be stored so."""

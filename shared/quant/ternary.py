@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared.errors import ModelError
-from shared.quant.affine import AffineQuantizer, pack
+from shared.quant.affine import AffineQuantizer, in_groups, to_packed
 from shared.seeds import generator
 from shared.tensors import from_float32, to_float32
 from shared.types import Packed, Scheme, Tensor
@@ -47,9 +47,14 @@ class TernaryQuantizer:
 
     scheme: Scheme
 
+    @property
+    def by_rows(self) -> bool:
+        """Return whether rows are packed each by itself: but for chance, which hangs on all values."""
+        return self.scheme.solver != "stochastic"
+
     def fits(self, shape: tuple[int, int]) -> bool:
         """Return whether a weight (out, in) divides into whole groups."""
-        return shape[1] % self.scheme.group_size == 0
+        return AffineQuantizer(self.scheme).fits(shape)
 
     def num_bytes(self, shape: tuple[int, int], *, scale_bytes: int) -> int:
         """Return the bytes of the arrays of a weight (out, in), those of affine codes."""
@@ -57,19 +62,10 @@ class TernaryQuantizer:
 
     def quantize(self, weight: Tensor) -> Packed:
         """Return the affine arrays of a weight (O, I): codes t + 1, scales a and biases -a in the weight's dtype."""
-        rows, width = weight.shape
-        if not self.fits((rows, width)):
-            raise ModelError(f"a weight of width {width} does not divide into groups of {self.scheme.group_size}")
-        grouped = to_float32(weight).reshape(rows, -1, self.scheme.group_size)
+        grouped = in_groups(weight, self.scheme.group_size)
         chosen = keep_ternary(grouped, choose(grouped, self.scheme.solver or "exact"))
-        codes = (chosen.trits + 1).astype(np.uint8).reshape(rows, width)
-        scale = from_float32(chosen.scale, weight.dtype)
-        arrays = {
-            "weight": Tensor("U32", pack(codes, bits=2)),
-            "scales": scale,
-            "biases": from_float32(np.float32(0) - to_float32(scale), weight.dtype),
-        }
-        return Packed(self.scheme, arrays, (rows, width), weight.dtype)
+        scale = to_float32(from_float32(chosen.scale, weight.dtype))
+        return to_packed(self.scheme, chosen.trits + 1, scale, np.float32(0) - scale, dtype=weight.dtype)
 
     def dequantize(self, packed: Packed) -> Tensor:
         """Return the weight (O, I) in the scales' dtype."""

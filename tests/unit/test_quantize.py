@@ -11,7 +11,7 @@ import pytest
 import mlxlora
 from shared.config import named_schemes
 from shared.convert.owners import find_owner
-from shared.convert.quantize import BY_ROWS, WHOLE, pack_blocks, quantize
+from shared.convert.quantize import pack_blocks, quantize
 from shared.errors import ConfigError, ModelError
 from shared.folder import open_folder
 from shared.registry import find_quantizer
@@ -20,7 +20,7 @@ from shared.types import Scheme
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
-IN_BLOCKS = [scheme for scheme in named_schemes().values() if scheme.name in BY_ROWS and scheme.solver not in WHOLE]
+IN_BLOCKS = [scheme for scheme in named_schemes().values() if find_quantizer(scheme).by_rows]
 
 
 def tree(folder):
@@ -144,9 +144,7 @@ def test_shards_stay_shards_and_say_where_each_tensor_is(tiny_model_folder, tmp_
     assert stated["metadata"]["total_size"] == sum(entry.end - entry.start for entry in one.entries.values())
 
 
-@pytest.mark.parametrize(
-    "scheme", [s for s in named_schemes().values() if s.name in BY_ROWS and s.solver not in WHOLE], ids=str
-)
+@pytest.mark.parametrize("scheme", IN_BLOCKS, ids=str)
 def test_rows_packed_in_blocks_are_those_packed_at_once(scheme):
     weight = from_float32(np.random.default_rng(0).standard_normal((23, 256)) * 0.1, "BF16")
     quantizer = find_quantizer(scheme)
