@@ -8,20 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.adapters.folder import Adapter, check_copies, read_adapter
-from shared.adapters.spec import is_embedding
+from shared.adapters.folder import check_copies, check_untied, read_adapter
+from shared.adapters.spec import ends_of
 from shared.config import named_schemes
 from shared.convert.change import find_changes
 from shared.convert.files import WORDS
-from shared.convert.fuse import Fused, Survival, check_grid, layers_of, total, write_plain, write_same, write_scheme
 from shared.convert.source import check_whole, plain_weights
 from shared.convert.target import check_target, new_folder
+from shared.convert.weights import Fused, Survival, check_grid, layers_of, total, write_plain, write_same, write_scheme
 from shared.data.batch import micro_batches
 from shared.data.layout import choose_layout
 from shared.data.rows import Row
 from shared.data.tokenize import tokenize_rows
-from shared.errors import AdapterError, CapabilityError, ConfigError, MlxloraError, did_you_mean
-from shared.folder import ModelFolder, find_folder, open_folder
+from shared.errors import AdapterError, ConfigError, MlxloraError, did_you_mean
+from shared.folder import find_folder, open_folder
 from shared.sessions import find_rows, open_session
 from shared.types import Example
 
@@ -80,7 +80,7 @@ def fuse(
     found, folder = read_adapter(source), open_folder(base)
     check_whole(folder)
     weights = plain_weights(folder)
-    check_ends(found, folder)
+    check_untied(ends_of(found.spec.modules), tied=folder.is_tied)
     check_copies(found, folder)
     changes = find_changes(found, weights)
     trained = str(found.notes.get("quantization", "none"))
@@ -112,16 +112,6 @@ def check_options(scheme: str, dtype: str) -> None:
         raise ConfigError(f'--dtype: unknown value "{dtype}"', fix=did_you_mean(dtype, ["auto", *WORDS]))
     if scheme != "none" and dtype != "auto":
         raise ConfigError(f"--dtype {dtype} is for plain weights, --scheme {scheme} keeps the base's", fix="give one")
-
-
-def check_ends(adapter: Adapter, folder: ModelFolder) -> None:
-    """Raise CapabilityError for a changed embedding or head where both are one tensor."""
-    ends = [module for module in adapter.spec.modules if is_embedding(module) or module == "lm_head"]
-    if ends and folder.is_tied:
-        raise CapabilityError(
-            f'the adapter changes "{ends[0]}" of a base whose head is its embedding, so that one cannot be fused '
-            "without the other", expected="a base with a head of its own", fix="keep the adapter apart",
-        )  # fmt: skip
 
 
 def summarize(target: Path, fused: Fused, text: TextChange | None, *, scheme: str, dtype: str) -> FuseResult:

@@ -7,7 +7,7 @@ lora_b (r, out). adapter_config.json carries the keys of both.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,12 +255,7 @@ def check_fit(adapter: Adapter, info: ModelInfo) -> None:
             f"({len(missing)} of {len(adapter.spec.modules)} modules are missing)",
             fix="use the base that the adapter was trained on",
         )
-    ends = [name for name in adapter.spec.modules if name in info.ends]
-    if ends and info.is_tied:
-        raise CapabilityError(
-            f'the adapter changes "{ends[0]}" of a base whose head is its embedding: there PEFT adapts one of the two, '
-            "mlx-lm both", expected="a base with a head of its own",
-        )  # fmt: skip
+    check_untied([name for name in adapter.spec.modules if name in info.ends], tied=info.is_tied)
     for name in adapter.spec.modules:
         out, width = adaptable[name]
         A, B = leaves_of(name)
@@ -278,3 +273,12 @@ def check_fit(adapter: Adapter, info: ModelInfo) -> None:
                     f'adapter tensor "{name}.{leaf}" {state}', expected=f"{shape} for this base",
                     fix="use the base that the adapter was trained on",
                 )  # fmt: skip
+
+
+def check_untied(ends: Sequence[str], *, tied: bool) -> None:
+    """Raise CapabilityError where an adapter changes an embedding or a head, and both are one tensor."""
+    if ends and tied:
+        raise CapabilityError(
+            f'the adapter changes "{ends[0]}" of a base whose head is its embedding: there PEFT adapts one of the two, '
+            "mlx-lm both", expected="a base with a head of its own",
+        )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,15 @@ def is_embedding(module: str) -> bool:
     (True, False)
     """
     return short_name(module) in EMBEDDINGS
+
+
+def ends_of(modules: Iterable[str]) -> list[str]:
+    """Return the embeddings and heads among modules, by their names.
+
+    >>> ends_of(["model.layers.0.mlp.up_proj", "lm_head"])
+    ['lm_head']
+    """
+    return [name for name in modules if is_embedding(name) or name == "lm_head"]
 
 
 def leaves_of(module: str) -> tuple[str, str]:

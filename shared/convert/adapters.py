@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.adapters.folder import Adapter, check_copies, from_peft, no_adapter, no_tensors, read_as
+from shared.adapters.folder import Adapter, check_copies, check_untied, from_peft, no_adapter, no_tensors, read_as
 from shared.adapters.names import (
     COPY,
     MLX_FILE,
@@ -28,7 +28,7 @@ from shared.adapters.names import (
     turned,
 )
 from shared.adapters.schema import CONFIG_FILE
-from shared.adapters.spec import is_embedding, layer_of, leaves_of
+from shared.adapters.spec import ends_of, layer_of, leaves_of
 from shared.adapters.writing import (
     METADATA,
     Facts,
@@ -160,19 +160,13 @@ def check_expressible(spec: AdapterSpec, folder: ModelFolder | None) -> None:
 
 def check_ends(spec: AdapterSpec, folder: ModelFolder | None) -> None:
     """Refuse adapters of embedding or head where these are one tensor, or nobody says whether they are."""
-    ends = [name for name in spec.modules if is_embedding(name) or name == "lm_head"]
-    if not ends:
-        return
-    if folder is None:
+    ends = ends_of(spec.modules)
+    if ends and folder is None:
         raise CapabilityError(
             f'the adapter changes "{ends[0]}", which PEFT and mlx-lm compute alike only where embedding and head '
             "are two tensors; nobody says whether they are", fix="name the base: --base MODEL",
         )  # fmt: skip
-    if folder.is_tied:
-        raise CapabilityError(
-            f'the adapter changes "{ends[0]}" of a base whose head is its embedding: there PEFT adapts one of the two, '
-            "mlx-lm both", expected="a base with a head of its own",
-        )  # fmt: skip
+    check_untied(ends, tied=folder is not None and folder.is_tied)
 
 
 def write_converted(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shared.convert.fuse import cast
+from shared.convert.weights import cast
 from shared.errors import CapabilityError
 from shared.quant.affine import unpack
 from shared.tensors import to_float32

@@ -11,7 +11,7 @@ from shared.adapters.combining import check_options, combine
 from shared.adapters.folder import Adapter, check_copies, read_adapter
 from shared.adapters.names import MLX_FILE, PEFT_FILE
 from shared.adapters.schema import CONFIG_FILE
-from shared.adapters.spec import is_embedding
+from shared.adapters.spec import ends_of
 from shared.adapters.writing import METADATA, to_mlx, to_peft, write_config
 from shared.convert.adapters import RESTORE_FILE, facts_of, find_base
 from shared.convert.target import ADAPTER, new_folder
@@ -116,6 +116,6 @@ def write_merged(staged: Path, merged: Adapter, found: Sequence[Weighted], *, me
 
 def is_alike(spec: AdapterSpec, folder: ModelFolder | None) -> bool:
     """Return whether mlx-lm is known to compute an adapter as PEFT does: no ends, or a base that is not tied."""
-    if not any(is_embedding(name) or name == "lm_head" for name in spec.modules):
+    if not ends_of(spec.modules):
         return True
     return folder is not None and not folder.is_tied

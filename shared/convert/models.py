@@ -11,10 +11,10 @@ from shared.adapters.schema import CONFIG_FILE
 from shared.convert import gguf_file
 from shared.convert.adapters import find_base
 from shared.convert.files import WORDS, write_config, write_tokenizer
-from shared.convert.fuse import copy_changed, write_plain
 from shared.convert.ollama import write_modelfile
 from shared.convert.source import check_whole
 from shared.convert.target import ADAPTER, check_target, new_folder
+from shared.convert.weights import copy_changed, write_plain
 from shared.durable import write_json
 from shared.errors import CapabilityError, ConfigError, did_you_mean
 from shared.families import with_old_rope_keys

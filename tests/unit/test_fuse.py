@@ -12,9 +12,9 @@ import pytest
 
 import mlxlora
 from shared.convert.change import Change
-from shared.convert.fuse import Survival
 from shared.convert.shards import row_blocks
 from shared.convert.source import open_rows, plain_weights
+from shared.convert.weights import Survival
 from shared.errors import AdapterError, CapabilityError, ConfigError, ModelError
 from shared.folder import open_folder, sha256
 from shared.fusing import KEPT, FuseResult, Lost, TextChange, check_survival, fuse

@@ -1,4 +1,4 @@
-"""An adapter added into its base: full precision, or the base's own grid with what that costs counted.
+"""A model's weights written anew, with an adapter added: in full precision, or on the base's grid, with what is lost.
 
 A low-rank change is small beside the step of a 4-bit grid: rounding back swallows most of it. So every fused weight is
 compared with what it should be, and `Survival` says how much of the change is left.
