@@ -75,16 +75,18 @@ class FourBitQuantizer:
         block, raw = packed.scheme.group_size, packed.arrays["weight"].data.reshape(-1)
         absmax = expand(packed.arrays) if packed.scheme.double else packed.arrays["absmax"].data
         pairs = pair_table(packed.scheme.name).view(np.uint64).reshape(-1)
-        out = np.empty(packed.shape[0] * packed.shape[1], dtype=NUMPY[packed.dtype])
+        out = np.empty(2 * raw.size, dtype=NUMPY[packed.dtype])  # an odd last value has a neighbour
         for at in range(0, out.size, CHUNK):
-            size = min(CHUNK, out.size - at)
-            codes = raw[at // 2 : (at + size + 1) // 2]
-            values = np.take(pairs, codes, mode="clip").view(np.float32)[:size]  # twice as fast as pairs[codes]
-            whole = size // block * block
+            part = out[at : at + CHUNK]
+            values = part if packed.dtype == "F32" else np.empty(part.size, dtype=np.float32)
+            # twice as fast as pairs[...]
+            np.take(pairs, raw[at // 2 : (at + CHUNK) // 2], out=values.view(np.uint64), mode="clip")
+            whole = part.size // block * block
             values[:whole].reshape(-1, block)[:] *= absmax[at // block : (at + whole) // block, None]
             values[whole:] *= absmax[-1]
-            out[at : at + size] = from_float32(values, packed.dtype).data
-        return Tensor(packed.dtype, out.reshape(packed.shape))
+            if values is not part:
+                part[:] = from_float32(values, packed.dtype).data
+        return Tensor(packed.dtype, out[: packed.shape[0] * packed.shape[1]].reshape(packed.shape))
 
 
 def shape_of(weight: Tensor) -> tuple[int, int]:
