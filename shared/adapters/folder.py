@@ -97,13 +97,13 @@ def check_copies(adapter: Adapter, base: ModelFolder) -> None:
 def is_base_s(name: str, copy: Tensor, base: ModelFolder) -> bool:
     """Return whether a weight is the base's, or where that is stored quantized, one that gives the same codes."""
     place = base.places.get(name.removesuffix(".weight"))
-    shape = place.stored.shape if place else base.entries[name].shape if name in base.entries else None
-    if shape != copy.shape or not is_finite(copy):
-        return False
     if place is None:
-        return same_values(base.value(name), copy)
+        own = base.value(name) if name in base.entries else None
+        return own is not None and own.shape == copy.shape and same_values(own, copy)
+    if place.stored.shape != copy.shape or not is_finite(copy):
+        return False
     quantizer = find_quantizer(place.stored.scheme)
-    held = quantizer.dequantize(base.packed(name.removesuffix(".weight"), shape=shape))
+    held = quantizer.dequantize(base.packed(name.removesuffix(".weight"), shape=copy.shape))
     if same_values(held, copy):
         return True
     return same_values(quantizer.dequantize(quantizer.quantize(from_float32(to_float32(copy), held.dtype))), held)
