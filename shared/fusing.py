@@ -141,6 +141,7 @@ class Lost(AdapterError):
             f"fusing would lose the adapter: a cosine of {kept:.3f} between its change and what is left of it",
             expected=f"{KEPT} or more; nothing was written",
             fix=f"{plain}, keep the adapter apart, or --accept-loss",
+            code="E304",
         )
 
 

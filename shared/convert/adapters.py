@@ -132,7 +132,7 @@ def find_base(config: Mapping[str, Any], base: str | None) -> ModelFolder | None
     except ModelError as error:
         raise ModelError(
             f"the base that the adapter names is damaged: {error.what}", expected=error.expected,
-            fix="mend it, or name another: --base MODEL",
+            fix="mend it, or name another: --base MODEL", code=error.code,
         ) from None  # fmt: skip
     except CapabilityError:
         return None
