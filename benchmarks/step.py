@@ -29,7 +29,7 @@ from shared.adapters.spec import initial_adapter
 from shared.config import RunConfig
 from shared.config_file import build_config, load_config
 from shared.data.batch import Plan, update_batches
-from shared.data.layout import Layout, choose_layout
+from shared.data.layout import Layout, training_layout
 from shared.loop import build_update
 from shared.measuring.measure import load, recipe
 from shared.measuring.synthetic import Shape, make_rows, write_llama
@@ -132,9 +132,9 @@ def real_subject(arguments: argparse.Namespace) -> Subject:
     model, spec = load_trainable(prepared, backend)
     if spec.kind == "lora":
         model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=config.train.seed))
-    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer))
     micro = None if config.train.micro_tokens == "auto" else config.train.micro_tokens
-    layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=micro)
+    layout = training_layout(config, model.info, prepared.train, micro_tokens=micro)
+    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer), shapes=layout.shapes)
     return Subject(model, trainer, prepared.train, config, layout)
 
 

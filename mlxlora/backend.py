@@ -19,7 +19,7 @@ from shared.errors import CapabilityError
 from shared.importing import collector_paused, defer_front
 from shared.strict import check_recompute
 from shared.threads import keep_memory, wait_politely
-from shared.types import Capability, Method, Packed, Recompute, Scheme, Tensor
+from shared.types import Capability, Method, Packed, Recompute, Scheme, Shapes, Tensor
 
 if TYPE_CHECKING:
     from mlxlora.model import MLXModel
@@ -60,11 +60,11 @@ class MLXBackend:
 
         return load_model(folder, dtype=dtype, quantization=quantization, recompute=bool(recompute))
 
-    def trainer(self, model: MLXModel, *, objective: str, optimizer: Method) -> MLXTrainer:
-        """Return a trainer for what `model.attach` made trainable."""
+    def trainer(self, model: MLXModel, *, objective: str, optimizer: Method, shapes: Shapes = ()) -> MLXTrainer:
+        """Return a trainer for what `model.attach` made trainable; micro-batches of `shapes` run compiled."""
         from mlxlora.trainer import MLXTrainer
 
-        return MLXTrainer(model, objective=objective, optimizer=optimizer)
+        return MLXTrainer(model, objective=objective, optimizer=optimizer, shapes=shapes)
 
     def decode(self, packed: Packed) -> Tensor:
         """Return a quantized weight as our kernels decode it."""

@@ -92,11 +92,16 @@ class MLXModel:
 
     def hidden(self, batch: Batch) -> mx.array:
         """Return (N, D) last hidden states at the positions that predict supervised tokens."""
-        length = batch.tokens_BT.shape[1]
-        segments = Segments(batch.lengths_S.tolist() if batch.is_packed else [length])
-        ours = self.info.can_pack and (batch.is_packed or length > LONG)
-        h_BTD = self.decoder(mx.array(batch.tokens_BT), cache=[segments] * self.info.num_layers if ours else None)
-        return h_BTD.flatten(0, 1)[mx.array(batch.positions_N)]
+        packed = batch.lengths_S.tolist() if batch.is_packed else ()
+        return self.hidden_at(mx.array(batch.tokens_BT), mx.array(batch.positions_N), packed=packed)
+
+    def hidden_at(self, tokens_BT: mx.array, positions_N: mx.array, *, packed: Sequence[int] = ()) -> mx.array:
+        """Return what `hidden` does, of arrays; packed: lengths of the examples in the one row."""
+        length = tokens_BT.shape[1]
+        ours = self.info.can_pack and (bool(packed) or length > LONG)
+        segments = Segments(packed or [length])
+        h_BTD = self.decoder(tokens_BT, cache=[segments] * self.info.num_layers if ours else None)
+        return h_BTD.flatten(0, 1)[positions_N]
 
     def log_probs(self, batch: Batch) -> np.ndarray:
         """Return (N,) float32 log-probabilities of the targets in nats."""

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_map
 
+from mlxlora.compiling import Arrays, CompiledStep
 from mlxlora.memory import read_memory
 from mlxlora.model import MLXModel, flatten
 from mlxlora.objectives import OBJECTIVES
@@ -17,7 +18,7 @@ from mlxlora.state import from_mlx, to_mlx
 from shared import faults
 from shared.adapters.spec import layer_of
 from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
-from shared.types import Batch, Memory, Method, StepStats, Tensor, Update
+from shared.types import Batch, Memory, Method, Shapes, StepStats, Tensor, Update
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ class PendingStats:
 class MLXTrainer:
     """One model, one objective, one optimizer."""
 
-    def __init__(self, model: MLXModel, *, objective: str, optimizer: Method) -> None:
+    def __init__(self, model: MLXModel, *, objective: str, optimizer: Method, shapes: Shapes = ()) -> None:
         self.model, self.objective = model, OBJECTIVES[objective]
         self.optimizer = Optimizer(model.parameters, method=optimizer)
         self.loss_and_grad = value_and_grad(model.zoo, self.loss)
+        self.shapes, self.compiled = frozenset(shapes), CompiledStep(model, self.loss_and_grad) if shapes else None
 
     def step(self, micro: Sequence[Batch], update: Update) -> PendingStats:
         """Do exactly one update; on OutOfMemory nothing has changed."""
@@ -77,17 +79,22 @@ class MLXTrainer:
         faults.hit("micro.begin")
         dropout = self.model.dropout
         dropout.begin(seed=update.seed, step=update.step, places=batch.places())
+        names = ("tokens_BT", "positions_N", "targets_N", "weights_N")
+        arrays = {name: mx.array(getattr(batch, name)) for name in names}
         try:
-            loss, grads = self.loss_and_grad(batch)
+            if self.compiled and batch.shape in self.shapes and not batch.is_packed:
+                loss, grads = self.compiled(arrays)
+            else:
+                loss, grads = self.loss_and_grad(arrays, packed=batch.lengths_S.tolist() if batch.is_packed else ())
         finally:
             dropout.end()
         return loss, tree_map(lambda grad: grad.astype(mx.float32), grads)  # sums over micro-batches stay exact
 
-    def loss(self, batch: Batch) -> mx.array:
+    def loss(self, arrays: Arrays, *, packed: Sequence[int] = ()) -> mx.array:
         """Return the summed loss of a micro-batch, differentiable in the trained tensors."""
-        model = self.model
-        targets_N, weights_N = mx.array(batch.targets_N), mx.array(batch.weights_N)
-        return self.objective(model.hidden(batch), model.head, targets_N, weights_N, train_head=model.trains_head)
+        model, targets_N, weights_N = self.model, arrays["targets_N"], arrays["weights_N"]
+        h_ND = model.hidden_at(arrays["tokens_BT"], arrays["positions_N"], packed=packed)
+        return self.objective(h_ND, model.head, targets_N, weights_N, train_head=model.trains_head)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the optimizer's tensors."""

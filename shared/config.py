@@ -199,6 +199,10 @@ class TrainConfig(Section):
         Literal["auto", "offload"] | bool,
         Field(description="layers keep their input only and run again; offload keeps it in host memory (CUDA only)"),
     ] = "auto"
+    compile: Annotated[
+        Literal["auto"] | bool,
+        Field(description="updates as compiled functions of at most 8 padded shapes; auto: off; never changes results"),
+    ] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
 
     @model_validator(mode="before")
@@ -318,6 +322,11 @@ def validate(values: Any, *, place: str = "config", places: Places | None = None
     except ValidationError as error:
         raise describe(pick_problems(error), place=place, places=places or {}) from None
     parse_scheme(config.quantization)
+    if config.train.compile is True and config.data.packing == "packed":
+        raise ConfigError(
+            f"{place}: train.compile true with data.packing packed: packed rows have a new shape in every update",
+            fix="set data.packing: auto",
+        )
     if config.adapter.type == "none" and config.adapter.start is not None:
         raise ConfigError(
             f"{place}: adapter.start with adapter.type none", code="E204", fix="mlxlora fuse, and train its result"

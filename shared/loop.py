@@ -64,7 +64,7 @@ def do_update(run: Run, schedule: Callable[[int], float], ahead: Ahead) -> None:
     state = run.state
     state.step = step
     state.tokens += sum(batch.num_tokens for batch in micro)
-    state.supervised_tokens += sum(len(batch.targets_N) for batch in micro)
+    state.supervised_tokens += sum(batch.num_supervised for batch in micro)
     state.positions += sum(batch.tokens_BT.size for batch in micro)
     run.lr = update.lr
     tell(run.callbacks, "on_update", step)

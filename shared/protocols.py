@@ -26,6 +26,7 @@ from shared.types import (
     Recompute,
     Sampling,
     Scheme,
+    Shapes,
     StepStats,
     Tensor,
     Token,
@@ -140,7 +141,12 @@ class Backend(Protocol):
         """
         ...
 
-    def trainer(self, model: Model, *, objective: str, optimizer: Method) -> Trainer: ...
+    def trainer(self, model: Model, *, objective: str, optimizer: Method, shapes: Shapes = ()) -> Trainer:
+        """Return a trainer; shapes: of the micro-batches that it computes by compiled functions.
+
+        Raises CapabilityError for shapes where nothing can be compiled.
+        """
+        ...
 
     def decode(self, packed: Packed) -> Tensor:
         """Return the weight a packed array stands for, as this backend's kernels see it."""

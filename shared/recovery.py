@@ -34,7 +34,7 @@ def step_or_split(run: Run, micro: list[Batch], update: Update) -> Pending[StepS
             return run.trainer.step(micro, update)
         except OutOfMemory:
             micro = halve(micro)
-            run.layout = replace(run.layout, micro_tokens=max(run.layout.micro_tokens // 2, 1))
+            run.layout = replace(run.layout, micro_tokens=max(run.layout.micro_tokens // 2, 1), shapes=())
             smaller = f"micro-batches of at most {run.layout.micro_tokens} tokens from here on"
             tell(run.callbacks, "on_note", f"out of memory: {smaller}")
         except (RuntimeError, MemoryError) as error:

@@ -29,7 +29,7 @@ from shared.types import Capability
 # Settings that may change between a run and its resume: they change neither the mathematics nor the data.
 FREE = (
     "output", "backend", "device", "log", "checkpoint", "evaluation",
-    "train.micro_tokens", "train.recompute", "data.packing", "data.cache",
+    "train.micro_tokens", "train.recompute", "train.compile", "data.packing", "data.cache",
     "model", "data.path", "data.columns", "adapter.start",  # by hash, wherever they lie
 )  # fmt: skip
 

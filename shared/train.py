@@ -22,7 +22,7 @@ from shared.checkpoint import Checkpoint
 from shared.config import DataConfig, RunConfig, parse_scheme
 from shared.data.batch import Plan
 from shared.data.cache import tokenize_cached
-from shared.data.layout import choose_layout
+from shared.data.layout import training_layout
 from shared.data.rows import Row, content_hash, find_data, read_rows, split_files
 from shared.data.tokenize import Tokenizer, tokenize_rows
 from shared.durable import put_in_place, sync
@@ -252,13 +252,13 @@ def build_run(
         model.load_tensors("adapter", found.adapter)
     elif spec.kind != "none":
         model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
-    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer))
+    layout = training_layout(config, model.info, prepared.train, micro_tokens=chosen.micro_tokens)
+    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer), shapes=layout.shapes)
     if found is not None:
         trainer.load_state(found.optimizer)
     state = LoopState(**found.state["loop"]) if found else LoopState()
     plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
     updates = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
-    layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=chosen.micro_tokens)
     return Run(
         config=config, folder=folder, model=model, trainer=trainer, train=prepared.train, valid=prepared.valid,
         plan=plan, updates=updates, layout=layout,

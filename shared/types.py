@@ -6,7 +6,7 @@ Shape suffixes: B rows, T tokens, S examples, N supervised positions, V vocabula
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,10 +41,23 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The size of a micro-batch that was padded up to it: rows x tokens, and supervised positions."""
+
+    rows: int
+    tokens: int
+    targets: int
+
+
+Shapes = Collection[Shape]
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch: its examples one per row and padded on the right, or packed end to end into a single row.
 
     Packed, an example attends to itself only and its positions start at 0 again: nothing is computed but real tokens.
+    Padded up to a `Shape`, rows of length 0 and supervised positions of weight 0 stand behind the others.
     """
 
     tokens_BT: np.ndarray  # int32; what stands behind a row's length is never read
@@ -59,6 +72,17 @@ class Batch:
     def num_tokens(self) -> int:
         """Return the number of tokens that are not padding."""
         return int(self.lengths_S.sum())
+
+    @property
+    def num_supervised(self) -> int:
+        """Return the number of supervised positions that are not padding."""
+        return int(np.count_nonzero(self.weights_N))
+
+    @property
+    def shape(self) -> Shape:
+        """Return the size of its arrays."""
+        rows, tokens = self.tokens_BT.shape
+        return Shape(rows, tokens, len(self.targets_N))
 
     @property
     def is_packed(self) -> bool:

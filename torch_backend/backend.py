@@ -15,7 +15,7 @@ from shared.errors import CapabilityError
 from shared.importing import collector_paused
 from shared.strict import check_recompute
 from shared.threads import wait_politely
-from shared.types import Capability, Method, Packed, Recompute, Scheme, Tensor
+from shared.types import Capability, Method, Packed, Recompute, Scheme, Shapes, Tensor
 
 if TYPE_CHECKING:
     from torch_backend.model import TorchModel
@@ -55,11 +55,11 @@ class TorchBackend:
 
         return load_model(folder, dtype=dtype, quantization=quantization, recompute=recompute, device=place)
 
-    def trainer(self, model: TorchModel, *, objective: str, optimizer: Method) -> TorchTrainer:
-        """Return a trainer for what `model.attach` made trainable."""
+    def trainer(self, model: TorchModel, *, objective: str, optimizer: Method, shapes: Shapes = ()) -> TorchTrainer:
+        """Return a trainer for what `model.attach` made trainable; micro-batches of `shapes` run compiled."""
         from torch_backend.trainer import TorchTrainer
 
-        return TorchTrainer(model, objective=objective, optimizer=optimizer)
+        return TorchTrainer(model, objective=objective, optimizer=optimizer, shapes=shapes)
 
     def decode(self, packed: Packed) -> Tensor:
         """Return a quantized weight as our kernels decode it."""

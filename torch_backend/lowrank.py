@@ -24,19 +24,21 @@ class Readers:
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
         self.x: torch.Tensor | None = None
-        self.waiting: dict[str, torch.Tensor] = {}
+        self.waiting: dict[int, torch.Tensor] = {}  # by a layer's place among the readers: a name would be compiled in
+        for place, layer in enumerate(layers):
+            layer.place = place
 
     def output_of(self, layer: Any, x_BTD: torch.Tensor, up_BTD: torch.Tensor | None = None) -> torch.Tensor:
         """Return the layer's output for x, computed now or when one of the others was asked.
 
         With `up` the layers read silu(x) * up.
         """
-        if self.x is not x_BTD or layer.name not in self.waiting:
+        if self.x is not x_BTD or layer.place not in self.waiting:
             factors = [factor for reader in self.layers for factor in (reader.lora_A, reader.lora_B)]
             outputs = _LowRank.apply(x_BTD, up_BTD, self.layers, *factors)
-            self.waiting = {reader.name: y for reader, y in zip(self.layers, outputs, strict=True)}
+            self.waiting = dict(enumerate(outputs))
             self.x = x_BTD
-        output = self.waiting.pop(layer.name)
+        output = self.waiting.pop(layer.place)
         if not self.waiting:
             self.x = None
         return output

@@ -34,7 +34,7 @@ from shared.folder import ModelFolder, check_tensors, nearest_family, open_folde
 from shared.importing import collector_paused
 from shared.registry import find_quantizer
 from shared.strict import check_adapter
-from shared.types import AdapterSpec, Batch, ModelInfo, Part, Recompute, Sampling, Scheme, Tensor, Token
+from shared.types import AdapterSpec, Batch, ModelInfo, Part, Recompute, Sampling, Scheme, Shape, Tensor, Token
 from torch_backend import attention, generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
 from torch_backend.decoders import PLAIN_DECODE, find_decoder, has_triton
@@ -54,6 +54,9 @@ class TorchModel:
         self.decoder = zoo.get_decoder()
         self.dropout = Dropout(p=0.0)
         self.parameters: dict[str, nn.Parameter] = {}
+        self.recompute: Recompute = False
+        self.shapes: frozenset[Shape] = frozenset()  # of micro-batches that run compiled
+        self.runs_compiled = False  # the last one does
 
     def attach(self, spec: AdapterSpec) -> None:
         """Make the spec's adapter layers trainable, or for kind "none" every parameter."""
@@ -71,6 +74,7 @@ class TorchModel:
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Return (N, D) last hidden states at the positions that predict supervised tokens."""
+        self.runs_compiled = batch.shape in self.shapes and not batch.is_packed
         tokens_BT = self.put(batch.tokens_BT, torch.long)
         positions_N = self.put(batch.positions_N, torch.long)  # before the decoder: a copy waits for what is queued
         h_BTD = self.decoder(input_ids=tokens_BT, use_cache=False, **self.packing(batch)).last_hidden_state
@@ -143,6 +147,7 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     verified = folder.family in CHECKED
     notes = notes if verified else (*notes, UNVERIFIED.format(family=folder.family))
     model = TorchModel(zoo, head, describe(zoo, folder, notes), device=torch.device(device))
+    model.recompute = recompute
     if not verified:
         check_head(model, folder)
     return model

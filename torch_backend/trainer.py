@@ -9,7 +9,8 @@ import torch
 
 from shared import faults
 from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
-from shared.types import Batch, Memory, Method, StepStats, Tensor, Update
+from shared.types import Batch, Memory, Method, Shapes, StepStats, Tensor, Update
+from torch_backend.compiling import compile_layers
 from torch_backend.memory import read_memory
 from torch_backend.model import TorchModel
 from torch_backend.objectives import OBJECTIVES
@@ -33,9 +34,11 @@ class PendingStats:
 class TorchTrainer:
     """One model, one objective, one optimizer."""
 
-    def __init__(self, model: TorchModel, *, objective: str, optimizer: Method) -> None:
+    def __init__(self, model: TorchModel, *, objective: str, optimizer: Method, shapes: Shapes = ()) -> None:
         self.model, self.objective = model, OBJECTIVES[objective]
         self.optimizer = Optimizer(model.parameters, method=optimizer)
+        if shapes:
+            compile_layers(model, shapes)
 
     def step(self, micro: Sequence[Batch], update: Update) -> PendingStats:
         """Do exactly one update; on OutOfMemory nothing has changed."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from shared.data.cut import Segment, cut, join, pack
 from shared.data.layout import Layout
+from shared.data.shapes import shaped_batches
 from shared.seeds import row_order
 from shared.types import Batch, Example
 
@@ -58,4 +59,7 @@ def micro_batches(examples: Sequence[Example], layout: Layout) -> list[Batch]:
 
 def update_batches(examples: Sequence[Example], plan: Plan, step: int, layout: Layout) -> list[Batch]:
     """Return the micro-batches of update `step`."""
-    return micro_batches([examples[row] for row in plan.rows(step)], layout)
+    chosen = [examples[row] for row in plan.rows(step)]
+    if layout.shapes:
+        return shaped_batches([make_segment(example, slot) for slot, example in enumerate(chosen)], layout.shapes)
+    return micro_batches(chosen, layout)

@@ -48,10 +48,12 @@ def join(segments: Sequence[Segment], *, packed: bool) -> Batch:
 
 
 def take_apart(batch: Batch) -> Iterator[Segment]:
-    """Yield the segments that were joined."""
+    """Yield the segments that were joined, without what they were padded with."""
     tokens = batch.tokens_BT.reshape(-1)
     for start, length, slot in zip(batch.starts_S, batch.lengths_S, batch.slots_S, strict=True):
-        inside = (batch.positions_N >= start) & (batch.positions_N < start + length)
+        if length == 0:
+            continue
+        inside = (batch.positions_N >= start) & (batch.positions_N < start + length - 1)  # the last predicts nothing
         yield Segment(
             tokens[start : start + length],
             int(slot),

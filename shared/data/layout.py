@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from shared.config import RunConfig
+from shared.data.shapes import choose_shapes
 from shared.errors import CapabilityError
-from shared.types import ModelInfo
+from shared.types import Example, ModelInfo, Shape
 
 AUTO_MICRO_TOKENS = 1024  # enough rows for fast matmuls on a CPU, few enough for its caches and memory
 GPU_MICRO_TOKENS = 4096
@@ -17,6 +20,7 @@ class Layout:
 
     micro_tokens: int  # positions per micro-batch, at most, unless a single example is longer
     packed: bool = False
+    shapes: tuple[Shape, ...] = ()  # of an update's micro-batches, each padded up to one of them; none: as it comes
 
 
 def choose_layout(info: ModelInfo, *, packing: str, micro_tokens: int | None) -> Layout:
@@ -30,3 +34,14 @@ def choose_layout(info: ModelInfo, *, packing: str, micro_tokens: int | None) ->
             fix="set data.packing: auto (rows sorted by length)",
         )
     return Layout(micro_tokens or AUTO_MICRO_TOKENS, packed=info.can_pack and packing != "none")
+
+
+def training_layout(
+    config: RunConfig, info: ModelInfo, examples: Sequence[Example], *, micro_tokens: int | None
+) -> Layout:
+    """Return the layout of a run's updates; where they are to be compiled, with the shapes that hold these rows."""
+    layout = choose_layout(info, packing=config.data.packing, micro_tokens=micro_tokens)
+    if config.train.compile is not True:  # auto: packed rows waste nothing, and no measurement speaks against them
+        return layout
+    size = config.train.batch_size
+    return replace(layout, shapes=choose_shapes(examples, batch_size=size, micro_tokens=layout.micro_tokens))

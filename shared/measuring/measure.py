@@ -21,7 +21,7 @@ from shared.adapters.spec import first_values, resolve
 from shared.config import RunConfig, parse_scheme
 from shared.config_file import build_config
 from shared.data.batch import Plan, update_batches
-from shared.data.layout import Layout, choose_layout
+from shared.data.layout import Layout, training_layout
 from shared.errors import CapabilityError, MlxloraError, OutOfMemory
 from shared.estimate.report import decide_run
 from shared.folder import open_folder
@@ -91,8 +91,8 @@ def load(backend: Backend, config: RunConfig, rows: Sequence[Example]) -> Loaded
     spec = resolve(config.adapter, model.info)
     model.attach(spec)
     model.load_tensors("adapter", first_values(spec, model, seed=config.train.seed))
-    layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=chosen.micro_tokens)
-    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer))
+    layout = training_layout(config, model.info, rows, micro_tokens=chosen.micro_tokens)
+    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer), shapes=layout.shapes)
     return Loaded(model, trainer, layout, chosen.recompute)
 
 
@@ -114,7 +114,7 @@ def measure_updates(backend: Backend, config: RunConfig, rows: Sequence[Example]
         began = time.perf_counter() if len(times) == 1 else began
     return Updates(
         tokens=sum(batch.num_tokens for batch in micro),
-        supervised_tokens=sum(len(batch.targets_N) for batch in micro),
+        supervised_tokens=sum(batch.num_supervised for batch in micro),
         positions=sum(batch.tokens_BT.size for batch in micro),
         micro_batches=len(micro), first_s=times[0], times_s=tuple(times[1:]), cpu_s=tuple(cpu[1:]),
         loaded_memory_bytes=loaded, peak_memory_bytes=trainer.memory().peak, recompute=found.recompute, loss=loss,

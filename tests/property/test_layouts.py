@@ -42,7 +42,7 @@ def facts(batches: list[Batch]) -> list[tuple[int, int, int, float]]:
     for batch in batches:
         for s, (start, length) in enumerate(zip(batch.starts_S, batch.lengths_S, strict=True)):
             for n, position in enumerate(batch.positions_N):
-                if start <= position < start + length:
+                if start <= position < start + length and batch.weights_N[n]:
                     found.append((int(batch.slots_S[s]), int(position - start), int(batch.targets_N[n]), 1.0))
     return sorted(found)
 
