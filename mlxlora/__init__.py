@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from shared.parity import ParityResult
     from shared.preview import Preview
     from shared.quickstart import QuickstartResult
+    from shared.runs import Comparison, RunFacts
     from shared.train import TrainResult
 
 __version__ = "0.1.0"
 __all__ = [
-    "bench", "convert", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "merge", "parity",
-    "preview", "quantize", "quickstart", "schema", "train",
+    "bench", "compare", "convert", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "merge",
+    "parity", "preview", "quantize", "quickstart", "runs", "schema", "train",
 ]  # fmt: skip
 
 Adapters = str | Path | Sequence[str] | None  # a folder, or several as "folder=weight": their weighted sum
@@ -249,6 +250,23 @@ def bench(
 
     file = None if output is None else Path(output).expanduser()
     return run(size=size, backend=backend, dtype=dtype, output=file, note=note)
+
+
+def runs(folder: str | Path = "runs") -> list[RunFacts]:
+    """Return the runs in a folder, the newest last."""
+    from shared.runs import list_runs
+
+    return list_runs(Path(folder).expanduser())
+
+
+def compare(a: str | Path, b: str | Path, *, data: str | None = None, **options: Any) -> Comparison:
+    """Return what two run folders have different; with `data` a paired bootstrap of their losses on its rows.
+
+    options: html (a page to write), and with data: backend, note.
+    """
+    from shared.runs import compare as run
+
+    return run(Path(a).expanduser(), Path(b).expanduser(), data=data, **options)
 
 
 def schema() -> dict[str, Any]:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from shared.data.batch import micro_batches
 from shared.data.cut import halve
 from shared.data.layout import Layout
 from shared.errors import is_out_of_memory
-from shared.objectives.sft import sft
 from shared.protocols import Model
 from shared.types import Example
 
@@ -28,7 +29,17 @@ class Evaluation:
 
 def evaluate_examples(model: Model, examples: Sequence[Example], layout: Layout) -> Evaluation:
     """Return the token-weighted loss; sums are taken in float64."""
-    total, weight, tokens = 0.0, 0.0, 0
+    losses_E, weights_E = evaluate_each(model, examples, layout)
+    weight = float(weights_E.sum())
+    loss = float(losses_E.sum()) / weight
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    tokens = sum(len(example.tokens) for example in examples)
+    return Evaluation(loss, perplexity, supervised_tokens=int(weight), tokens=tokens, rows=len(examples))
+
+
+def evaluate_each(model: Model, examples: Sequence[Example], layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Return (E,) float64 twice: the sum of every example's loss in nats, and of its tokens' weights."""
+    losses_E, weights_E = np.zeros(len(examples)), np.zeros(len(examples))
     waiting = micro_batches(examples, layout)[::-1]
     while waiting:
         batch = waiting.pop()
@@ -39,9 +50,8 @@ def evaluate_examples(model: Model, examples: Sequence[Example], layout: Layout)
                 raise
             waiting += halve([batch])[::-1]  # raises OutOfMemory where the batch is a single row
             continue
-        total += float(sft(log_probs_N.astype("float64"), batch.weights_N))
-        weight += float(batch.weights_N.sum(dtype="float64"))
-        tokens += batch.num_tokens
-    loss = total / weight
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, supervised_tokens=int(weight), tokens=tokens, rows=len(examples))
+        owners_N = batch.places()[0].reshape(-1)[batch.positions_N]
+        losses_N = -log_probs_N.astype("float64") * batch.weights_N
+        losses_E += np.bincount(owners_N, losses_N, minlength=len(examples))
+        weights_E += np.bincount(owners_N, batch.weights_N, minlength=len(examples))
+    return losses_E, weights_E

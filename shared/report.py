@@ -14,6 +14,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from shared.callbacks import Metrics
 from shared.display import megabytes
 from shared.durable import write_whole
@@ -111,6 +113,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
+    return flatten(found)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return a run's config.yaml one level deep, empty where it is missing or damaged."""
+    try:
+        return flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def flatten(found: Any) -> dict[str, Any]:
+    """Return a mapping one level deep: "rows.train" -> value; empty for anything else.
+
+    >>> flatten({"rows": {"train": 3}, "model": "m"})
+    {'rows.train': 3, 'model': 'm'}
+    """
     flat: dict[str, Any] = {}
     for key, value in found.items() if isinstance(found, dict) else ():
         flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}

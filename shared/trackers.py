@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-import yaml
-
 from shared.durable import write_json
 from shared.masking import mask
-from shared.report import read_manifest
+from shared.report import read_manifest, read_settings
 from shared.sinks import FOLDER, LOOK_EVERY_S, WAIT_S, read_state
 
 PROJECT = "mlxlora"
@@ -194,7 +192,7 @@ class Session:
         """Send every row until the run is over; the state says how far it came."""
         state = {"run": uuid4().hex[:12], "step": -1, "kinds": [], **read_state(self.folder, self.name)}
         self.save(state)
-        facts = Facts(self.folder, read_settings(self.folder), state["run"])
+        facts = Facts(self.folder, told(self.folder), state["run"])
         tracker = self.insist(lambda: TRACKERS[self.name](facts))
         tail, last = Tail(self.folder / "metrics.jsonl"), False
         while not last:
@@ -264,12 +262,9 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Return config and manifest one level deep, without credentials."""
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    flat = {**read_manifest(folder / "manifest.json")}
-    for key, value in config.items():
-        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+def told(folder: Path) -> dict[str, Any]:
+    """Return manifest and config one level deep, without credentials."""
+    flat = {**read_manifest(folder / "manifest.json"), **read_settings(folder)}
     return {key: mask(value) if isinstance(value, str) else value for key, value in flat.items()}
 
 

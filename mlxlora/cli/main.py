@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from mlxlora.cli.merging import merge
 from mlxlora.cli.planning import estimate
 from mlxlora.cli.previewing import preview
 from mlxlora.cli.quantizing import quantize
+from mlxlora.cli.running import runs
 
 app.command()(bench)
 app.command()(convert)
@@ -28,6 +30,7 @@ app.command()(preview)
 app.command()(quantize)
 app.command()(fuse)
 app.command()(merge)
+app.add_typer(runs)
 
 
 def main() -> None:
@@ -67,9 +70,15 @@ def commands() -> Any:
     tree: Any = get_command(app)
     source = typer.Typer(add_completion=False)
     source.command()(offline_option)
-    for command in tree.commands.values():
+    for command in leaves(tree):
         command.params.extend(param for param in get_command(source).params if param.name == "offline")
     return tree
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """Yield every command of a tree."""
+    for command in tree.commands.values():
+        yield from leaves(command) if hasattr(command, "commands") else (command,)
 
 
 def go_offline(given: bool) -> None:

@@ -1,0 +1,96 @@
+"""`mlxlora runs`: what run folders there are, what one did, and two side by side."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlxlora.cli.app import BackendName, Debug, Json, check_backend, emit, emit_object, say
+
+runs = typer.Typer(name="runs", help="Runs that were made: list, look, compare.", no_args_is_help=True)
+
+RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
+
+
+@runs.command()
+def ls(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The runs in a folder: state, updates, last losses; the newest last."""
+    from dataclasses import asdict
+
+    from shared.runs import list_runs, number_text
+
+    found = list_runs(folder)
+    if as_json:
+        emit_object({"runs": [asdict(run) for run in found]})
+        return
+    rows = [("run", "state", "updates", "loss", "valid", "backend", "started", "model")]
+    for run in found:
+        losses = (number_text(run.loss), number_text(run.eval_loss))
+        started = run.created[:16].replace("T", " ")
+        rows.append((run.name, run.state, f"{run.step}/{run.updates}", *losses, run.backend, started, run.model))
+    print_table(rows if found else [(f"no runs in {folder}",)])
+
+
+@runs.command()
+def show(folder: RunFolder, as_json: Json = False, debug: Debug = False) -> None:
+    """One run: how far it came, its numbers, its curves, its settings."""
+    from shared.runs import describe, number_text
+
+    found = describe(folder)
+    if as_json:
+        emit(found)
+        return
+    facts = found.facts
+    print(f"{facts.name}: {facts.state}, update {facts.step} of {facts.updates}, {facts.backend}, {facts.model}")
+    print_table([(name, number_text(value)) for name, value in found.final.items() if value is not None])
+    for name, curve in found.curves.items():
+        print(f"{name:<5} {curve}")
+    print_table([(name, str(value)) for name, value in found.settings.items()])
+    print(f"checkpoints: {', '.join(found.checkpoints) or 'none'}")
+    print(f"command: {shlex.join(found.command)}")
+
+
+@runs.command()
+def compare(
+    a: RunFolder,
+    b: RunFolder,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="PATH", help="Rows to evaluate both on, and test the difference.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too.")] = None,
+    backend: BackendName = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Two runs side by side; with --data a paired bootstrap says whether one is better."""
+    from shared.runs import compare as run
+    from shared.runs import number_text, paired_line
+
+    check_backend(backend)
+    options = {"backend": backend, "note": say} if data is not None else {}
+    found = run(a, b, data=data, html=html, **options)
+    if as_json:
+        emit(found, **({"verdict": found.paired.verdict} if found.paired else {}))
+        return
+    pairs = {**found.final, **found.settings}
+    rows = [(name, number_text(x), number_text(y)) for name, (x, y) in pairs.items() if (x, y) != (None, None)]
+    print_table([("", found.a.name, found.b.name), *rows])
+    for name, curves in found.curves.items():
+        for side, curve in zip("ab", curves, strict=True):
+            print(f"{name + ' ' + side:<7} {curve}".rstrip())
+    if found.paired:
+        print(paired_line(found.paired))
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Print rows in columns as wide as they need."""
+    widths = [max(len(row[n]) for row in rows) for n in range(max(map(len, rows), default=0))]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip())

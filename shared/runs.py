@@ -1,0 +1,303 @@
+"""Run folders side by side: what there is, what one of them did, and whether one is better than another."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.callbacks import Metrics
+from shared.config_file import build_config
+from shared.data.layout import choose_layout
+from shared.data.tokenize import tokenize_rows
+from shared.errors import CheckpointError, ConfigError, StorageError, did_you_mean
+from shared.evaluate import evaluate_each
+from shared.lock import FILE as LOCK
+from shared.report import Curve, chart, escape, flatten, page, points, read_manifest, read_settings, thin
+from shared.sessions import find_rows, open_session
+from shared.types import Example
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 48  # of a curve in text
+RESAMPLES = 2000
+CURVES = {"loss": "loss", "valid": "eval_loss"}  # as text: name -> key of metrics.jsonl
+LEVEL = 0.95
+PLACES = ("output", "backend", "device", "log", "checkpoint")  # settings that decide nothing about the result
+FINAL = {  # of the comparison: name -> key of metrics.jsonl, which of its values, and whether less is better
+    "training loss": ("loss", "last"),
+    "validation loss": ("eval_loss", "last"),
+    "best validation loss": ("eval_loss", "min"),
+    "tokens per second": ("tokens_per_s", "median"),
+    "peak memory, MiB": ("peak_memory_bytes", "max"),
+    "training time, s": ("time_s", "last"),
+}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run: where it is, how far it came, and its last losses (nats per supervised token)."""
+
+    name: str
+    path: Path
+    state: str  # done, running, stopped
+    step: int
+    updates: int
+    loss: float | None
+    eval_loss: float | None
+    model: str
+    backend: str
+    created: str
+
+
+@dataclass(frozen=True)
+class RunDetails:
+    """One run in full."""
+
+    facts: RunFacts
+    settings: dict[str, Any]  # that are not the default
+    final: dict[str, float | None]
+    curves: dict[str, str]  # by name, as text
+    checkpoints: tuple[str, ...]
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Loss of b less loss of a on the same rows, nats per supervised token; negative: b is better."""
+
+    rows: int
+    loss_a: float
+    loss_b: float
+    difference: float
+    low: float  # the interval that holds the difference with `level`, resampling rows
+    high: float
+    level: float
+
+    @property
+    def verdict(self) -> str:
+        """Return in words whether the difference is more than chance."""
+        if self.low <= 0 <= self.high:
+            return "no difference beyond chance"
+        return "b is better" if self.high < 0 else "a is better"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs: settings and data that differ, last numbers of both, curves as text, and rows evaluated with both."""
+
+    a: RunFacts
+    b: RunFacts
+    settings: dict[str, tuple[Any, Any]]
+    final: dict[str, tuple[float | None, float | None]]
+    curves: dict[str, tuple[str, str]]
+    paired: Paired | None
+
+
+def list_runs(folder: Path) -> list[RunFacts]:
+    """Return the runs in a folder, the newest last; raises ConfigError where there is no such folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"no folder at {folder}", expected="the folder that holds run folders, mostly runs")
+    found = [read_run(path.parent) for path in folder.glob("*/manifest.json")]
+    return sorted(found, key=lambda run: (run.created, run.name))
+
+
+def read_run(folder: Path) -> RunFacts:
+    """Return the facts of a run folder; raises CheckpointError where it is none."""
+    if not (folder / "manifest.json").is_file():
+        near = [path.parent.name for path in folder.parent.glob("*/manifest.json")] if folder.parent.is_dir() else []
+        hint = did_you_mean(folder.name, near) if near else "mlxlora runs ls DIR lists runs"
+        raise CheckpointError(f"{folder} is not the folder of a run", expected="manifest.json in it", fix=hint)
+    rows, manifest = Metrics(folder / "metrics.jsonl").read(), read_manifest(folder / "manifest.json")
+    updates = manifest.get("updates")
+    return RunFacts(
+        name=folder.resolve().name,
+        path=folder,
+        state="running" if is_held(folder) else ("done" if (folder / "report.html").is_file() else "stopped"),
+        step=max((row["step"] for row in rows), default=0),
+        updates=updates if isinstance(updates, int) else 0,
+        loss=last(rows, "loss"),
+        eval_loss=last(rows, "eval_loss"),
+        **{key: str(manifest.get(key, "")) for key in ("model", "backend", "created")},
+    )
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process trains in a run folder."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """Return the last finite value of a key."""
+    found = points(rows, key)
+    return found[-1][1] if found else None
+
+
+def describe(folder: Path) -> RunDetails:
+    """Return one run in full."""
+    facts, rows = read_run(folder), Metrics(folder / "metrics.jsonl").read()
+    defaults = flatten(build_config({"model": "-", "data": {"path": "-"}}).model_dump(mode="json"))
+    found = read_manifest(folder / "manifest.json").get("command")
+    return RunDetails(
+        facts=facts,
+        settings={k: v for k, v in read_settings(folder).items() if k not in defaults or defaults[k] != v},
+        final=final_numbers(rows),
+        curves={name: text for name, key in CURVES.items() if (text := sparkline(rows, key))},
+        checkpoints=tuple(sorted(path.name for path in (folder / "checkpoints").glob("step-*"))),
+        command=tuple(map(str, found)) if isinstance(found, list) else (),
+    )
+
+
+def final_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return the numbers that sum a run up, None where there is none."""
+    take: dict[str, Callable[[list[float]], float]] = {
+        "last": lambda ys: ys[-1], "min": min, "max": max, "median": lambda ys: float(np.median(ys)),
+    }  # fmt: skip
+    found: dict[str, float | None] = {}
+    for name, (key, which) in FINAL.items():
+        ys = [y for _, y in points(rows, key, scale=2.0**20 if "bytes" in key else 1.0)]
+        found[name] = take[which](ys) if ys else None
+    return found
+
+
+def sparkline(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Return a curve as bars of equal steps, from its lowest to its highest value; empty without two points.
+
+    >>> sparkline([{"step": n, "loss": 4.0 - n} for n in range(4)], "loss")[:4]
+    '█▆▃▁'
+    """
+    ys = [y for _, y in points(rows, key)]
+    if len(ys) < 2:
+        return ""
+    groups = [group for group in np.array_split(np.asarray(ys), min(WIDTH, len(ys))) if len(group)]
+    heights = np.array([group.mean() for group in groups])
+    spread = float(heights.max() - heights.min()) or 1.0
+    levels = np.rint((heights - heights.min()) / spread * (len(BARS) - 1)).astype(int)
+    return "".join(BARS[level] for level in levels)
+
+
+def compare(one: Path, two: Path, *, data: str | None = None, html: Path | None = None, **options: Any) -> Comparison:
+    """Return what two runs have different, and with `data` whether one adapter is better on its rows.
+
+    html: a page to write it to. options: backend, note.
+    """
+    a, b = read_run(one), read_run(two)
+    rows = [Metrics(folder / "metrics.jsonl").read() for folder in (one, two)]
+    ours, theirs = read_settings(one), read_settings(two)
+    keys = [key for key in {**ours, **theirs} if key.split(".")[0] not in PLACES and ours.get(key) != theirs.get(key)]
+    numbers = [final_numbers(found) for found in rows]
+    found = Comparison(
+        a=a,
+        b=b,
+        settings={key: (ours.get(key), theirs.get(key)) for key in keys},
+        final={name: (numbers[0][name], numbers[1][name]) for name in FINAL},
+        curves={name: (sparkline(rows[0], key), sparkline(rows[1], key)) for name, key in CURVES.items()},
+        paired=None if data is None else evaluate_both(a, b, data=data, **options),
+    )  # fmt: skip
+    if html is not None:
+        write_page(found, rows, html)
+    return found
+
+
+def evaluate_both(
+    a: RunFacts, b: RunFacts, *, data: str, backend: str = "auto", note: Callable[[str], None] = lambda text: None
+) -> Paired:
+    """Return the losses of two runs' results on the same rows, one model after the other; raises MlxloraError."""
+    rows, _ = find_rows(data)
+    losses: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    for run in (a, b):
+        settings = read_settings(run.path)
+        adapter = run.path / "adapter"
+        if not adapter.is_dir() and not (run.path / "model").is_dir():
+            raise CheckpointError(f"{run.path} has no adapter yet", fix="let the run end: the same command goes on")
+        base = str(settings.get("model", run.model)) if adapter.is_dir() else str(run.path / "model")
+        session = open_session(base, adapter=str(adapter) if adapter.is_dir() else None, backend=backend, note=note)
+        options = {"max_length": settings["data.max_length"], "train_on": settings["data.train_on"]}
+        examples: list[Example] = tokenize_rows(rows, session.tokenizer, **options)
+        layout = choose_layout(session.model.info, packing="auto", micro_tokens=None)
+        losses_E, weights_E = evaluate_each(session.model, examples, layout)
+        losses, weights = [*losses, losses_E], [*weights, weights_E]
+    if not np.array_equal(weights[0], weights[1]):
+        raise ConfigError(
+            "the two runs count other tokens of these rows, so their losses cannot be compared",
+            fix="compare runs of one tokenizer, data.max_length and data.train_on",
+        )
+    return paired_bootstrap(losses[0], losses[1], weights[0])
+
+
+def paired_bootstrap(a_E: np.ndarray, b_E: np.ndarray, weights_E: np.ndarray, *, seed: int = 0) -> Paired:
+    """Return the difference of two token-weighted losses and its interval from resampled rows.
+
+    a_E, b_E: sums of nats per row; weights_E: tokens. Percentile bootstrap (Efron and Tibshirani 1993, 13.3).
+    """
+    random, rows = np.random.default_rng(seed), len(a_E)
+    differences = np.empty(RESAMPLES)
+    for n in range(RESAMPLES):
+        drawn = random.integers(0, rows, rows)
+        differences[n] = (b_E[drawn] - a_E[drawn]).sum() / weights_E[drawn].sum()
+    low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    weight = float(weights_E.sum())
+    one, two = float(a_E.sum()) / weight, float(b_E.sum()) / weight
+    return Paired(rows, one, two, two - one, float(low), float(high), LEVEL)
+
+
+def write_page(found: Comparison, rows: Sequence[Sequence[Mapping[str, Any]]], file: Path) -> None:
+    """Write a comparison as one page without scripts; raises StorageError."""
+    title = f"{found.a.name} (a) and {found.b.name} (b)"
+    try:
+        file.write_text(page(title, {}, body="".join(page_parts(found, rows))), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {file}: {error.strerror}", fix="choose another --html") from None
+
+
+def page_parts(found: Comparison, rows: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    """Yield the parts of the page: verdict, curves of both in one chart, tables."""
+    if found.paired:
+        yield f"<p>{escape(paired_line(found.paired))}</p>"
+    steps = max(found.a.step, found.b.step)
+    charts = []
+    for title, key in (("Training loss", "loss"), ("Validation loss", "eval_loss"), ("Speed", "tokens_per_s")):
+        lines = [Curve(name, thin(points(part, key)), name) for name, part in zip("ab", rows, strict=True)]
+        unit = "tokens per second" if title == "Speed" else "nats per supervised token"
+        charts.append(chart(title, unit, *lines, last_step=steps, from_zero=title == "Speed"))
+    yield f'<h2>Curves</h2><div class="grid">{"".join(charts)}</div>'
+    for title, pairs in (("Last numbers", found.final), ("Settings that differ", found.settings)):
+        lines = [
+            f"<tr><th>{escape(name)}</th><td>{escape(number_text(x))}</td><td>{escape(number_text(y))}</td></tr>"
+            for name, (x, y) in pairs.items()
+        ]
+        yield f'<h2>{title}</h2><table class="card"><tr><th></th><td>a</td><td>b</td></tr>{"".join(lines)}</table>'
+
+
+def paired_line(paired: Paired) -> str:
+    """Return the outcome of a paired evaluation in one line."""
+    return (
+        f"on {paired.rows} rows: loss {paired.loss_a:.4f} (a), {paired.loss_b:.4f} (b); "
+        f"b - a = {paired.difference:+.4f}, "
+        f"{paired.level:.0%} of resamples in [{paired.low:+.4f}, {paired.high:+.4f}]: {paired.verdict}"
+    )
+
+
+def number_text(value: Any) -> str:
+    """Return a value for people.
+
+    >>> number_text(None), number_text(1234.5), number_text(2.0), number_text("cosine")
+    ('-', '1,234', '2.0000', 'cosine')
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:,.0f}" if abs(value) >= 1000 else (f"{value:.4f}" if abs(value) >= 1e-3 else f"{value:.3g}")
+    return str(value)
