@@ -70,6 +70,10 @@ ROWS = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [{"type": "f"}]},
     {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{}"}}]}]},
 ]  # fmt: skip
+FOREIGN = [
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{\"name\": \"f\"}"}]},
+    {"instruction": "a", "input": "", "output": "b", "system": "s"}, {"question": "a", "answer": "b"},
+]  # fmt: skip
 CONFIGS = [
     "model: m\ndata: {path: d, max_length: 64, train_on: all, packing: none}\ntrain: {batch_size: 2, updates: 2}\n",
     "# a run\nmodel: org/m\nquantization: affine-4bit-g64\ndata:\n  path: d\nadapter:\n  type: lora\n  rank: 8\n"
@@ -102,6 +106,12 @@ def read_model(folder: Path) -> None:
     found = open_folder(folder)
     for module, place in found.places.items():
         found.packed(module, shape=place.stored.shape)
+
+
+def read_rows(folder: Path) -> None:
+    """Read the rows of the one file of a folder."""
+    for file in folder.iterdir():
+        assert all(row.fields for row in iterate_rows(file))
 
 
 def seal(files: Files) -> None:
@@ -165,6 +175,17 @@ def make_adapters() -> list[Files]:
     ]  # fmt: skip
 
 
+def make_rows() -> list[Files]:
+    """Return the same rows as lines, as an array, with commas and with tabs; other programs' rows as lines."""
+    lines = [json.dumps(row).encode() for row in ROWS]
+    foreign = [json.dumps(row).encode() for row in FOREIGN]
+    table = b'prompt,completion\n1 + 1 = ,2\n"a, ""b""\nc",d\n'
+    return [
+        {"train.jsonl": b"\n".join(lines)}, {"train.json": b"[" + b",\n".join(lines) + b"]"}, {"train.csv": table},
+        {"train.tsv": table.replace(b",", b"\t")}, {"other.jsonl": b"\n".join(foreign)},
+    ]  # fmt: skip
+
+
 def packed(tensors: Mapping[str, Tensor]) -> bytes:
     """Return the bytes of a safetensors file."""
     with tempfile.TemporaryDirectory() as folder:
@@ -185,21 +206,20 @@ def make_targets(work: Path) -> dict[str, Target]:
     kept = {"a": weights((2, 3)), "b": weights((4,), "BF16")}
     step = checkpoint.save(work / "kept", checkpoint.Checkpoint(7, kept, kept, state), keep=1)
     metrics = b"".join(json.dumps({"step": n, "loss": 1.5, "lr": 1e-4}).encode() + b"\n" for n in range(1, 4))
-    rows = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
     tensors = [
         {"t.safetensors": packed(found)} for found in (kept, {}, {"s": weights(()), "w": weights((0, 3)), **kept})
     ]
     saved = tuple(file.name for file in sorted(step.iterdir()))
     configs = [{"c.yaml": text.encode()} for text in CONFIGS]
-    lines, numbers = "train.jsonl", "metrics.jsonl"
+    numbers = "metrics.jsonl"
     return {
         "safetensors": Target(read_safetensors, tensors, ("t.safetensors",), 0.3),
         "adapter": Target(read_adapter, make_adapters(), ("adapter_config.json",), 0.15),
         "checkpoint": Target(checkpoint.load, [files_of(step)], saved, 0.15, seal),
-        "jsonl": Target(lambda folder: list(iterate_rows(folder / lines)), [{lines: rows}], (lines,), 0.2),
-        "metrics": Target(lambda folder: Metrics(folder / numbers).read(), [{numbers: metrics}], (numbers,), 0.05),
-        "model": Target(read_model, models, ("config.json", "model.safetensors", INDEX, MAP), 0.1),
-        "yaml": Target(lambda folder: load_config(folder / "c.yaml"), configs, ("c.yaml",), 0.05),
+        "rows": Target(read_rows, make_rows(), tuple(name for files in make_rows() for name in files), 0.25),
+        "metrics": Target(lambda folder: Metrics(folder / numbers).read(), [{numbers: metrics}], (numbers,), 0.08),
+        "model": Target(read_model, models, ("config.json", "model.safetensors", INDEX, MAP), 0.05),
+        "yaml": Target(lambda folder: load_config(folder / "c.yaml"), configs, ("c.yaml",), 0.02),
     }
 
 
@@ -372,18 +392,22 @@ def run_part(context: Any, name: str, numbers: range, seed: int, answers: Any) -
     return process, at
 
 
-def fuzz(shares: Mapping[str, int], *, workers: int, seed: int) -> dict[str, Found]:
+def fuzz(shares: Mapping[str, int], *, workers: int, seed: int, seconds: float) -> dict[str, Found]:
     """Return what became of all inputs; a process that dies costs the input it was at, and another goes on."""
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     waiting = [
-        (name, range(start, min(start + 25_000, count)))
+        (name, range(start, min(start + 10_000, count)))
         for name, count in shares.items()
-        for start in range(0, count, 25_000)
+        for start in range(0, count, 10_000)
     ]
+    waiting.sort(key=lambda part: part[1].start / shares[part[0]], reverse=True)  # all readers advance together
     found = {name: Found(Counter(), 0.0, []) for name in shares}
     running: dict[Any, tuple[str, range, Any]] = {}
+    end = time.monotonic() + seconds
     while waiting or running:
+        if time.monotonic() > end:
+            waiting.clear()
         while waiting and len(running) < workers:
             name, numbers = waiting.pop()
             process, at = run_part(context, name, numbers, seed, answers)
@@ -436,6 +460,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000, help="inputs, all targets together")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=600, help="after these nothing more is begun")
     parser.add_argument("--again", metavar="TARGET:NUMBER")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--save", type=Path, help="where inputs that crash are kept")
@@ -448,7 +473,7 @@ def main() -> None:
         targets = make_targets(Path(made))
     shares = {name: round(options.count * target.share) for name, target in targets.items()}
     began = time.monotonic()
-    found = fuzz(shares, workers=options.workers, seed=options.seed)
+    found = fuzz(shares, workers=options.workers, seed=options.seed, seconds=60 * options.minutes)
     table = {
         name: {
             "inputs": sum(one.counts.values()), "read": one.counts["read"], "crashes": len(one.crashes),
