@@ -123,7 +123,7 @@ class MLXModel:
     def load_tensors(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
         """Replace the trained tensors (part "adapter"); strict on names, shapes and finite values."""
         if part != "adapter":
-            raise ModelError("a base is loaded from its folder, not replaced", fix="load the other model")
+            raise ModelError("a base is loaded from its folder, not replaced", code="E309", fix="load the other model")
         own = self.parameters
         check_adapter(tensors, expected={name: tuple(value.shape) for name, value in own.items()})
         self.put_parameters({name: to_mlx(tensors[name]).astype(value.dtype) for name, value in own.items()})
@@ -251,7 +251,9 @@ def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: mx.Dtype) -> None:
             owner, leaf = find_owner(zoo, name)
             module = getattr(owner, leaf)
         except (AttributeError, IndexError):
-            raise ModelError(f'{folder.path}: quantized module "{name}" has no place in the model') from None
+            raise ModelError(
+                f'{folder.path}: quantized module "{name}" has no place in the model', code="E308"
+            ) from None
         packed = folder.packed(name, shape=tuple(module.weight.shape))
         if isinstance(module, nn.Embedding):
             setattr(owner, leaf, QuantizedEmbedding(packed, dtype))

@@ -105,7 +105,7 @@ class MLXTrainer:
         own = dict(self.optimizer.tensors())
         if own.keys() != tensors.keys() or any(tuple(own[name].shape) != tensors[name].shape for name in own):
             raise CheckpointError(
-                "the optimizer state is of another model or adapter", fix="resume with the same config"
+                "the optimizer state is of another model or adapter", code="E322", fix="resume with the same config"
             )
         for name in own:
             self.optimizer.put(name, to_mlx(tensors[name]))

@@ -61,10 +61,22 @@ CATALOGUE = {
         "`adapter.targets`, `adapter.layers` or a pattern matches no module of this model.",
         "Take a name that the message lists; `all-linear` fits every model.",
     ),
+    "E207": Kind(
+        "a run folder that another process is using",
+        "Two processes would write over each other, so the second one stops. The lock is the system's: it ends with "
+        "its owner.",
+        "Wait for the process named or stop it, or choose another `--output`.",
+    ),
     "E210": Kind(
         "no data there",
         "The folder, file, split or hub data set does not exist or cannot be reached.",
-        "`data.path` is a folder with train.jsonl, a JSONL file, or a hub id of JSONL files.",
+        "`data.path` is a folder with train.jsonl (or .json, .csv, .tsv, .parquet), such a file, or a hub id.",
+    ),
+    "E211": Kind(
+        "a data file that cannot be read",
+        "The file is none of JSON lines, a JSON array, CSV, TSV and Parquet, or a line is no JSON, not UTF-8, nested "
+        "too deeply or longer than 50 MB.",
+        "Correct the line named: a line of JSONL is one whole object in UTF-8, without a comma behind it.",
     ),
     "E212": Kind(
         "a row that cannot be used",
@@ -105,10 +117,9 @@ CATALOGUE = {
         "Correct `model_type`, try the other backend, or update the library.",
     ),
     "E304": Kind(
-        "weights that do not fit the model or its use",
-        "Tensors are missing, left over or of other shapes than config.json says; or the base is stored in a way that "
-        "does not allow what was asked.",
-        "Take config.json and weights from the same place, or the form of the model that the message names.",
+        "weights that do not fit the model",
+        "Tensors are missing, left over, or of other shapes than config.json says.",
+        "Take config.json and weights from the same place.",
     ),
     "E305": Kind(
         "weights that hold NaN or infinity",
@@ -124,6 +135,18 @@ CATALOGUE = {
         "a tokenizer that is missing or does not fit",
         "tokenizer.json is absent or damaged, or gives ids that the model has no embedding for.",
         "Copy tokenizer.json and tokenizer_config.json from the model's origin.",
+    ),
+    "E308": Kind(
+        "quantized weights that are not stored as stated",
+        "The packed tensors have other shapes or types than config.json says for their format, or some of them are "
+        "missing.",
+        "Take config.json and weights from the same place, or quantize the original model again.",
+    ),
+    "E309": Kind(
+        "a model that cannot be used so",
+        "The model is sound, but stored in a form that does not allow what was asked: trained as a whole or "
+        "quantized again where it is quantized already, for example.",
+        "Use the form of the model that the message names, mostly the one before quantization.",
     ),
     "E310": Kind(
         "no adapter there",
@@ -141,16 +164,22 @@ CATALOGUE = {
         "It was trained on another model: modules are missing or have other widths.",
         "Use the base it was trained on; adapter_config.json names it.",
     ),
+    "E320": Kind(
+        "no checkpoint there",
+        "`--resume` names a folder that does not exist or holds no step-NNNNNN folder.",
+        "Leave `--resume` out to go on from the newest checkpoint of the run folder.",
+    ),
     "E321": Kind(
         "a checkpoint that is damaged",
         "Marker, sizes or SHA-256 do not match.",
         "Leave `--resume` out to take the newest whole one; `--resume never` starts anew.",
     ),
     "E322": Kind(
-        "a run that was started differently",
-        "Settings that decide the result, the training rows or the base are not what the run was started with; the "
-        "message shows the difference.",
-        "`--allow-change KEY` for each goes on all the same; or use the old values, or another `--output`.",
+        "a checkpoint of another run",
+        "The config, the data or the base is not what the run was started with; going on would give a result that "
+        "nothing describes.",
+        "Undo the change, choose another `--output`, name it with `--allow-change KEY`, or start anew with `--resume "
+        "never`.",
     ),
     "E400": Kind(
         "something this version does not do",
@@ -173,6 +202,18 @@ CATALOGUE = {
         "config.json asks to run Python files of the folder (`auto_map`, `model_file`). That is never done: whoever "
         "wrote them would hold your account.",
         "Use a model of an architecture that mlx-lm and transformers have built in.",
+    ),
+    "E404": Kind(
+        "an adapter of a kind that is not loaded",
+        "The adapter holds or asks for something that has no counterpart here, such as other PEFT types, experts or "
+        "whole modules.",
+        "Train it as LoRA, rsLoRA or DoRA; `mlxlora convert` or the tool it comes from can often write it so.",
+    ),
+    "E405": Kind(
+        "a result that would not be exact",
+        "The format asked for cannot hold these weights, this tokenizer or this adapter bit for bit, and nothing is "
+        "rounded in silence.",
+        "The message names what the format lacks; convert to another format, or from the unquantized model.",
     ),
     "E500": Kind(
         "training diverged",

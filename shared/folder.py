@@ -68,7 +68,9 @@ class ModelFolder:
         """Return a tensor as it is stored, mapped from the file; raises ModelError where it is not finite."""
         if name not in self.entries:
             raise ModelError(
-                f'{self.path} stores "{name}" under another name', fix="quantize the model with `mlx_lm convert -q`"
+                f'{self.path} stores "{name}" under another name',
+                code="E309",
+                fix="quantize the model with `mlx_lm convert -q`",
             )
         tensor = read_tensor(self.entries[name])
         if not is_finite(tensor):
@@ -83,11 +85,13 @@ class ModelFolder:
         arrays = {key: read_tensor(self.entries[name]) for key, name in place.names.items()} | dict(place.constants)
         arrays |= {key: Tensor("U8", arrays[key].data.view(np.uint8)) for key in place.raw}
         if tuple(shape) != place.stored.shape:
-            raise ModelError(f'{self.path}: "{module}" has shape {place.stored.shape}', expected=f"{tuple(shape)}")
+            raise ModelError(
+                f'{self.path}: "{module}" has shape {place.stored.shape}', code="E308", expected=f"{tuple(shape)}"
+            )
         arrays = arrays if place.form is None else dict(place.form.read(arrays))
         packed = Packed(place.stored.scheme, arrays, place.stored.shape, place.stored.dtype)
         if fault := find_fault(packed):
-            raise ModelError(f'{self.path}: "{module}" {fault}', fix="convert the model again")
+            raise ModelError(f'{self.path}: "{module}" {fault}', code="E308", fix="convert the model again")
         return packed
 
     @property
@@ -121,6 +125,7 @@ def check_floats(folder: ModelFolder) -> None:
         if is_weight and entry.dtype not in (*FLOATS, "F64"):
             raise ModelError(
                 f'{folder.path}: tensor "{name}" is {entry.dtype}, and config.json does not say how it is packed',
+                code="E308",
                 expected=", ".join(FLOATS), fix="config.json and weights must belong together",
             )  # fmt: skip
 

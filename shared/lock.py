@@ -44,7 +44,9 @@ def take(file: FileIO, folder: Path, *, owner: str) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(
-            f"{folder} is in use by {owner or 'another process'}", fix="wait for it, or choose another --output"
+            f"{folder} is in use by {owner or 'another process'}",
+            code="E207",
+            fix="wait for it, or choose another --output",
         ) from None
     except OSError as error:
         raise StorageError(

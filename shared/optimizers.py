@@ -91,6 +91,7 @@ def method_of(config: OptimizerConfig) -> Method:
     if config.state == "8bit" and not coded:
         raise ConfigError(
             f"optimizer.state: 8bit with optimizer.name: {name}, whose state has no code in 8 bits",
+            code="E204",
             fix="optimizer.state: float32, or one of adamw, adam, sgd and lion",
         )
     return Method(name, config.state, config.lora_plus_ratio)

@@ -48,10 +48,12 @@ def import_own(name: str, kind: type[T], *, key: str) -> T:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f'{key}: no "{name}": {error}', fix="put its folder on PYTHONPATH, or correct it") from None
+        raise ConfigError(
+            f'{key}: no "{name}": {error}', code="E202", fix="put its folder on PYTHONPATH, or correct it"
+        ) from None
     if not isinstance(found, kind):
         raise ConfigError(
-            f'{key}: "{name}" is a {type(found).__name__}', expected=f"a {kind.__module__}.{kind.__name__}"
+            f'{key}: "{name}" is a {type(found).__name__}', code="E202", expected=f"a {kind.__module__}.{kind.__name__}"
         )
     return found
 

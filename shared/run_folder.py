@@ -63,16 +63,17 @@ def flat_settings(config: RunConfig) -> dict[str, Any]:
 def check_output(folder: Path, resume: str) -> None:
     """Raise ConfigError or CheckpointError for a run folder or a --resume that cannot be used."""
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output: {folder} is a file", expected="a folder, or a name for a new one")
+        raise ConfigError(f"output: {folder} is a file", code="E205", expected="a folder, or a name for a new one")
     theirs = [name for name in FOLDERS if (folder / name).exists()]
     if theirs and not (folder / "manifest.json").is_file():
         raise ConfigError(
             f'output: {folder} is not the folder of a run, and a run would replace "{theirs[0]}" in it',
+            code="E205",
             fix="choose another --output",
         )
     if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
         raise CheckpointError(
-            f"--resume: no folder at {resume}", expected="auto, never, a run folder or a checkpoint folder"
+            f"--resume: no folder at {resume}", code="E320", expected="auto, never, a run folder or a checkpoint folder"
         )
 
 
@@ -134,6 +135,7 @@ def check_fresh(folder: Path, note: Callable[[str], None]) -> None:
     if done:
         raise CheckpointError(
             f"{folder} has a result ({done[0]}) but no checkpoint to go on from",
+            code="E320",
             fix="choose another --output, or --resume never to train anew (removes the old run)",
         )
     if Metrics(folder / "metrics.jsonl").read():
@@ -179,10 +181,14 @@ def from_path(path: Path) -> checkpoint.Checkpoint:
             return checkpoint.load(path)
         except CheckpointError as error:
             hint = error.fix or "name another checkpoint; --resume auto takes the newest whole one"
-            raise CheckpointError(f"--resume: {error.what}", expected=error.expected, fix=hint) from None
+            raise CheckpointError(
+                f"--resume: {error.what}", code=error.code, expected=error.expected, fix=hint
+            ) from None
     found, _ = checkpoint.newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if found is None:
-        raise CheckpointError(f"--resume: no checkpoint in {path}", expected="a folder with checkpoints/step-...")
+        raise CheckpointError(
+            f"--resume: no checkpoint in {path}", code="E320", expected="a folder with checkpoints/step-..."
+        )
     return found
 
 

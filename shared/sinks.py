@@ -117,6 +117,7 @@ def check_sinks(names: Sequence[str]) -> None:
     if "mlflow" in names and is_offline() and os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
         raise ConfigError(
             "log.to: MLFLOW_TRACKING_URI is an address in the network, and the run is offline",
+            code="E204",
             fix="leave mlflow out, or set MLFLOW_TRACKING_URI=sqlite:///mlflow.db",
         )
 

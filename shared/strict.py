@@ -35,6 +35,7 @@ def check_length(info: ModelInfo, tokens: int, *, what: str) -> None:
         raise ModelError(
             f"{what}: {tokens} tokens, but the {info.family} model has a sliding window of {info.max_tokens} tokens, "
             "which mlx-lm does not apply",
+            code="E309",
             fix=f"data.max_length: {info.max_tokens} (or fewer tokens to generate), or the torch backend",
         )
 

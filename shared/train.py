@@ -217,6 +217,7 @@ def check_vocabulary(base: ModelFolder, examples: Sequence[Example]) -> None:
     if isinstance(size, int) and int(largest.tokens.max()) >= size:
         raise ModelError(
             f"{base.path}: the tokenizer gives id {int(largest.tokens.max())} ({largest.source}), the model has {size}",
+            code="E307",
             fix="model and tokenizer must belong together; download the folder again",
         )
 
@@ -291,6 +292,7 @@ def check_trainable(prepared: Prepared) -> None:
     if prepared.config.adapter.type == "none" and prepared.base.schemes:
         raise ModelError(
             f"{prepared.base.path} is quantized, so its weights cannot be trained (adapter.type: none)",
+            code="E309",
             fix="set adapter.type: lora, or use the unquantized model",
         )
 

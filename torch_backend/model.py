@@ -116,7 +116,7 @@ class TorchModel:
     def load_tensors(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
         """Replace the trained tensors (part "adapter"); strict on names, shapes and finite values."""
         if part != "adapter":
-            raise ModelError("a base is loaded from its folder, not replaced", fix="load the other model")
+            raise ModelError("a base is loaded from its folder, not replaced", code="E309", fix="load the other model")
         check_adapter(tensors, expected={name: tuple(value.shape) for name, value in self.parameters.items()})
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -214,7 +214,9 @@ def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> No
             owner = zoo.get_submodule(parent)
             module = getattr(owner, leaf)
         except AttributeError:
-            raise ModelError(f'{folder.path}: quantized module "{name}" has no place in the model') from None
+            raise ModelError(
+                f'{folder.path}: quantized module "{name}" has no place in the model', code="E308"
+            ) from None
         packed = folder.packed(name, shape=tuple(module.weight.shape))
         if type(module) is nn.Linear:
             setattr(owner, leaf, QuantizedLinear(packed, module.bias))
@@ -224,6 +226,7 @@ def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> No
         else:
             raise ModelError(
                 f'{folder.path}: "{name}" is quantized, but a {type(module).__name__} cannot be read so',
+                code="E309",
                 fix="use the unquantized model",
             )
 

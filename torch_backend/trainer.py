@@ -81,7 +81,7 @@ class TorchTrainer:
         own = dict(self.optimizer.tensors())
         if own.keys() != tensors.keys() or any(tuple(own[name].shape) != tensors[name].shape for name in own):
             raise CheckpointError(
-                "the optimizer state is of another model or adapter", fix="resume with the same config"
+                "the optimizer state is of another model or adapter", code="E322", fix="resume with the same config"
             )
         for name, value in own.items():
             value.copy_(to_torch(tensors[name]))

@@ -90,7 +90,7 @@ def check_addable(adapters: Sequence[Adapter]) -> None:
     """Refuse DoRA, NaN and infinity, and matrices that do not belong to one base."""
     if any(adapter.spec.kind == "dora" for adapter in adapters):
         raise CapabilityError(
-            "DoRA scales the base's rows by their norms: such adapters cannot be added to others",
+            "DoRA scales the base's rows by their norms: such adapters cannot be added to others", code="E404",
             expected="LoRA and rsLoRA", fix="fuse the DoRA adapter into the base, and use the others on that",
         )  # fmt: skip
     damaged = [name for adapter in adapters for name, tensor in adapter.tensors.items() if not is_finite(tensor)]

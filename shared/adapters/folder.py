@@ -89,6 +89,7 @@ def check_copies(adapter: Adapter, base: ModelFolder) -> None:
         if not is_base_s(name, copy, base):
             raise CapabilityError(
                 f'the adapter brings its own "{name}", another than the base\'s (PEFT: save_embedding_layers)',
+                code="E404",
                 expected="an adapter that leaves the base as it is",
                 fix="load it with PEFT, merge it into the base, and use that model",
             )
@@ -179,13 +180,16 @@ def from_mlx_lm(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tupl
     if experts:
         raise CapabilityError(
             f'the adapter holds experts ("{experts}"), which this version does not load',
+            code="E404",
             expected="an adapter of dense layers",
         )
     for name, tensor in stored.items():
         leaf = name.rpartition(".")[2]
         if leaf not in OWN_LEAVES or len(tensor.shape) != (1 if leaf == "m" else 2):
             raise CapabilityError(
-                f'the adapter holds "{name}", which this version does not load', expected="lora_a, lora_b, m"
+                f'the adapter holds "{name}", which this version does not load',
+                code="E404",
+                expected="lora_a, lora_b, m",
             )
     tensors = {own_name_of_mlx(name): turned(tensor) for name, tensor in stored.items()}
     check_leaves(tensors, stored, expected="lora_a, lora_b")
@@ -205,11 +209,14 @@ def check_leaves(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], *,
         )
     for name, foreign in zip(tensors, stored, strict=True):
         if not name.endswith(ADAPTER_LEAVES):
-            raise CapabilityError(f'the adapter holds "{foreign}", which this version does not load', expected=expected)
+            raise CapabilityError(
+                f'the adapter holds "{foreign}", which this version does not load', code="E404", expected=expected
+            )
         if name.endswith(".lora_magnitude_vector") and is_embedding(name.rpartition(".")[0]):
             raise CapabilityError(
                 f'the adapter has DoRA on an embedding ("{foreign}"): PEFT\'s magnitude has a number per dimension, '
                 "mlx-lm's one per token",
+                code="E404",
                 expected="DoRA on linear layers",
             )
     if not tensors:
@@ -280,5 +287,5 @@ def check_untied(ends: Sequence[str], *, tied: bool) -> None:
     if ends and tied:
         raise CapabilityError(
             f'the adapter changes "{ends[0]}" of a base whose head is its embedding: there PEFT adapts one of the two, '
-            "mlx-lm both", expected="a base with a head of its own",
+            "mlx-lm both", code="E404", expected="a base with a head of its own",
         )  # fmt: skip

@@ -39,7 +39,7 @@ NESTED = re.compile(r"[*+}]\)?[*+{]")  # repeated repetitions take exponential t
 def check_peft(config: Mapping[str, Any]) -> None:
     """Raise CapabilityError for the first setting that this version cannot compute."""
     if config.get("peft_type", "LORA") != "LORA":
-        raise CapabilityError(f"the adapter is of PEFT type {config['peft_type']}", expected="LORA")
+        raise CapabilityError(f"the adapter is of PEFT type {config['peft_type']}", code="E404", expected="LORA")
     for key, plain in PLAIN.items():
         value = config.get(key, plain)
         if value and value != plain:
@@ -51,6 +51,7 @@ def check_peft(config: Mapping[str, Any]) -> None:
     if start not in KEEPS_BASE:
         raise CapabilityError(
             f"the adapter began with init_lora_weights {start}, which changes the base as well",
+            code="E404",
             fix="convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=...)",
         )
 
@@ -60,6 +61,7 @@ def refused(key: str, value: Any, plain: Any) -> CapabilityError:
     shown = json.dumps(value, default=str)
     return CapabilityError(
         f"the adapter uses {key} ({shown[:80]}), which this version does not load",
+        code="E404",
         expected=f"{key}: {json.dumps(plain)}",
     )
 
@@ -68,10 +70,11 @@ def check_mlx(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the `lora_parameters` of an mlx-lm config; raises AdapterError or CapabilityError."""
     kind, settings = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     if kind not in ("lora", "dora"):
-        raise CapabilityError(f"the adapter is of mlx-lm type {kind}", expected="lora or dora")
+        raise CapabilityError(f"the adapter is of mlx-lm type {kind}", code="E404", expected="lora or dora")
     if isinstance(settings, dict) and "alpha" in settings:
         raise CapabilityError(
             f"{CONFIG_FILE}: lora_parameters has alpha, which old mlx-lm multiplied with scale and today's ignores",
+            code="E404",
             fix="write the final multiplier as scale and take alpha out",
         )
     if not isinstance(settings, dict) or "scale" not in settings or "rank" not in settings:

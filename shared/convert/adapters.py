@@ -164,7 +164,7 @@ def check_ends(spec: AdapterSpec, folder: ModelFolder | None) -> None:
     if ends and folder is None:
         raise CapabilityError(
             f'the adapter changes "{ends[0]}", which PEFT and mlx-lm compute alike only where embedding and head '
-            "are two tensors; nobody says whether they are", fix="name the base: --base MODEL",
+            "are two tensors; nobody says whether they are", code="E405", fix="name the base: --base MODEL",
         )  # fmt: skip
     check_untied(ends, tied=folder is not None and folder.is_tied)
 

@@ -61,7 +61,8 @@ def read_facts(folder: ModelFolder) -> Facts:
     family = FAMILIES.get(folder.family)
     if family is None:
         raise CapabilityError(
-            f'the family "{folder.family}" cannot be exported to GGUF', expected=f"one of {', '.join(FAMILIES)}",
+            f'the family "{folder.family}" cannot be exported to GGUF',
+            code="E405", expected=f"one of {', '.join(FAMILIES)}",
             fix="export a Hugging Face folder (--to hf) and convert it with llama.cpp's own script",
         )  # fmt: skip
     config = whole_config(folder)
@@ -114,7 +115,8 @@ def check_computed(family: Family, config: Mapping[str, Any], *, head_dim: int) 
 def unlike(key: str, found: Any, expected: Any) -> CapabilityError:
     """Return the error for a model that llama.cpp would compute otherwise."""
     return CapabilityError(
-        f"llama.cpp computes this family with another {key} than this model's ({found})", expected=str(expected),
+        f"llama.cpp computes this family with another {key} than this model's ({found})", code="E405",
+        expected=str(expected),
         fix="use the model with transformers or mlx-lm: --to hf, --to mlx",
     )  # fmt: skip
 

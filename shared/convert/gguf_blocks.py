@@ -45,7 +45,7 @@ def exact_kind(packed: Packed) -> str | None:
 def encode_affine(packed: Packed, kind: str) -> np.ndarray:
     """Return a packed weight (O, I), for which `exact_kind` is `kind` or q4_0, as bytes (O, I / 32 * block)."""
     if exact_kind(packed) not in (kind, "q4_0"):
-        raise CapabilityError(f"the scales of a weight do not fit {kind} exactly", fix="use --weights f16")
+        raise CapabilityError(f"the scales of a weight do not fit {kind} exactly", code="E405", fix="use --weights f16")
     rows, width = packed.shape
     codes = unpack(packed.arrays["weight"].data, bits=4).reshape(rows, width // BLOCK, 2, BLOCK // 2)
     halves = [to_float32(packed.arrays["scales"])]

@@ -93,7 +93,8 @@ def plan_tensors(folder: ModelFolder, facts: Facts, *, kind: str) -> Iterator[St
     """Yield every tensor of the file; raises ModelError or CapabilityError for one that has no place in it."""
     if kind in EXACT and not folder.schemes:
         raise CapabilityError(
-            f"the model is not quantized, and {kind} is never rounded to", expected="affine-4bit-g32 in the folder",
+            f"the model is not quantized, and {kind} is never rounded to",
+            code="E405", expected="affine-4bit-g32 in the folder",
             fix="use --weights q8_0 or f16, or quantize it first: mlxlora quantize --scheme affine-4bit-g32",
         )  # fmt: skip
     find_name, weights = name_finder(facts), plain_weights(folder)
@@ -107,6 +108,7 @@ def plan_tensors(folder: ModelFolder, facts: Facts, *, kind: str) -> Iterator[St
         if name is None or weight.dtype not in FLOATS:
             raise ModelError(
                 f'{folder.path}: llama.cpp\'s {facts.family.arch} has no tensor for "{weight.name}"',
+                code="E309",
                 fix="config.json and weights must belong together",
             )
         yield plan_tensor(folder, facts, weight, name, kind=choose_kind(folder, weight, kind))
@@ -125,7 +127,7 @@ def choose_kind(folder: ModelFolder, weight: Weight, kind: str) -> str:
             return found or own
         if found not in (kind, "q4_0"):
             raise CapabilityError(
-                f'"{weight.module}" is stored as {weight.scheme}, which {kind} does not hold exactly',
+                f'"{weight.module}" is stored as {weight.scheme}, which {kind} does not hold exactly', code="E405",
                 expected="affine-4bit-g32 with scales that float16 holds", fix="use --weights q8_0 or f16",
             )  # fmt: skip
         return kind
@@ -199,7 +201,9 @@ def write_adapter(adapter: Adapter, folder: ModelFolder, path: Path) -> None:
     """
     spec = adapter.spec
     if spec.kind == "dora":
-        raise CapabilityError("llama.cpp has no DoRA adapters", fix="fuse it (mlxlora fuse) and export the whole model")
+        raise CapabilityError(
+            "llama.cpp has no DoRA adapters", code="E405", fix="fuse it (mlxlora fuse) and export the whole model"
+        )
     facts, changes = read_facts(folder), find_changes(adapter, plain_weights(folder))
     find_name = name_finder(facts)
     alphas = {name: change.scale * change.A.shape[0] for name, change in changes.items()}
@@ -210,6 +214,7 @@ def write_adapter(adapter: Adapter, folder: ModelFolder, path: Path) -> None:
         if found is None or found.startswith("token_embd"):
             raise CapabilityError(
                 f'llama.cpp takes no adapter on "{name.removesuffix(".weight")}"',
+                code="E405",
                 fix="fuse it (mlxlora fuse) and export the whole model",
             )
         order = row_order(facts, name)

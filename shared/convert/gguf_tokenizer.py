@@ -67,7 +67,7 @@ def read_vocabulary(tokenizer: Tokenizer, *, size: int) -> Vocabulary:
     model = found["model"]
     if model["type"] != "BPE":
         raise CapabilityError(
-            f"a tokenizer of type {model['type']} cannot be written into GGUF", expected="BPE",
+            f"a tokenizer of type {model['type']} cannot be written into GGUF", code="E405", expected="BPE",
             fix="export a Hugging Face folder (--to hf) and convert it with llama.cpp's own script",
         )  # fmt: skip
     merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
@@ -105,7 +105,9 @@ def read_pieces(found: Mapping[str, Any], *, size: int, unknown: str | None) -> 
         if token["content"] == unknown:
             types[token["id"]] = UNKNOWN
     if len(set(pieces)) != len(pieces):
-        raise CapabilityError("two tokens of the vocabulary have the same text", fix="repair tokenizer.json")
+        raise CapabilityError(
+            "two tokens of the vocabulary have the same text", code="E405", fix="repair tokenizer.json"
+        )
     return tuple(pieces), tuple(types)
 
 
@@ -114,6 +116,7 @@ def put(pieces: list[str], types: list[int], number: int, piece: str, kind: int)
     if number >= len(pieces):
         raise CapabilityError(
             f'token {number} ("{piece}") lies outside the model\'s vocabulary of {len(pieces)}',
+            code="E405",
             fix="use the tokenizer that belongs to the model",
         )
     pieces[number], types[number] = piece, kind
@@ -180,7 +183,7 @@ def composing(found: Mapping[str, Any]) -> tuple[str, ...]:
 def unlike_text(what: str, *, expected: str) -> CapabilityError:
     """Return the error for a tokenizer that cuts text in a way llama.cpp does not have."""
     return CapabilityError(
-        f"llama.cpp does not cut text as this tokenizer does ({what})", expected=expected,
+        f"llama.cpp does not cut text as this tokenizer does ({what})", code="E405", expected=expected,
         fix="export a Hugging Face folder (--to hf) and convert it with llama.cpp's own script",
     )  # fmt: skip
 

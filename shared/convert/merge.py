@@ -84,6 +84,7 @@ def merge_adapters(
         if folder is None:
             raise CapabilityError(
                 "an adapter brings weights of its base along, which must be looked at",
+                code="E404",
                 fix="name the base: --base MODEL",
             )
         for adapter in read:

@@ -104,6 +104,7 @@ def write_hf(folder: ModelFolder, staged: Path, *, dtype: str) -> None:
     if folder.schemes and folder.family not in SAME_LAYOUT:
         raise CapabilityError(
             f'quantized weights of the family "{folder.family}" may be laid out as no other library has them',
+            code="E405",
             expected=f"one of {', '.join(sorted(SAME_LAYOUT))}", fix="convert the model that it was quantized from",
         )  # fmt: skip
     write_plain(folder, {}, staged, dtype=WORDS.get(dtype))

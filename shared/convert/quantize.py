@@ -95,10 +95,12 @@ def make_plan(model: str, *, scheme: str, overrides: Sequence[str], base3: bool)
     check_whole(folder)
     if folder.places:
         held = ", ".join(sorted({str(found) for found in folder.schemes.values()}))
-        raise ModelError(f"{folder.path} is quantized already ({held})", fix="quantize the model it was made from")
+        raise ModelError(
+            f"{folder.path} is quantized already ({held})", code="E309", fix="quantize the model it was made from"
+        )
     shapes = find_modules(folder)
     if not shapes:
-        raise ModelError(f"{folder.path} holds no float matrices that could be quantized")
+        raise ModelError(f"{folder.path} holds no float matrices that could be quantized", code="E309")
     for pattern, _ in rules:
         if not any(fnmatchcase(module, pattern) for module in shapes):
             raise ConfigError(f'no module is called "{pattern}"', code="E206", fix=did_you_mean(pattern, shapes))

@@ -135,6 +135,7 @@ def cast(values: np.ndarray, dtype: str) -> Tensor:
         if dtype == "F16" and not np.isfinite(found.data).all():
             raise CapabilityError(
                 f"a weight of {np.abs(values).max():.3g} does not fit into float16, which ends at 65504",
+                code="E405",
                 fix="use --dtype bfloat16 or float32",
             )
     return found
@@ -189,6 +190,7 @@ def check_grid(weight: Weight) -> None:
     if weight.scheme is not None and not has_grid(weight.scheme.name):
         raise CapabilityError(
             f'"{weight.module}" is stored as {weight.scheme}, which cannot be written again on its own grid',
+            code="E405",
             fix="leave out --scheme for full precision",
         )
 

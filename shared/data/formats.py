@@ -21,7 +21,9 @@ def read_values(file: Path) -> Iterator[tuple[Any, str]]:
     try:
         yield from READERS[file.suffix](file)
     except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}", fix="check the path and its permissions") from None
+        raise DataError(
+            f"cannot read {file}: {error.strerror}", code="E211", fix="check the path and its permissions"
+        ) from None
 
 
 def read_lines(file: Path) -> Iterator[tuple[Any, str]]:
@@ -54,9 +56,13 @@ def read_json(file: Path) -> Iterator[tuple[Any, str]]:
         at = skip(text, at)
         behind, at = text[at : at + 1], at + 1
         if behind not in (",", "]"):
-            raise DataError(f"{source}: not JSON: a value is followed by {behind!r}", expected="a comma or ]")
+            raise DataError(
+                f"{source}: not JSON: a value is followed by {behind!r}", code="E211", expected="a comma or ]"
+            )
     if skip(text, at) < len(text) and text[at - 1] == "]":
-        raise DataError(f"{file.name}: not JSON: more behind the array", expected="one array, or one object per line")
+        raise DataError(
+            f"{file.name}: not JSON: more behind the array", code="E211", expected="one array, or one object per line"
+        )
 
 
 def skip(text: str, at: int) -> int:
@@ -77,18 +83,22 @@ def read_table(file: Path) -> Iterator[tuple[Any, str]]:
             try:
                 row = next(rows, None)
             except UnicodeDecodeError as error:
-                raise DataError(f"{source}: not UTF-8: {error.reason}", fix="save the file as UTF-8") from None
+                raise DataError(
+                    f"{source}: not UTF-8: {error.reason}", code="E211", fix="save the file as UTF-8"
+                ) from None
             except csv.Error as error:
-                raise DataError(f"{source}: not CSV: {error}", fix="correct the line") from None
+                raise DataError(f"{source}: not CSV: {error}", code="E211", fix="correct the line") from None
             line = rows.line_num + 1
             if row is None:
                 return
             if header is None:
                 header = row
                 if len(set(row)) < len(row):
-                    raise DataError(f"{source}: a column stands twice", expected="a name for each column")
+                    raise DataError(f"{source}: a column stands twice", code="E211", expected="a name for each column")
             elif len(row) not in (0, len(header)):
-                raise DataError(f"{source}: {len(row)} cells, the header has {len(header)}", fix="correct the line")
+                raise DataError(
+                    f"{source}: {len(row)} cells, the header has {len(header)}", code="E211", fix="correct the line"
+                )
             elif row:
                 yield dict(zip(header, row, strict=True)), source
 
@@ -100,7 +110,7 @@ def read_parquet(file: Path) -> Iterator[tuple[Any, str]]:
         from pyarrow import parquet
     except ImportError:
         raise CapabilityError(
-            f"{file.name} is a Parquet file, which pyarrow reads", fix="pip install 'mlxlora[parquet]'"
+            f"{file.name} is a Parquet file, which pyarrow reads", code="E401", fix="pip install 'mlxlora[parquet]'"
         ) from None
     number = 0
     try:
@@ -111,7 +121,9 @@ def read_parquet(file: Path) -> Iterator[tuple[Any, str]]:
                     yield {key: without_null(inner) for key, inner in value.items()}, f"{file.name}:{number}"
     except pyarrow.ArrowException as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{file.name}: not a Parquet file: {reason}", fix="download or write it again") from None
+        raise DataError(
+            f"{file.name}: not a Parquet file: {reason}", code="E211", fix="download or write it again"
+        ) from None
 
 
 def without_null(value: Any) -> Any:
@@ -131,7 +143,7 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[Any, str]]]] = {
 def parse_line(raw: bytes, *, source: str) -> Any:
     """Return the value of a line; raises DataError."""
     if len(raw) > MAX_LINE:
-        raise DataError(f"{source}: a line of {len(raw)} bytes", expected=f"at most {MAX_LINE}")
+        raise DataError(f"{source}: a line of {len(raw)} bytes", code="E211", expected=f"at most {MAX_LINE}")
     text = to_text(raw.rstrip(), source=source)
     with json_faults(source):
         return json.loads(text)
@@ -142,7 +154,9 @@ def to_text(raw: bytes, *, source: str) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 at byte {error.start}", fix="save the file as UTF-8") from None
+        raise DataError(
+            f"{source}: not UTF-8 at byte {error.start}", code="E211", fix="save the file as UTF-8"
+        ) from None
 
 
 @contextmanager
@@ -154,9 +168,10 @@ def json_faults(source: str) -> Iterator[None]:
         near = error.doc[max(error.pos - 15, 0) : error.pos + 15].strip()
         raise DataError(
             f"{source}: not JSON: {error.msg.removesuffix(' at')} at column {error.colno}, near {near!r}",
+            code="E211",
             expected="one JSON object per line" if error.doc.count("\n") == 0 else "an array of JSON objects",
         ) from None
     except RecursionError:
-        raise DataError(f"{source}: nested too deeply", expected="a flat object") from None
+        raise DataError(f"{source}: nested too deeply", code="E211", expected="a flat object") from None
     except ValueError:  # Python reads no integer of more than 4300 digits
-        raise DataError(f"{source}: a number that is too long to read", expected="texts") from None
+        raise DataError(f"{source}: a number that is too long to read", code="E211", expected="texts") from None

@@ -38,7 +38,7 @@ def find_data(path_or_id: str) -> Path:
         )
     path = Path(path_or_id).expanduser()
     if not path.exists():
-        raise DataError(f"no data at {path}", expected="a folder with train.jsonl, or a file")
+        raise DataError(f"no data at {path}", code="E210", expected="a folder with train.jsonl, or a file")
     return path
 
 
@@ -50,19 +50,21 @@ def split_files(path: Path, split: str) -> list[Path]:
     known = ", ".join(READERS)
     if path.is_file():
         if path.suffix not in READERS:
-            raise DataError(f"{path.name} is no data file", expected=f"one of {known}")
+            raise DataError(f"{path.name} is no data file", code="E210", expected=f"one of {known}")
         return [path] if split == "train" else []
     for name in NAMES.get(split, (split,)):
         for pattern in (name, f"{name}-*", f"{name}/*", f"data/{name}-*", f"data/{name}/*"):
             found = sorted(file for suffix in READERS for file in path.glob(f"{pattern}{suffix}"))
             if len({file.suffix for file in found}) > 1:
-                raise DataError(f"{path} has {found[0].name} and {found[-1].name}", fix="leave one kind there")
+                raise DataError(
+                    f"{path} has {found[0].name} and {found[-1].name}", code="E210", fix="leave one kind there"
+                )
             if found:
                 return found
     if split == "train":
         near = sorted(item.name for item in path.iterdir())[:5]
         raise DataError(
-            f"{path} has no train.jsonl", expected=f"train with one of {known}",
+            f"{path} has no train.jsonl", code="E210", expected=f"train with one of {known}",
             fix=f"it holds: {', '.join(near) or 'nothing'}",
         )  # fmt: skip
     return []
@@ -72,7 +74,7 @@ def read_rows(*files: Path, columns: Mapping[Any, str] | None = None) -> list[Ro
     """Return all rows of files; blank lines are passed over. Raises DataError with file:line."""
     rows = [row for file in files for row in iterate_rows(file, columns=columns)]
     if not rows:
-        raise DataError(f"{files[0].name} has no rows", expected="one JSON object per line")
+        raise DataError(f"{files[0].name} has no rows", code="E211", expected="one JSON object per line")
     return rows
 
 

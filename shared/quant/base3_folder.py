@@ -41,12 +41,13 @@ def find_place(path: Path, module: str, group: int, entries: Mapping[str, Entry]
         found = f"{scales.dtype} {scales.shape}" if scales else "missing"
         raise ModelError(
             f'{path}: "{module}" holds no ternary weight: trits {trits.dtype} {trits.shape}, scales {found}',
+            code="E308",
             fix="quantize the model again",
         )
     rows, width = scales.shape[0], scales.shape[1] * group
     if trits.shape != (rows, -(-width // TRITS)):
         raise ModelError(
-            f'{path}: "{module}" has trits {trits.shape} for a weight of {(rows, width)}',
+            f'{path}: "{module}" has trits {trits.shape} for a weight of {(rows, width)}', code="E308",
             expected=f"{(rows, -(-width // TRITS))}", fix="quantize the model again",
         )  # fmt: skip
     names = {leaf: f"{module}.{leaf}" for leaf in ("trits", "scales")}

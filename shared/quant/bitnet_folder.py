@@ -57,6 +57,7 @@ def find_place(path: Path, module: str, kind: str, entries: Mapping[str, Entry])
         found = f"{weight.dtype} {weight.shape}" if weight else "missing"
         raise ModelError(
             f'{path}: "{module}" is no packed BitNet layer: weight {found}, weight_scale {scale.dtype} {scale.shape}',
+            code="E308",
             expected="U8 (rows / 4, width), and one number", fix="download the model again",
         )  # fmt: skip
     shape = (weight.shape[0] * PER_BYTE, weight.shape[1])

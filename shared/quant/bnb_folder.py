@@ -89,13 +89,15 @@ def find_four_bit(path: Path, module: str, kind: str, entries: Mapping[str, Entr
 def read_state(path: Path, key: str, entry: Entry) -> dict[str, Any]:
     """Return the object in the bytes of a quant_state; raises ModelError."""
     if entry.dtype != "U8" or not 2 <= entry.end - entry.start <= MAX_STATE:
-        raise ModelError(f'{path}: "{key}" is {entry.dtype} {entry.shape}', expected=f"U8, {MAX_STATE} bytes at most")
+        raise ModelError(
+            f'{path}: "{key}" is {entry.dtype} {entry.shape}', code="E308", expected=f"U8, {MAX_STATE} bytes at most"
+        )
     try:
         state = json.loads(read_tensor(entry).data.tobytes().decode("utf-8"))
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
-        raise ModelError(f'{path}: "{key}" does not hold a JSON object', fix="download the model again")
+        raise ModelError(f'{path}: "{key}" does not hold a JSON object', code="E308", fix="download the model again")
     return state
 
 
@@ -146,7 +148,9 @@ def check_bytes(path: Path, name: str, entries: Mapping[str, Entry], *, count: i
     size = STORAGE.get(entry.dtype, 0) if entry else 0
     if entry is None or not size or entry.end - entry.start != -(-count // size) * size:
         found = f"{entry.dtype} {entry.shape}" if entry else "missing"
-        raise ModelError(f'{path}: "{name}" is {found}', expected=f"{count} bytes", fix="download the model again")
+        raise ModelError(
+            f'{path}: "{name}" is {found}', code="E308", expected=f"{count} bytes", fix="download the model again"
+        )
 
 
 def check_shape(path: Path, name: str, entries: Mapping[str, Entry], *, dtype: str, shape: tuple[int, ...]) -> None:
@@ -154,19 +158,23 @@ def check_shape(path: Path, name: str, entries: Mapping[str, Entry], *, dtype: s
     entry = entries.get(name)
     if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
         found = f"{entry.dtype} {entry.shape}" if entry else "missing"
-        raise ModelError(f'{path}: "{name}" is {found}', expected=f"{dtype} {shape}", fix="download the model again")
+        raise ModelError(
+            f'{path}: "{name}" is {found}', code="E308", expected=f"{dtype} {shape}", fix="download the model again"
+        )
 
 
 def check_map(path: Path, name: str, entries: Mapping[str, Entry], *, values: np.ndarray) -> None:
     """Raise ModelError unless a tensor holds the values of a known map."""
     check_shape(path, name, entries, dtype="F32", shape=values.shape)
     if not np.allclose(read_tensor(entries[name]).data, values, rtol=0, atol=NEAR):
-        raise ModelError(f'{path}: "{name}" is a map that bitsandbytes does not make', fix="download the model again")
+        raise ModelError(
+            f'{path}: "{name}" is a map that bitsandbytes does not make', code="E308", fix="download the model again"
+        )
 
 
 def damaged(path: Path, module: str, why: str) -> ModelError:
     """Return the error for a module that cannot be read."""
-    return ModelError(f'{path}: "{module}" cannot be read: {why}', fix="download the model again")
+    return ModelError(f'{path}: "{module}" cannot be read: {why}', code="E308", fix="download the model again")
 
 
 def to_tensors(module: str, packed: Packed) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def find_place(path: Path, module: str, quantization: dict[str, Any] | None, ent
     if not (is_known(mode, bits, group) and fits(module, entries, leaves, bits=bits, group=group)):
         raise ModelError(
             f'{path}: "{module}" does not hold {bits} bits in groups of {group}: weight {weight.shape}, '
-            f"scales {scales.shape}", fix="convert the model again",
+            f"scales {scales.shape}", code="E308", fix="convert the model again",
         )  # fmt: skip
     shape = (scales.shape[0], scales.shape[1] * group)
     stored = Stored(Scheme(mode, bits, group), shape, scales.dtype if mode == "affine" else "BF16")

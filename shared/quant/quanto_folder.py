@@ -72,7 +72,7 @@ def find_place(path: Path, module: str, kind: str, config: Mapping[str, Any], en
     shape = find_shape(found, kind, widths=likely_widths(module, config))
     if shape is None:
         told = ", ".join(f"{key} {entry.dtype} {entry.shape}" if entry else f"no {key}" for key, entry in found.items())
-        raise ModelError(f'{path}: "{module}" is no {kind} weight: {told}', fix="download the model again")
+        raise ModelError(f'{path}: "{module}" is no {kind} weight: {told}', code="E308", fix="download the model again")
     extra = tuple(name for leaf in ("input_scale", "output_scale") if (name := f"{module}.{leaf}") in entries)
     scales = entries[names["scales"]]
     return Place(Stored(Scheme(kind, *FIXED[kind]), shape, scales.dtype), names, extra=extra)

@@ -43,7 +43,9 @@ class RowInt8Quantizer:
         """Return codes and row scales of a weight (O, I); raises ModelError for what float16 cannot hold."""
         given = to_float32(weight)
         if not np.abs(given).max() <= LARGEST:
-            raise ModelError("a weight is too large for int8, which rounds to float16 first", fix="use affine-8bit-g64")
+            raise ModelError(
+                "a weight is too large for int8, which rounds to float16 first", code="E308", fix="use affine-8bit-g64"
+            )
         values = to_float32(from_float32(given, "F16"))
         absmax = np.abs(values).max(axis=1)
         factor = np.divide(np.float32(1), absmax, out=np.zeros_like(absmax), where=absmax > 0) * np.float32(127)

@@ -176,5 +176,7 @@ def unpack_base3(raw: np.ndarray, *, width: int) -> np.ndarray:
     """
     rows, count = raw.shape
     if count != -(-width // TRITS) or (raw >= 3**TRITS).any():
-        raise ModelError(f"{raw.shape} bytes do not hold {width} base-3 digits a row", fix="quantize the model again")
+        raise ModelError(
+            f"{raw.shape} bytes do not hold {width} base-3 digits a row", code="E308", fix="quantize the model again"
+        )
     return (raw[..., None] // POWERS % 3).reshape(rows, count * TRITS)[:, :width]
