@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from shared.config import RunConfig
 from shared.data.shapes import choose_shapes
 from shared.errors import CapabilityError
 from shared.types import Example, ModelInfo, Shape
+
+if TYPE_CHECKING:
+    from shared.config import RunConfig  # pydantic, which a plain script on a GPU server may lack
 
 AUTO_MICRO_TOKENS = 1024  # enough rows for fast matmuls on a CPU, few enough for its caches and memory
 GPU_MICRO_TOKENS = 4096
