@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from shared.callbacks import Callback
 
@@ -16,8 +16,29 @@ WIDE = 110  # columns from which there is room for speed and memory
 
 def make_display(stream: TextIO | None = None) -> Callback:
     """Return the live display where the stream is a terminal, else plain lines."""
-    target = stream or sys.stderr
-    return LiveDisplay() if target.isatty() else PlainDisplay(target)
+    target = cast(TextIO, Sturdy(stream or sys.stderr))
+    return LiveDisplay(target) if target.isatty() else PlainDisplay(target)
+
+
+class Sturdy:
+    """A stream whose reader may go away, a closed terminal or `head`: the run does not stop for that."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write what can be written."""
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what else the stream has: isatty, fileno, encoding."""
+        return getattr(self.stream, name)
 
 
 def start_line(facts: Row) -> str:
@@ -85,7 +106,7 @@ class PlainDisplay:
 class LiveDisplay:
     """A bar with loss, tokens/s, time left and memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -96,7 +117,7 @@ class LiveDisplay:
             TimeRemainingColumn,
         )
 
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(file=stream, highlight=False)
         self.bar = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -110,6 +131,8 @@ class LiveDisplay:
         self.console.print(start_line(facts), style="dim")
         if facts["from"]:
             self.console.print(f"going on after update {facts['from']}")
+        if self.task is not None:  # started again, with smaller micro-batches
+            self.bar.remove_task(self.task)
         self.task = self.bar.add_task("training", total=facts["updates"], completed=facts["from"], numbers="")
         self.bar.start()
 

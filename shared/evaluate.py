@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from shared import faults
 from shared.data.batch import micro_batches
 from shared.data.cut import halve
 from shared.data.layout import Layout
@@ -27,9 +28,11 @@ class Evaluation:
     rows: int
 
 
-def evaluate_examples(model: Model, examples: Sequence[Example], layout: Layout) -> Evaluation:
-    """Return the token-weighted loss; sums are taken in float64."""
-    losses_E, weights_E = evaluate_each(model, examples, layout)
+def evaluate_examples(
+    model: Model, examples: Sequence[Example], layout: Layout, *, between: Callable[[], None] = lambda: None
+) -> Evaluation:
+    """Return the token-weighted loss; sums are taken in float64. What `between` raises ends it, as in evaluate_each."""
+    losses_E, weights_E = evaluate_each(model, examples, layout, between=between)
     weight = float(weights_E.sum())
     loss = float(losses_E.sum()) / weight
     perplexity = math.exp(loss) if loss < 700 else math.inf
@@ -37,11 +40,18 @@ def evaluate_examples(model: Model, examples: Sequence[Example], layout: Layout)
     return Evaluation(loss, perplexity, supervised_tokens=int(weight), tokens=tokens, rows=len(examples))
 
 
-def evaluate_each(model: Model, examples: Sequence[Example], layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Return (E,) float64 twice: the sum of every example's loss in nats, and of its tokens' weights."""
+def evaluate_each(
+    model: Model, examples: Sequence[Example], layout: Layout, *, between: Callable[[], None] = lambda: None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (E,) float64 twice: the sum of every example's loss in nats, and of its tokens' weights.
+
+    between: called before every micro-batch; what it raises ends the evaluation.
+    """
     losses_E, weights_E = np.zeros(len(examples)), np.zeros(len(examples))
     waiting = micro_batches(examples, layout)[::-1]
     while waiting:
+        faults.hit("evaluation.batch")
+        between()
         batch = waiting.pop()
         try:
             log_probs_N = model.log_probs(batch)

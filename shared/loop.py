@@ -28,26 +28,25 @@ def fit(run: Run) -> None:
     """Train from `run.state.step` to the end; raises Interrupted (after saving) when a signal asks to stop."""
     schedule = build_schedule(run.config.schedule, lr=run.config.optimizer.lr, updates=run.updates)
     ahead = Ahead(lambda step, layout: update_batches(run.train, run.plan, step, layout))
-    with stop_signals() as stop:
+    with stop_signals() as run.stop:
         run.row_began = time.perf_counter()
         if is_due(run, run.config.evaluation.every) or run.state.step == 0:
             evaluate(run)
-        while run.state.step < run.updates and not stopped_early(run):
+        while run.state.step < run.updates and not (run.stop.number or stopped_early(run)):
             do_update(run, schedule, ahead)
-            if stop.number:
-                drain(run)
-                checkpoint(run)
-                raise interrupted(stop.number, run)
             if is_due(run, run.config.evaluation.every):
                 evaluate(run)
-            if is_due(run, run.config.checkpoint.every) and run.state.step < run.updates:
+            if is_due(run, run.config.checkpoint.every) and run.state.step < run.updates and not run.stop.number:
                 save_or_go_on(run)
         drain(run)
-        if run.state.positions and run.last is not None:  # none: resumed where patience had run out
+        if not run.stop.number and run.state.positions and run.last is not None:  # none: patience had run out before
             log(run)
         evaluate(run)
-        run.state.finished = True
+        number = run.stop.number
+        run.state.finished = not number
         checkpoint(run)
+        if number:
+            raise interrupted(number, run)
 
 
 def is_due(run: Run, every: int | None) -> bool:
@@ -57,7 +56,7 @@ def is_due(run: Run, every: int | None) -> bool:
 
 def do_update(run: Run, schedule: Callable[[int], float], ahead: Ahead) -> None:
     """Do the next update and log it where a row is due."""
-    step = run.state.step + 1
+    step, began = run.state.step + 1, time.perf_counter()
     micro = ahead.take(step, run.layout)
     update = build_update(run.config, step, lr=schedule(step))
     run.pending.append((step, step_or_split(run, micro, update)))
@@ -67,6 +66,7 @@ def do_update(run: Run, schedule: Callable[[int], float], ahead: Ahead) -> None:
     state.supervised_tokens += sum(batch.num_supervised for batch in micro)
     state.positions += sum(batch.tokens_BT.size for batch in micro)
     run.lr = update.lr
+    run.row_began += run.stop.gap(since=began)
     tell(run.callbacks, "on_update", step)
     if step % run.config.log.every == 0 or step == run.updates:
         drain(run)
@@ -92,7 +92,7 @@ def build_update(config: RunConfig, step: int, *, lr: float) -> Update:
 
 
 def interrupted(number: int, run: Run) -> Interrupted:
-    """Return the exception that ends an interrupted run: exit code 130 or 143, and how to go on."""
+    """Return the exception that ends an interrupted run: exit code 130, 143 or 129, and how to go on."""
     name = signal.Signals(number).name
     return Interrupted(
         f"stopped by {name} after update {run.state.step} of {run.updates}; the state is saved in {run.folder}",

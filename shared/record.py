@@ -20,7 +20,7 @@ def drain(run: Run) -> None:
     """Read the results that are still pending; raises DivergedError after three skipped updates in a row."""
     while run.pending:
         step, pending = run.pending[0]
-        run.last = read(pending)
+        run.last = read(run, pending)
         run.pending.pop(0)
         judge(run, step=step, stats=run.last)
 
@@ -48,12 +48,24 @@ def log(run: Run) -> None:
     tell(run.callbacks, "on_step", {**row, "updates": run.updates})
 
 
+class Stopped(Exception):
+    """A signal asked to stop in the middle of an evaluation, which is done again after a resume."""
+
+
 def evaluate(run: Run) -> None:
     """Evaluate on the validation rows, once per step; note whether the loss is the best so far."""
     if not run.valid or run.config.evaluation.every is None or run.state.evaluated_step == run.state.step:
         return
     began = time.perf_counter()
-    loss = evaluate_examples(run.model, run.valid, run.layout).loss
+
+    def go_on() -> None:
+        if run.stop.number:
+            raise Stopped
+
+    try:
+        loss = evaluate_examples(run.model, run.valid, run.layout, between=go_on).loss
+    except Stopped:
+        return
     run.row_began += time.perf_counter() - began  # evaluation is not training time
     state = run.state
     better = state.best_loss is None or loss < state.best_loss

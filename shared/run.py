@@ -13,6 +13,7 @@ from shared.config import RunConfig
 from shared.data.batch import Plan
 from shared.data.layout import Layout
 from shared.protocols import Model, Pending, Trainer
+from shared.signals import StopFlag
 from shared.types import AdapterSpec, Example, StepStats
 
 
@@ -53,6 +54,7 @@ class Run:
     state: LoopState = field(default_factory=LoopState)
     pending: list[tuple[int, Pending[StepStats]]] = field(default_factory=list)
     last: StepStats | None = None
+    stop: StopFlag = field(default_factory=StopFlag)
     row_began: float = 0.0
     lr: float = 0.0  # of the last update
 

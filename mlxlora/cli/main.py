@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -38,7 +39,7 @@ def main() -> None:
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, e.g. `head`, has gone
+    except OSError:  # the reader, e.g. `head`, or the terminal has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
@@ -119,7 +120,8 @@ def answer(error: Exception, *, debug: bool, as_json: bool) -> int:
 
 def fail(message: str, exit_code: int, as_json: bool, code: str, *, quiet: bool = False) -> int:
     """Print an error on stderr, and as the JSON object where one was asked for; return the exit code."""
-    print(message if quiet else f"error {code}: {message}", file=sys.stderr)
+    with suppress(OSError):  # the terminal may be gone; the exit code still says it
+        print(message if quiet else f"error {code}: {message}", file=sys.stderr)
     if as_json:
         print(json.dumps({"ok": False, "exit_code": exit_code, "code": code, "error": message}))
     return exit_code
