@@ -49,6 +49,10 @@ AllowChange = Annotated[
     typer.Option("--allow-change", metavar="KEY", help="Go on though this setting, data or base has changed."),
 ]
 
+Supervise = Annotated[
+    bool, typer.Option("--supervise", help="Train in a child process; start it again where the system ends it.")
+]
+
 
 @app.command()
 def train(
@@ -62,6 +66,7 @@ def train(
     output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Run folder.")] = None,
     resume: Annotated[str, typer.Option("--resume", metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
     allow_change: AllowChange = None,
+    supervise: Supervise = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -72,6 +77,8 @@ def train(
     given = {"model": model, "data": {"path": data} if data else None, "backend": backend, "output": output}
     values = {key: value for key, value in given.items() if value is not None}
     checked = mlxlora.load_config(config, overrides=overrides or [], **values)
+    if supervise:
+        raise typer.Exit(train_supervised(checked.output_dir, as_json=as_json))
     display = make_display()
     try:
         result = mlxlora.train(checked, resume=resume, allow_change=allow_change or [], callbacks=[display])
@@ -81,6 +88,18 @@ def train(
         emit(result)
         return
     show_result(result, model=checked.model)
+
+
+def train_supervised(folder: Path, *, as_json: bool) -> int:
+    """Return the exit code of this very command, run in a child process without --supervise."""
+    from shared.supervise import supervise
+
+    program = ["-m", "mlxlora"] if Path(sys.argv[0]).name == "__main__.py" else [sys.argv[0]]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--supervise"]
+    code = supervise([sys.executable, *program, *arguments], folder=folder, note=say)
+    if code < 0 and as_json:
+        emit_object({"ok": False, "exit_code": 128 - code, "error": f"training was ended by signal {-code}"})
+    return code if code >= 0 else 128 - code
 
 
 def show_result(result: TrainResult, *, model: str) -> None:
