@@ -22,7 +22,11 @@ MAX_NAMED = 5  # rows in one message
 
 
 class LateOutOfMemory(OutOfMemory):
-    """Memory ran out behind the point where an update can be taken back: go on from the last checkpoint."""
+    """Memory ran out where an update cannot be taken back: go on from the last checkpoint, with `micro_tokens`."""
+
+    def __init__(self, what: str, *, micro_tokens: int) -> None:
+        super().__init__(what)
+        self.micro_tokens = micro_tokens
 
 
 def step_or_split(run: Run, micro: list[Batch], update: Update) -> Pending[StepStats]:
@@ -38,23 +42,27 @@ def step_or_split(run: Run, micro: list[Batch], update: Update) -> Pending[StepS
             smaller = f"micro-batches of at most {run.layout.micro_tokens} tokens from here on"
             tell(run.callbacks, "on_note", f"out of memory: {smaller}")
         except (RuntimeError, MemoryError) as error:
-            raise_late(error)
+            raise_late(run, error)
 
 
-def read(pending: Pending[StepStats]) -> StepStats:
+def read(run: Run, pending: Pending[StepStats]) -> StepStats:
     """Return a pending result; raises LateOutOfMemory where a lazy framework only now finds no memory."""
     try:
         faults.hit("update.result")
         return pending.result()
     except (RuntimeError, MemoryError) as error:
-        raise_late(error)
+        raise_late(run, error)
 
 
-def raise_late(error: Exception) -> NoReturn:
-    """Raise LateOutOfMemory for an error that says so, any other as it is."""
-    if is_out_of_memory(error):
-        raise LateOutOfMemory(f"out of memory: {str(error)[:200]}") from None
-    raise error
+def raise_late(run: Run, error: Exception) -> NoReturn:
+    """Raise LateOutOfMemory, or OutOfMemory where no smaller piece is left; an error of another kind as it is."""
+    if not is_out_of_memory(error):
+        raise error
+    what, longest = f"out of memory: {str(error)[:200]}", max(len(example.tokens) for example in run.train)
+    if run.layout.micro_tokens <= longest:
+        fix = "a lower data.max_length, train.recompute: true, or a smaller model"
+        raise OutOfMemory(f"{what}, with a single row of {longest} tokens in a micro-batch", fix=fix) from None
+    raise LateOutOfMemory(what, micro_tokens=max(run.layout.micro_tokens // 2, longest)) from None
 
 
 def judge(run: Run, *, step: int, stats: StepStats) -> None:

@@ -18,7 +18,7 @@ from shared.adapters.start import start_values
 from shared.adapters.writing import write_adapter
 from shared.callbacks import Callback, tell
 from shared.card import write_card
-from shared.checkpoint import Checkpoint
+from shared.checkpoint import Checkpoint, step_dirs
 from shared.config import DataConfig, RunConfig, parse_scheme
 from shared.data.batch import Plan
 from shared.data.cache import tokenize_cached
@@ -26,8 +26,9 @@ from shared.data.layout import training_layout
 from shared.data.rows import Row, content_hash, find_data, read_rows, split_files
 from shared.data.tokenize import Tokenizer, tokenize_rows
 from shared.durable import put_in_place, sync
-from shared.errors import ModelError, StorageError
-from shared.estimate.report import decide_run
+from shared.errors import ModelError, OutOfMemory, StorageError
+from shared.estimate.plan import with_settings
+from shared.estimate.report import decide_run, what_fits
 from shared.export import write_model
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.hub import pinned
@@ -35,6 +36,7 @@ from shared.lock import locked
 from shared.loop import fit
 from shared.optimizers import method_of
 from shared.protocols import Backend, Model
+from shared.recovery import LateOutOfMemory
 from shared.registry import check_installed, find_backend
 from shared.report import write_report
 from shared.run import LoopState, Run
@@ -97,6 +99,24 @@ def train(
 
     allow_change: settings, "data" or "base", which may differ from what the run was started with.
     """
+    while True:
+        try:
+            return train_once(config, resume=resume, callbacks=callbacks, command=command, allow_change=allow_change)
+        except LateOutOfMemory as error:
+            micro = error.micro_tokens
+        tell(
+            callbacks, "on_note", f"out of memory: from the last checkpoint on micro-batches of at most {micro} tokens"
+        )
+        config = with_settings(config, {"train.micro_tokens": micro})
+        if step_dirs(config.output_dir / "checkpoints"):
+            resume = "auto"
+
+
+def train_once(
+    config: RunConfig, *, resume: str, callbacks: Sequence[Callback], command: Sequence[str],
+    allow_change: Collection[str],
+) -> TrainResult:  # fmt: skip
+    """Do as `train`, but raise LateOutOfMemory where the model must be loaded again to go on."""
     folder = config.output_dir
     check_allowed(allow_change, config)
     check_output(folder, resume)
@@ -123,7 +143,13 @@ def train(
         given = command or command_line()
         with sinks(folder, config.log.to, note) as trackers:
             run.callbacks = [trackers, *callbacks]
-            return finish_run(run, prepared, backend.probe(), base=hashes.result(), command=given)
+            try:
+                return finish_run(run, prepared, backend.probe(), base=hashes.result(), command=given)
+            except LateOutOfMemory:
+                raise
+            except OutOfMemory as error:
+                fix = what_fits(config, prepared.base, prepared.train, backend=backend)
+                raise OutOfMemory(error.what, fix=fix or error.fix) from None
 
 
 def finish_run(
@@ -244,7 +270,7 @@ def build_run(
     config = prepared.config
     if found is None and config.adapter.start is not None:
         read_adapter(Path(config.adapter.start).expanduser())  # refused here rather than behind the model's loading
-    chosen = decide_run(config, prepared.base, prepared.train, backend=backend.name, device=backend.probe().device)
+    chosen = decide_run(config, prepared.base, prepared.train, backend=backend)
     model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
     free = "auto" in (config.train.micro_tokens, config.train.recompute)
     for text in (*model.info.notes, *([chosen.note] if free else [])):
@@ -316,6 +342,7 @@ def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:
         },
         "updates": run.updates,
         "updates_per_epoch": run.plan.updates_per_epoch,
+        "micro_tokens": run.layout.micro_tokens,
     }
 
 

@@ -123,8 +123,15 @@ def check_fits(decision: Decision, config: RunConfig, shape: Shape, lengths: Len
 def advice(config: RunConfig, shape: Shape, lengths: Lengths, machine: Machine) -> str:
     """Return the changes that make a run fit, as one line."""
     changes = fit_changes(config, shape, lengths, machine)
-    if changes is None:
-        return "a smaller model, or a machine with more memory"
+    return "a smaller model, or a machine with more memory" if changes is None else as_line(changes)
+
+
+def as_line(changes: dict[str, Any]) -> str:
+    """Return settings as one line.
+
+    >>> as_line({"train.micro_tokens": 64, "train.recompute": True})
+    'train.micro_tokens: 64, train.recompute: true'
+    """
     return ", ".join(
         f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items()
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from shared.estimate.duration import Time, operations, update_time
 from shared.estimate.machines import Machine, here, machines, parse_memory
 from shared.estimate.memory import Part, Shape, num_trained, read_shape
 from shared.estimate.plan import (
+    COMFORT,
     Decision,
     Lengths,
+    as_line,
     check_fits,
     decide,
     fit_changes,
@@ -30,6 +32,7 @@ from shared.estimate.plan import (
     with_settings,
 )
 from shared.folder import ModelFolder, find_folder, open_folder
+from shared.protocols import Backend
 from shared.registry import BACKENDS
 from shared.types import Example, Recompute
 
@@ -170,15 +173,25 @@ def lengths_of(examples: Sequence[Example]) -> Lengths:
     return Lengths([len(example.tokens) for example in examples], supervised, known=True)
 
 
-def decide_run(
-    config: RunConfig, base: ModelFolder, examples: Sequence[Example], *, backend: str, device: str
-) -> Decision:
+def decide_run(config: RunConfig, base: ModelFolder, examples: Sequence[Example], *, backend: Backend) -> Decision:
     """Return the settings of a run; raises OutOfMemory where it cannot fit, with what would."""
-    shape, lengths = read_shape(base), lengths_of(examples)
-    machine = here(backend, device="cpu" if config.device == "cpu" else device)
+    shape, lengths, machine = read_shape(base), lengths_of(examples), place_of_run(config, backend)
     found = decide(config, shape, lengths, machine)
     check_fits(found, config, shape, lengths, machine)
     return found
+
+
+def what_fits(config: RunConfig, base: ModelFolder, examples: Sequence[Example], *, backend: Backend) -> str | None:
+    """Return the changes that make a run fit whose smallest pieces did not, though the estimate said so; None: none."""
+    shape, lengths, machine = read_shape(base), lengths_of(examples), place_of_run(config, backend)
+    smallest = decide(with_settings(config, {"train.micro_tokens": 1}), shape, lengths, machine)
+    changes = fit_changes(config, shape, lengths, replace(machine, limit=int(COMFORT * smallest.estimate.peak)))
+    return as_line(changes) if changes else None
+
+
+def place_of_run(config: RunConfig, backend: Backend) -> Machine:
+    """Return this machine as a run on a backend finds it."""
+    return here(backend.name, device="cpu" if config.device == "cpu" else backend.probe().device)
 
 
 def fit(config: RunConfig, memory: str) -> tuple[RunConfig, dict[str, Any]]:

@@ -47,7 +47,7 @@ def search_micro_tokens(config: RunConfig, *, tell: Callable[[Tried], None] = la
     growth of the last, would not fit, where memory does run out, or where an update has no more rows.
     """
     prepared, backend = prepare(config), find_backend(config.backend)
-    chosen = decide_run(config, prepared.base, prepared.train, backend=backend.name, device=backend.probe().device)
+    chosen = decide_run(config, prepared.base, prepared.train, backend=backend)
     model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
     if spec.kind != "none":
         model.load_tensors("adapter", start_values(config, spec, model, prepared.base))

@@ -83,7 +83,7 @@ def recipe(folder: str, *, rank: int, quantization: str, dtype: str, recompute: 
 def load(backend: Backend, config: RunConfig, rows: Sequence[Example]) -> Loaded:
     """Return a model with its adapter, its trainer, and the settings that `train` would choose for these rows."""
     base = open_folder(Path(config.model))
-    chosen = decide_run(config, base, rows, backend=backend.name, device=backend.probe().device)
+    chosen = decide_run(config, base, rows, backend=backend)
     model = backend.load_model(
         base.path, dtype=config.train.dtype, quantization=parse_scheme(config.quantization), recompute=chosen.recompute,
         device=None,

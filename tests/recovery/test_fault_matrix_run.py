@@ -7,8 +7,13 @@ that become NaN inside an update (MLXLORA_FAULT). The oracle is the uninterrupte
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +25,16 @@ import pytest
 from shared import checkpoint, faults, record
 from shared.callbacks import Metrics
 from shared.config import RunConfig
-from shared.config_file import build_config
-from shared.errors import CheckpointError, ConfigError, DivergedError
+from shared.config_file import build_config, to_yaml
+from shared.display import make_display
+from shared.errors import CheckpointError, ConfigError, DivergedError, Interrupted, OutOfMemory
 from shared.loop import fit
 from shared.registry import find_backend
 from shared.run_folder import Identity, differences, flat_settings, hash_files
+from shared.signals import stop_signals
 from shared.tensors import load_file, save_file
 from shared.train import build_run, make_identity, prepare, train
+from tests import tolerances
 
 BACKENDS = ["mlx", "torch"]
 COMPARED = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "eval_loss")
@@ -237,3 +245,172 @@ def test_row_24_a_key_that_an_older_version_did_not_know_counts_as_its_default(m
     assert "optimizer.weight_decay" in differences(
         found, replace(own, settings={**own.settings, "optimizer.weight_decay": 0.1})
     )
+
+
+STOPS = [("SIGINT", 130, "torch"), ("SIGTERM", 143, "mlx"), ("SIGTERM", 143, "torch"), ("SIGHUP", 129, "torch")]
+
+
+@pytest.mark.parametrize(("name", "code", "backend"), STOPS)
+def test_rows_9_11_12_a_signal_finishes_the_update_saves_and_loses_nothing(
+    make_config, whole, tmp_path, fault, name, code, backend
+):
+    fault(f"micro.begin:11:{name}")
+    with pytest.raises(Interrupted, match=r"the state is saved in[^\n]*\nfix: to go on: mlxlora train ") as caught:
+        train(make_config(tmp_path, backend=backend))
+    assert caught.value.exit_code == code
+    fault("")
+    assert steps_of(tmp_path)[-1] == len(rows_of(tmp_path)) < 10
+    train(make_config(tmp_path, backend=backend))
+    assert weights_of(tmp_path) == weights_of(whole[backend])
+    assert rows_of(tmp_path) == rows_of(whole[backend])
+
+
+@pytest.mark.slow
+def test_row_11_a_signal_does_not_wait_for_an_evaluation(make_config, tmp_path, fault):
+    shutil.copy(Path(make_config(tmp_path).data.path) / "train.jsonl", tmp_path / "train.jsonl")
+    shutil.copy(tmp_path / "train.jsonl", tmp_path / "valid.jsonl")
+    overrides = (f"data.path={tmp_path}", "evaluation.every=2")
+    fault("evaluation.batch:2:SIGTERM")  # in the first one, before any update
+    with pytest.raises(Interrupted, match="after update 0 of 10"):
+        train(make_config(tmp_path / "run", *overrides))
+    assert faults.passed["evaluation.batch"] <= 3
+    fault("evaluation.batch:20:SIGTERM")  # in a later one
+    with pytest.raises(Interrupted):
+        train(make_config(tmp_path / "run", *overrides))
+    assert faults.passed["evaluation.batch"] <= 30
+    fault("")
+    for name in ("run", "whole"):
+        train(make_config(tmp_path / name, *overrides))
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+
+
+def test_row_12_a_run_under_nohup_goes_on(make_config, whole, tmp_path, fault):
+    fault("micro.begin:11:SIGHUP")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train(make_config(tmp_path))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert weights_of(tmp_path) == weights_of(whole["torch"])
+
+
+def command(config: RunConfig, *flags: str, **options: Any) -> subprocess.Popen:
+    """Start the command line on a config, with MLXLORA_FAULT from the environment."""
+    file = config.output_dir.with_suffix(".yaml")
+    file.write_text(to_yaml(config))
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlxlora", "train", str(file), *flags], text=True, cwd=Path(__file__).parents[2],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+    )  # fmt: skip
+
+
+def test_row_10_a_second_signal_leaves_at_once_and_the_last_checkpoint_is_whole(make_config, whole, tmp_path, fault):
+    config = make_config(tmp_path / "run")
+    fault("micro.begin:11:SIGINT,checkpoint.before_marker:2:SIGINT")  # the second one in the middle of saving
+    process = command(config)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGINT
+    fault("")
+    found, problems = checkpoint.newest(tmp_path / "run/checkpoints")
+    assert found is not None
+    assert found.step == 3
+    assert not problems
+    train(config)
+    assert weights_of(tmp_path / "run") == weights_of(whole["torch"])
+    assert rows_of(tmp_path / "run") == rows_of(whole["torch"])
+
+
+def test_row_13_time_in_which_the_process_stood_still_is_not_counted():
+    with stop_signals() as flag:
+        began = time.perf_counter()
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGCONT)
+        assert 0.05 <= flag.gap(since=began) <= time.perf_counter() - began
+        assert flag.gap(since=time.perf_counter()) == 0
+
+
+def test_row_14_a_reader_that_goes_away_does_not_stop_the_run():
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stream:
+        display = make_display(stream)
+        os.close(reading)
+        display.on_note("nobody hears this")
+        with pytest.raises(BrokenPipeError):
+            print("it is really closed", file=stream, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # for the flush of what is left
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_30_memory_that_runs_out_halves_the_micro_batches_and_changes_nothing(
+    make_config, whole, tmp_path, fault, backend
+):
+    """Real limits on memory: test_out_of_memory.py."""
+    heard: Any = Heard()
+    fault("micro.begin:5:memory")
+    train(make_config(tmp_path, backend=backend), callbacks=[heard])
+    assert heard.about("micro-batches of at most 32 tokens")
+    for ours, wanted in zip(rows_of(tmp_path), rows_of(whole[backend]), strict=True):
+        assert ours["loss"] == pytest.approx(wanted["loss"], rel=tolerances.CURVE)
+        assert ours["supervised_tokens"] == wanted["supervised_tokens"]
+
+
+def test_row_30_memory_that_runs_out_when_a_result_is_read_goes_back_to_the_checkpoint(
+    make_config, whole, tmp_path, fault
+):
+    heard: Any = Heard()
+    fault("update.result:5:memory")
+    train(make_config(tmp_path, backend="mlx"), callbacks=[heard])
+    assert heard.about("from the last checkpoint on micro-batches of at most 50 tokens")
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    for ours, wanted in zip(rows, rows_of(whole["mlx"]), strict=True):
+        assert ours["loss"] == pytest.approx(wanted["loss"], rel=tolerances.CURVE)
+
+
+@pytest.mark.parametrize("point", ["micro.begin", "update.result"])
+def test_row_30_at_the_floor_exit_code_6_with_what_would_fit(make_config, tmp_path, fault, point):
+    fault(f"{point}:3+:memory")
+    with pytest.raises(
+        OutOfMemory, match=r"single row.*\nfix: .*(recompute: true|quantization: |max_length: )"
+    ) as caught:
+        train(make_config(tmp_path))
+    assert caught.value.exit_code == 6
+
+
+@pytest.mark.slow  # three processes
+@pytest.mark.parametrize(("action", "name"), [("abort", "SIGABRT"), ("SIGKILL", "SIGKILL")])
+def test_rows_31_32_a_supervised_run_survives_what_no_handler_catches(
+    make_config, whole, tmp_path, fault, action, name
+):
+    config = make_config(tmp_path / "run", "checkpoint.every=2")
+    fault(f"micro.begin:16:{action}")  # the second child does not get that far
+    process = command(config, "--supervise")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert f"note: training ended by {name}; started again --resume auto --set train.micro_tokens=32, 2 left" in err
+    assert "going on after update" in err
+    assert out.startswith("trained: 10 updates")
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    for ours, wanted in zip(rows, rows_of(whole["torch"]), strict=True):
+        assert ours["loss"] == pytest.approx(wanted["loss"], rel=tolerances.CURVE)
+
+
+def test_row_40_a_resume_with_other_micro_batches_takes_the_same_rows(make_config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole["torch"], folder)
+    for name in ("adapter", "checkpoints/step-000010"):
+        shutil.rmtree(folder / name)
+    train(make_config(folder, "train.micro_tokens=1024"))
+    for ours, wanted in zip(rows_of(folder), rows_of(whole["torch"]), strict=True):
+        assert ours["loss"] == pytest.approx(wanted["loss"], rel=tolerances.MICRO)
+        assert ours["tokens"] == wanted["tokens"]
+
+
+def test_row_39_no_duration_comes_from_a_clock_that_can_jump():
+    packages = [Path(__file__).parents[2] / name for name in ("shared", "mlxlora", "torch_backend")]
+    files = [file for folder in packages for file in folder.rglob("*.py") if file.name != "trackers.py"]
+    sources = [file.read_text() for file in files]  # trackers want to know what time it is
+    assert sum("perf_counter()" in source for source in sources) > 3
+    assert not [source for source in sources if re.search(r"\btime\.time\(|gmtime|localtime", source)]
