@@ -134,7 +134,7 @@ def real_subject(arguments: argparse.Namespace) -> Subject:
         model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=config.train.seed))
     micro = None if config.train.micro_tokens == "auto" else config.train.micro_tokens
     layout = training_layout(config, model.info, prepared.train, micro_tokens=micro)
-    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer), shapes=layout.shapes)
+    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config), shapes=layout.shapes)
     return Subject(model, trainer, prepared.train, config, layout)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora.blockwise import decode, encode
-from shared.optimizers import Group, make_groups
+from shared.optimizers import FIRST_SCALE, Group, make_groups, next_scale
 from shared.quant.blockwise import BLOCK
 from shared.types import Method, MomentFormat, Update
 
@@ -29,19 +29,27 @@ class Optimizer:
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self.groups = make_groups(shapes, method, limit=GROUP)
         self.moments = [make_moments(group, state=method.state) for group in self.groups]
+        self.loss_scale: Arrays = {"value": mx.array(FIRST_SCALE), "since": mx.zeros(())} if method.scales_loss else {}
         self.master: Arrays = {
             name: parameter.astype(mx.float32)
             for name, parameter in parameters.items()
             if parameter.dtype != mx.float32
         }
 
+    @property
+    def scale(self) -> mx.array | None:
+        """Return the number that the mean loss is multiplied by, None for none."""
+        return self.loss_scale.get("value")
+
     def step(
-        self, parameters: Arrays, grads: Mapping[str, mx.array], update: Update, *, loss: mx.array, weight: float
-    ) -> tuple[Arrays, mx.array, mx.array]:
+        self, parameters: Arrays, grads: Mapping[str, mx.array], update: Update, *, loss: mx.array,
+        weight: float | mx.array,
+    ) -> tuple[Arrays, mx.array, mx.array, mx.array]:  # fmt: skip
         """Divide the summed gradients by `weight`, clip, update.
 
-        Returns the next parameters, the norm before clipping, and whether the update was applied: a non-finite loss or
-        gradient leaves parameters and moments as they are, without a host synchronisation.
+        Returns the next parameters, the norm before clipping, whether the update was applied, and whether the loss
+        scale alone was in the way: a non-finite loss or gradient leaves parameters and moments as they are, without a
+        host synchronisation.
         """
         joined = [join(group, grads) for group in self.groups]
         norm = mx.sqrt(sum((sum_of_squares(grad) for grad in joined), start=mx.zeros(()))) / weight
@@ -58,14 +66,27 @@ class Optimizer:
                 parameters[name] = array.astype(self.dtypes[name])
                 if name in self.master:
                     self.master[name] = array
-        return parameters, norm, ok
+        return parameters, norm, ok, self.adapt_scale(ok, mx.isfinite(loss))
+
+    def adapt_scale(self, ok: mx.array, finite: mx.array) -> mx.array:
+        """Change the loss scale as an update asks for; return whether it was too large."""
+        if not self.loss_scale:
+            return mx.array(False)
+        scale, since = self.loss_scale["value"], self.loss_scale["since"]
+        overflow = finite & ~ok & (scale > 1)
+        scale, since = next_scale(scale, since, ok.astype(mx.float32), overflow.astype(mx.float32))
+        self.loss_scale = {"value": scale, "since": since}
+        return overflow
 
     def arrays(self) -> list[Any]:
         """Return everything that is kept, to be evaluated."""
-        return [self.moments, self.master]
+        return [self.moments, self.master, self.loss_scale]
 
     def tensors(self) -> Iterator[tuple[str, mx.array]]:
-        """Yield `m.<name>` and the like, and `master.<name>` for parameters below float32; in 8 bits also scales."""
+        """Yield `m.<name>` and the like, and `master.<name>` for parameters below float32; in 8 bits also scales.
+
+        For float16 also `loss_scale.value` and `loss_scale.since`.
+        """
         for group, held in zip(self.groups, self.moments, strict=True):
             for prefix, array in held.items():
                 if prefix.endswith("absmax"):
@@ -74,12 +95,13 @@ class Optimizer:
                     pieces = split(group, array)
                 yield from ((f"{prefix}.{name}", piece) for name, piece in pieces.items())
         yield from ((f"master.{name}", array) for name, array in self.master.items())
+        yield from ((f"loss_scale.{name}", array) for name, array in self.loss_scale.items())
 
     def put(self, name: str, array: mx.array) -> None:
         """Replace one of `tensors` by its name there."""
         prefix, _, inner = name.partition(".")
-        if prefix == "master":
-            self.master[inner] = array
+        if prefix in ("master", "loss_scale"):
+            (self.master if prefix == "master" else self.loss_scale)[inner] = array
             return
         number = next(n for n, group in enumerate(self.groups) if inner in group.shapes)
         group, held = self.groups[number], self.moments[number]

@@ -30,5 +30,5 @@ def from_mlx(value: mx.array) -> Tensor:
 
 
 def mlx_dtype(name: str) -> mx.Dtype:
-    """Return the MLX dtype called "float32" or "bfloat16"."""
-    return {"float32": mx.float32, "bfloat16": mx.bfloat16}[name]
+    """Return the MLX dtype called "float32", "bfloat16" or "float16"."""
+    return {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}[name]

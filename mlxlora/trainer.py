@@ -28,10 +28,13 @@ class PendingStats:
     loss: mx.array
     grad_norm: mx.array
     applied: mx.array
+    overflowed: mx.array
 
     def result(self) -> StepStats:
         """Return the numbers; waits for the device."""
-        return StepStats(float(self.loss), float(self.grad_norm), skipped=not bool(self.applied))
+        return StepStats(
+            float(self.loss), float(self.grad_norm), skipped=not bool(self.applied), overflowed=bool(self.overflowed)
+        )
 
 
 class MLXTrainer:
@@ -46,10 +49,12 @@ class MLXTrainer:
     def step(self, micro: Sequence[Batch], update: Update) -> PendingStats:
         """Do exactly one update; on OutOfMemory nothing has changed."""
         weight = float(sum(batch.weights_N.sum(dtype="float64") for batch in micro))
+        scale = self.optimizer.scale
+        factor, divisor = (1.0, weight) if scale is None else (scale / weight, scale)  # float16: mean loss times scale
         total, grads = mx.zeros(()), None
         try:
             for batch in micro:
-                loss, grad = self.accumulate(batch, update)
+                loss, grad = self.accumulate(batch, update, factor)
                 total = total + loss
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
                 self.compute(total, grads)  # frees the graph before the next one, or the optimizer's, is built
@@ -58,10 +63,12 @@ class MLXTrainer:
                 raise OutOfMemory(f"MLX has no memory left: {str(error)[:200]}") from None
             raise
         named = {self.model.canonical(name): grad for name, grad in flatten(grads)}
-        parameters, norm, applied = self.optimizer.step(self.model.parameters, named, update, loss=total, weight=weight)
+        parameters, norm, applied, overflowed = self.optimizer.step(
+            self.model.parameters, named, update, loss=total, weight=divisor
+        )
         self.model.put_parameters(parameters)
         mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.arrays(), norm)
-        return PendingStats(total / weight, norm, applied)
+        return PendingStats(total / divisor, norm, applied, overflowed)
 
     def compute(self, total: mx.array, grads: dict) -> None:
         """Have the sums computed; with recompute from the last layer to the first, so that each is done with in turn.
@@ -74,13 +81,14 @@ class MLXTrainer:
                 mx.eval(total, [grad for name, grad in named if (layer_of(name) or 0) == layer])
         mx.eval(total, grads)
 
-    def accumulate(self, batch: Batch, update: Update) -> tuple[mx.array, dict]:
-        """Return one micro-batch's summed loss and its summed gradient."""
+    def accumulate(self, batch: Batch, update: Update, factor: float | mx.array) -> tuple[mx.array, dict]:
+        """Return factor times one micro-batch's summed loss, and the gradient of that."""
         faults.hit("micro.begin")
         dropout = self.model.dropout
         dropout.begin(seed=update.seed, step=update.step, places=batch.places())
         names = ("tokens_BT", "positions_N", "targets_N", "weights_N")
         arrays = {name: mx.array(getattr(batch, name)) for name in names}
+        arrays["weights_N"] = arrays["weights_N"] * factor
         try:
             if self.compiled and batch.shape in self.shapes and not batch.is_packed:
                 loss, grads = self.compiled(arrays)

@@ -170,10 +170,7 @@ class ScheduleConfig(Section):
         "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "exponential", "inverse_sqrt",
         "warmup_stable_decay",
     ] = "cosine"  # fmt: skip
-    warmup: Annotated[
-        NotNegative,
-        Field(description="below 1 a share of all updates, from 1 a number of updates"),
-    ] = 0.03
+    warmup: Annotated[NotNegative, Field(description="below 1 a share of all updates, else a number of them")] = 0.03
     final: Annotated[Share, Field(description="share of the peak at the end; inverse_sqrt: never below it")] = 0.0
     cycles: Annotated[Count, Field(description="cosine_with_restarts: half cosines, one after the other")] = 2
     power: Annotated[Positive, Field(description="polynomial: exponent of what is left of the run")] = 2.0
@@ -194,7 +191,9 @@ class TrainConfig(Section):
         Literal["auto"] | Count,
         Field(description="positions per micro-batch; changes memory and speed, never the result"),
     ] = "auto"
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], Field(description="adapters stay float32; float16 scales the loss")
+    ] = "bfloat16"
     recompute: Annotated[
         Literal["auto", "offload"] | bool,
         Field(description="layers keep their input only and run again; offload keeps it in host memory (CUDA only)"),

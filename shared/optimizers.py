@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from shared.adapters.spec import layer_of
-from shared.config import OptimizerConfig
+from shared.config import RunConfig
 from shared.errors import ConfigError
 from shared.quant.blockwise import BLOCK, num_blocks
 from shared.registry import import_own
@@ -29,6 +29,8 @@ STACK = 2**12 * BLOCK  # values of a stack; larger tensors stay alone
 ADAFACTOR_DECAY, ADAFACTOR_EPS, ADAFACTOR_CLIP = 0.8, 1e-30, 1.0  # Shazeer and Stern 2018, algorithm 4
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, NEWTON_SCHULZ_EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7  # Jordan et al. 2024
 MUON_SCALE = 0.2  # root mean square of an AdamW update; Liu et al. 2025, section 2.2
+
+FIRST_SCALE, SCALE_GROWS_AFTER = 2.0**16, 2000  # loss scale of float16, and updates; as torch.amp.GradScaler has them
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,18 @@ class Group:
         return replace(update, lr=update.lr * self.rate, weight_decay=decay)
 
 
-def method_of(config: OptimizerConfig) -> Method:
+def method_of(config: RunConfig) -> Method:
     """Return the optimizer that a config names; raises ConfigError where there is none, or none in 8 bits."""
-    name = "plain_sgd" if config.name == "sgd" and config.momentum == 0 else config.name
+    chosen = config.optimizer
+    name = "plain_sgd" if chosen.name == "sgd" and chosen.momentum == 0 else chosen.name
     coded = find_rule(name).coded
-    if config.state == "8bit" and not coded:
+    if chosen.state == "8bit" and not coded:
         raise ConfigError(
             f"optimizer.state: 8bit with optimizer.name: {name}, whose state has no code in 8 bits",
             code="E204",
             fix="optimizer.state: float32, or one of adamw, adam, sgd and lion",
         )
-    return Method(name, config.state, config.lora_plus_ratio)
+    return Method(name, chosen.state, chosen.lora_plus_ratio, scales_loss=config.train.dtype == "float16")
 
 
 def rule_name(method: Method, name: str, shape: Shape) -> str:
@@ -129,6 +132,16 @@ def num_bytes(shapes: Mapping[str, Shape], method: Method) -> int:
     """Return the bytes of what is kept in float32 between updates."""
     rules = ((find_rule(rule_name(method, name, shape)), shape) for name, shape in shapes.items())
     return sum(4 * math.prod(kept) for rule, shape in rules for kept in rule.keeps(shape).values())
+
+
+def next_scale(scale: Array, since: Array, ok: Array, overflow: Array) -> tuple[Array, Array]:
+    """Return the next loss scale, and the updates since it changed; ok and overflow: this update's, as 0 or 1.
+
+    It is halved by an overflow and doubled after 2000 updates without. Source: Micikevicius et al. 2018, section 3.2.
+    """
+    since = (since + ok) * (1 - overflow)
+    grows = (since >= SCALE_GROWS_AFTER) * 1.0
+    return scale * (1 + grows) * (1 - 0.5 * overflow), since * (1 - grows)
 
 
 def adamw(p: Array, g: Array, kept: Kept, n: Update) -> tuple[Array, Kept]:

@@ -100,7 +100,7 @@ def trace(backend: Backend, prepared: Prepared, *, updates: int) -> Trace:
     model, spec = load_trainable(prepared, backend, dtype="float32")
     if spec.kind != "none":
         model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
-    method = replace(method_of(config.optimizer), state="float32")
+    method = replace(method_of(config), state="float32", scales_loss=False)
     plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
     total = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
     schedule = build_schedule(config.schedule, lr=config.optimizer.lr, updates=total)

@@ -42,6 +42,7 @@ def log(run: Run) -> None:
         "peak_memory_bytes": run.trainer.memory().peak,
         "time_s": state.time_s,
         "skipped_updates": state.skipped,
+        **({"overflows": state.overflows} if run.config.train.dtype == "float16" else {}),
     }
     state.tokens = state.supervised_tokens = state.positions = 0
     write(run, row)

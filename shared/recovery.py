@@ -68,6 +68,9 @@ def raise_late(run: Run, error: Exception) -> NoReturn:
 def judge(run: Run, *, step: int, stats: StepStats) -> None:
     """Count and report an update that was skipped; raises DivergedError after three in a row."""
     state = run.state
+    if stats.overflowed:
+        state.overflows += 1
+        return
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if stats.skipped else 0
     if not stats.skipped:
         return

@@ -29,6 +29,7 @@ class LoopState:
     evaluations_without_better: int = 0
     skipped_in_a_row: int = 0
     skipped: int = 0
+    overflows: int = 0  # updates that float16's loss scale was too large for
     tokens: int = 0  # these three: since the last logged row
     supervised_tokens: int = 0
     positions: int = 0

@@ -187,8 +187,8 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
     longest, most = max(len(example.tokens) for example in prepared.train), run.model.info.max_positions
     if isinstance(most, int) and longest > most:
         yield f"rows of up to {longest} tokens, but the model was made for {most}; data.max_length: {most} cuts them"
-    if capability.name == "mlx" and capability.device == "cpu" and run.config.train.dtype == "bfloat16":
-        yield "bfloat16 is slow in MLX on a CPU; --set train.dtype=float32 is faster"
+    if capability.name == "mlx" and capability.device == "cpu" and run.config.train.dtype != "float32":
+        yield f"{run.config.train.dtype} is slow in MLX on a CPU; --set train.dtype=float32 is faster"
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -280,7 +280,7 @@ def build_run(
     elif spec.kind != "none":
         model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
     layout = training_layout(config, model.info, prepared.train, micro_tokens=chosen.micro_tokens)
-    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer), shapes=layout.shapes)
+    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config), shapes=layout.shapes)
     if found is not None:
         trainer.load_state(found.optimizer)
     state = LoopState(**found.state["loop"]) if found else LoopState()

@@ -122,6 +122,7 @@ class Method:
     name: str
     state: MomentFormat = "float32"
     lora_plus_ratio: float = 1.0  # rate of LoRA's B to that of all others
+    scales_loss: bool = False  # for float16: small gradients would be zero
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class StepStats:
     loss: float
     grad_norm: float
     skipped: bool  # true: a non-finite loss or gradient, nothing was changed
+    overflowed: bool = False  # true: skipped too, but only because the loss scale of float16 was too large
 
 
 @dataclass(frozen=True)

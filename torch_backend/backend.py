@@ -121,7 +121,7 @@ def capability(*, device: str, reason: str, fix: str | None, schemes: Iterable[s
         reason=reason,
         fix=fix,
         device=device,
-        dtypes=("float32", "bfloat16"),
+        dtypes=("float32", "bfloat16", "float16"),
         schemes=tuple(schemes),
         objectives=("sft",),
         versions=versions,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from shared.optimizers import Group, make_groups
+from shared.optimizers import FIRST_SCALE, Group, make_groups, next_scale
 from shared.quant.blockwise import BLOCK
 from shared.types import Method, MomentFormat, Update
 from torch_backend.blockwise import decode, encode
@@ -45,6 +45,8 @@ class Optimizer:
         device, total = next(iter(self.parameters.values())).device, sum(self.sizes)
         self.value, self.grad = (torch.zeros(total, device=device) for _ in range(2))
         self.moments = [make_moments(group, state=method.state, device=device) for group in self.groups]
+        scale = {"value": torch.tensor(FIRST_SCALE, device=device), "since": torch.zeros((), device=device)}
+        self.loss_scale = scale if method.scales_loss else {}
         self.in_8bit = method.state == "8bit"
         self.pull()
         for parameter, view in zip(self.parameters.values(), self.views(self.value), strict=True):
@@ -61,10 +63,18 @@ class Optimizer:
         for parameter, view in zip(self.parameters.values(), self.views(self.value), strict=True):
             view.copy_(parameter.detach())
 
-    def step(self, update: Update, *, loss: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Divide the summed gradients by `weight`, clip, update; return (norm before clipping, applied?).
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """Return the number that the mean loss is multiplied by, None for none."""
+        return self.loss_scale.get("value")
 
-        A non-finite loss or gradient leaves parameters and moments as they are, without a host synchronisation.
+    def step(
+        self, update: Update, *, loss: torch.Tensor, weight: float | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Divide the summed gradients by `weight`, clip, update.
+
+        Returns the norm before clipping, whether the update was applied, and whether the loss scale alone was in the
+        way. A non-finite loss or gradient leaves parameters and moments as they are, without a host synchronisation.
         Where memory runs out nothing has changed, but for the gradients.
         """
         norm = self.grad.norm() / weight
@@ -88,7 +98,17 @@ class Optimizer:
                 self.moments[number] = new
         self.grad.zero_()
         self.push()
-        return norm, ok
+        return norm, ok, self.adapt_scale(ok, torch.isfinite(loss))
+
+    def adapt_scale(self, ok: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+        """Change the loss scale as an update asks for; return whether it was too large."""
+        if not self.loss_scale:
+            return torch.zeros_like(ok)
+        scale, since = self.loss_scale["value"], self.loss_scale["since"]
+        overflow = finite & ~ok & (scale > 1)
+        scale, since = next_scale(scale, since, ok.float(), overflow.float())
+        self.loss_scale = {"value": scale, "since": since}
+        return overflow
 
     def is_fused(self, group: Group) -> bool:
         """Return whether one kernel updates a group where it stands."""
@@ -101,7 +121,10 @@ class Optimizer:
                 parameter.data.copy_(view)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield `m.<name>` and the like, and `master.<name>` for parameters below float32; in 8 bits also scales."""
+        """Yield `m.<name>` and the like, and `master.<name>` for parameters below float32; in 8 bits also scales.
+
+        For float16 also `loss_scale.value` and `loss_scale.since`.
+        """
         for group, held in zip(self.groups, self.moments, strict=True):
             for prefix, array in held.items():
                 if prefix.endswith("absmax"):
@@ -112,6 +135,7 @@ class Optimizer:
         for (name, parameter), view in zip(self.parameters.items(), self.views(self.value), strict=True):
             if parameter.dtype != torch.float32:
                 yield f"master.{name}", view
+        yield from ((f"loss_scale.{name}", value) for name, value in self.loss_scale.items())
 
 
 def split(group: Group, joined: torch.Tensor) -> Tensors:

@@ -39,5 +39,5 @@ def send(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return the torch dtype called "float32" or "bfloat16"."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    """Return the torch dtype called "float32", "bfloat16" or "float16"."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

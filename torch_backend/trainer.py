@@ -25,10 +25,13 @@ class PendingStats:
     loss: torch.Tensor
     grad_norm: torch.Tensor
     applied: torch.Tensor
+    overflowed: torch.Tensor
 
     def result(self) -> StepStats:
         """Return the numbers; waits for the device."""
-        return StepStats(float(self.loss), float(self.grad_norm), skipped=not bool(self.applied))
+        return StepStats(
+            float(self.loss), float(self.grad_norm), skipped=not bool(self.applied), overflowed=bool(self.overflowed)
+        )
 
 
 class TorchTrainer:
@@ -43,21 +46,24 @@ class TorchTrainer:
     def step(self, micro: Sequence[Batch], update: Update) -> PendingStats:
         """Do exactly one update; on OutOfMemory nothing has changed."""
         weight = float(sum(batch.weights_N.sum(dtype="float64") for batch in micro))
+        scale = self.optimizer.scale
+        factor, divisor = (1.0, weight) if scale is None else (scale / weight, scale)  # float16: mean loss times scale
         try:
-            total = torch.stack([self.accumulate(batch, update) for batch in micro]).sum()
-            norm, applied = self.optimizer.step(update, loss=total, weight=weight)
+            total = torch.stack([self.accumulate(batch, update, factor) for batch in micro]).sum()
+            norm, applied, overflowed = self.optimizer.step(update, loss=total, weight=divisor)
         except (RuntimeError, MemoryError) as error:
             self.optimizer.grad.zero_()
             if is_out_of_memory(error):
                 raise OutOfMemory(f"torch has no memory left: {str(error)[:200]}") from None
             raise
-        return PendingStats(total / weight, norm, applied)
+        return PendingStats(total / divisor, norm, applied, overflowed)
 
-    def accumulate(self, batch: Batch, update: Update) -> torch.Tensor:
-        """Add one micro-batch's summed gradient to the flat one; return its summed loss."""
+    def accumulate(self, batch: Batch, update: Update, factor: float | torch.Tensor) -> torch.Tensor:
+        """Add the gradient of factor times one micro-batch's summed loss to the flat one; return that loss."""
         faults.hit("micro.begin")
         model = self.model
-        targets_N, weights_N = model.put(batch.targets_N, torch.long), model.put(batch.weights_N, torch.float32)
+        targets_N = model.put(batch.targets_N, torch.long)
+        weights_N = model.put(batch.weights_N, torch.float32) * factor
         model.dropout.begin(seed=update.seed, step=update.step, places=batch.places(), device=model.device)
         try:
             loss = self.objective(model.hidden(batch), model.head, targets_N, weights_N)

@@ -114,10 +114,13 @@ def is_measured(place: str, dtype: str, *, full: bool) -> bool:
 def find_costs(place: str, dtype: str, *, full: bool) -> Costs:
     """Return the factors of a backend on a device, e.g. "mlx-cpu", for LoRA or for full fine-tuning.
 
-    Those that were not measured are borrowed: from the CPU for a GPU, from float32 for bfloat16.
+    Those that were not measured are borrowed: from the CPU for a GPU, from float32 for bfloat16, from that for float16.
     """
     if place in BORROWED:
         source, framework = BORROWED[place]
         return replace(find_costs(source, dtype, full=full), framework=framework, quantizing=0)
     known = {**ASSUMED, **MEASURED}
-    return known.get((place, dtype, full)) or known[place, "float32", full]
+    return (
+        known.get((place, dtype.replace("float16", "bfloat16") if dtype == "float16" else dtype, full))
+        or known[place, "float32", full]
+    )

@@ -27,7 +27,7 @@ from shared.optimizers import method_of, num_bytes
 from shared.registry import find_quantizer
 from shared.types import AdapterSpec, ModelInfo, Recompute, Scheme
 
-SIZES = {"float32": 4, "bfloat16": 2}
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 IN_FLOAT32 = {"nf4", "fp4", "int8"}  # formats that are decoded in float32, and have no kernel in MLX
 IN_BLOCKS = {"affine", "ternary"}  # formats that are decoded block by block on a CPU
@@ -185,7 +185,7 @@ def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
 def standing_bytes(config: RunConfig, shape: Shape, spec: AdapterSpec, costs: Costs) -> dict[str, float]:
     """Return the bytes of what lives from the first update to the last."""
     trained, full = num_trained(shape, spec), spec.kind == "none"
-    method = method_of(config.optimizer)
+    method = method_of(config)
     moments = num_bytes(trained_shapes(shape, spec), method) * STATE_BYTES[method.state] / WORD
     master = WORD * trained if full and config.train.dtype != "float32" else 0
     return {

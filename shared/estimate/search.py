@@ -51,7 +51,7 @@ def search_micro_tokens(config: RunConfig, *, tell: Callable[[Tried], None] = la
     model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
     if spec.kind != "none":
         model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
-    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer))
+    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config))
     packing = config.data.packing
     rows = sorted(prepared.train, key=lambda example: -len(example.tokens))[: config.train.batch_size]
     tried: list[Tried] = []

@@ -92,7 +92,7 @@ def load(backend: Backend, config: RunConfig, rows: Sequence[Example]) -> Loaded
     model.attach(spec)
     model.load_tensors("adapter", first_values(spec, model, seed=config.train.seed))
     layout = training_layout(config, model.info, rows, micro_tokens=chosen.micro_tokens)
-    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config.optimizer), shapes=layout.shapes)
+    trainer = backend.trainer(model, objective="sft", optimizer=method_of(config), shapes=layout.shapes)
     return Loaded(model, trainer, layout, chosen.recompute)
 
 

@@ -62,6 +62,7 @@ def make_lab(backend: Backend, place: tuple[str, str], tiny_model_folder: Callab
                         tensor.data[:] = 0.02 * tensors[name.replace("lora_B", "lora_A")].data[:, :1].T[:, :rank]
                         tensors[name] = tensor
             model.load_tensors("adapter", tensors)
-        return Lab(backend, model, backend.trainer(model, objective="sft", optimizer=Method(optimizer, state)), spec)
+        method = Method(optimizer, state, scales_loss=dtype == "float16")
+        return Lab(backend, model, backend.trainer(model, objective="sft", optimizer=method), spec)
 
     return make

@@ -19,6 +19,7 @@ from tests import tolerances
 
 LENGTHS = [12, 12, 12, 12, 12, 12, 12, 12]
 OPTIMIZERS = [("adamw", "float32"), ("adamw", "8bit"), ("adafactor", "float32"), ("lion", "8bit"), ("muon", "float32")]
+HALVES = [("bfloat16", "BF16"), ("float16", "F16")]
 RAGGED = [5, 19, 8, 31, 12, 12, 3, 27]
 
 
@@ -213,17 +214,19 @@ def test_full_fine_tuning_trains_every_parameter_as_torch_does(
     assert gap(found, wanted) <= tolerances.GRADIENTS
 
 
-def test_bfloat16_base_trains_float32_adapters(make_lab, make_examples, make_update):
-    lab = make_lab(dtype="bfloat16")
+@pytest.mark.parametrize(("dtype", "stored"), HALVES)
+def test_a_half_precision_base_trains_float32_adapters(make_lab, make_examples, make_update, dtype, stored):
+    lab = make_lab(dtype=dtype)
     batches = micro_batches(make_examples(RAGGED), Layout(4096))
     losses = [lab.trainer.step(batches, make_update(step=n, lr=1e-2)).result().loss for n in range(1, 9)]
     assert losses[-1] < losses[0]
     assert {tensor.dtype for _, tensor in lab.model.tensors("adapter")} == {"F32"}
-    assert {tensor.dtype for _, tensor in lab.model.tensors("base")} == {"BF16"}
+    assert {tensor.dtype for _, tensor in lab.model.tensors("base")} == {stored}
 
 
-def test_bfloat16_full_fine_tuning_keeps_float32_masters(make_lab, make_examples, make_update):
-    lab = make_lab(dtype="bfloat16", type="none")
+@pytest.mark.parametrize(("dtype", "stored"), HALVES)
+def test_half_precision_full_fine_tuning_keeps_float32_masters(make_lab, make_examples, make_update, dtype, stored):
+    lab = make_lab(dtype=dtype, type="none")
     batches = micro_batches(make_examples([9, 12]), Layout(4096))
     for step in range(1, 5):
         lab.trainer.step(batches, make_update(step=step, lr=1e-5)).result()
@@ -232,7 +235,53 @@ def test_bfloat16_full_fine_tuning_keeps_float32_masters(make_lab, make_examples
     own = dict(lab.model.tensors("adapter"))
     assert masters.keys() == own.keys()
     assert all(tensor.dtype == "F32" for tensor in masters.values())
-    assert all(tensor.dtype == "BF16" for tensor in own.values())
+    assert all(tensor.dtype == stored for tensor in own.values())
+
+
+def test_a_float16_update_is_that_of_float32(make_lab, make_examples, make_update):
+    """The loss scale is a power of two, and no trace of it is left."""
+    batches, update = micro_batches(make_examples(RAGGED), Layout(64)), make_update()
+    half, plain = make_lab(dtype="float16"), make_lab()
+    stats, wanted = half.trainer.step(batches, update).result(), plain.trainer.step(batches, update).result()
+    assert stats.loss == pytest.approx(wanted.loss, rel=tolerances.FLOAT16)
+    assert stats.grad_norm == pytest.approx(wanted.grad_norm, rel=tolerances.FLOAT16)
+    moments = [
+        {name: array for name, array in values(lab.trainer.state()).items() if name.startswith("m.")}
+        for lab in (half, plain)
+    ]
+    assert norm_gap(*moments) <= tolerances.FLOAT16
+
+
+def test_an_overflow_halves_the_loss_scale_and_changes_nothing_else(make_lab, make_examples, make_update):
+    lab, batches = make_lab(dtype="float16"), micro_batches(make_examples(RAGGED), Layout(64))
+    lab.trainer.step(batches, make_update()).result()
+    state = dict(lab.trainer.state())
+    assert state["loss_scale.value"].data == 2.0**16
+    lab.trainer.load_state({**state, "loss_scale.value": Tensor("F32", np.array(2.0**40, np.float32))})
+    before = {name: tensor.data.copy() for name, tensor in [*lab.model.tensors("adapter"), *state.items()]}
+    stats = lab.trainer.step(batches, make_update(step=2)).result()
+    assert stats.skipped
+    assert stats.overflowed
+    assert np.isfinite(stats.loss)
+    after = dict([*lab.model.tensors("adapter"), *lab.trainer.state()])
+    assert {name for name, tensor in after.items() if not np.array_equal(tensor.data, before[name])} == {
+        "loss_scale.value", "loss_scale.since",
+    }  # fmt: skip
+    assert after["loss_scale.value"].data == 2.0**39
+    overflows = 1
+    while lab.trainer.step(batches, make_update(step=3)).result().overflowed:
+        overflows += 1
+    assert 10 < overflows < 35
+    assert dict(lab.trainer.state())["loss_scale.value"].data == 2.0 ** (40 - overflows)
+
+
+def test_a_loss_that_is_not_finite_is_no_overflow(make_lab, make_examples, make_update):
+    lab, good = make_lab(dtype="float16"), micro_batches(make_examples(RAGGED), Layout(4096))
+    broken = [replace(good[0], weights_N=np.full_like(good[0].weights_N, np.nan))]
+    stats = lab.trainer.step(broken, make_update()).result()
+    assert stats.skipped
+    assert not stats.overflowed
+    assert dict(lab.trainer.state())["loss_scale.value"].data == 2.0**16
 
 
 def test_memory_is_reported_in_bytes(make_lab, make_examples, make_update):

@@ -160,7 +160,7 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(load, text):
         ("train: {updates: 5, epochs: 2}", "exactly one of updates and epochs"),
         ("train: {epochs: 1.5}", "train.epochs"),
         ("train: {micro_tokens: 0}", "train.micro_tokens"),
-        ("train: {dtype: float16}", "train.dtype"),
+        ("train: {dtype: float8}", "train.dtype"),
         ("train: {recompute: maybe}", "train.recompute"),
         ("train: {seed: -1}", "train.seed"),
         ("train: {seed: 4294967296}", "train.seed"),

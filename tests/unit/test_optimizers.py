@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from shared.config import OptimizerConfig
+from shared.config_file import build_config
 from shared.errors import ConfigError
-from shared.optimizers import RULES, Rule, find_rule, make_groups, method_of
+from shared.optimizers import RULES, Rule, find_rule, make_groups, method_of, next_scale
 from shared.types import Method
 
 NAMES = get_args(get_args(OptimizerConfig.model_fields["name"].annotation)[0])
 
 
+def method(optimizer, dtype="float32"):
+    return method_of(
+        build_config({"model": "m", "data": {"path": "d"}, "optimizer": optimizer, "train": {"dtype": dtype}})
+    )
+
+
 def test_every_name_of_the_config_has_a_rule():
-    assert {method_of(OptimizerConfig(name=name)).name for name in NAMES} | {"plain_sgd"} == set(RULES)
-    assert method_of(OptimizerConfig(name="sgd", momentum=0)).name == "plain_sgd"
+    assert {method({"name": name}).name for name in NAMES} | {"plain_sgd"} == set(RULES)
+    assert method({"name": "sgd", "momentum": 0}).name == "plain_sgd"
 
 
 @pytest.mark.parametrize(
@@ -38,7 +46,7 @@ def test_defaults_are_those_of_the_optimizer_that_is_named(name, numbers):
 @pytest.mark.parametrize("name", ["muon", "adafactor", "adadelta"])
 def test_what_has_no_code_in_8_bits_is_refused_by_name(name):
     with pytest.raises(ConfigError, match=f"state: 8bit with optimizer.name: {name}"):
-        method_of(OptimizerConfig(name=name, state="8bit"))
+        method({"name": name, "state": "8bit"})
 
 
 def test_muon_is_for_matrices_inside_the_layers():
@@ -63,8 +71,8 @@ SIGNUM = Rule(step, like("m"))
 def test_an_optimizer_of_ones_own_is_found_by_its_import_path(tmp_path, monkeypatch):
     (tmp_path / "own_rules_for_a_test.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = OptimizerConfig(name="own_rules_for_a_test:SIGNUM")
-    assert isinstance(find_rule(method_of(config).name), Rule)
+    config = {"name": "own_rules_for_a_test:SIGNUM"}
+    assert isinstance(find_rule(method(config).name), Rule)
 
 
 @pytest.mark.parametrize(
@@ -77,4 +85,19 @@ def test_an_optimizer_of_ones_own_is_found_by_its_import_path(tmp_path, monkeypa
 )
 def test_an_import_path_that_leads_nowhere_is_refused(name, message):
     with pytest.raises(ConfigError, match=message):
-        method_of(OptimizerConfig(name=name))
+        method({"name": name})
+
+
+def test_float16_alone_scales_the_loss():
+    assert [method({}, dtype=name).scales_loss for name in ("float32", "bfloat16", "float16")] == [False, False, True]
+
+
+def test_the_loss_scale_is_halved_by_an_overflow_and_doubled_after_2000_updates_without():
+    scale, since = np.float32(2.0**16), np.float32(0)
+    scale, since = next_scale(scale, since, 0.0, 1.0)
+    assert (scale, since) == (2.0**15, 0)
+    for _ in range(1999):
+        scale, since = next_scale(scale, since, 1.0, 0.0)
+    assert (scale, since) == (2.0**15, 1999)
+    assert next_scale(scale, since, 0.0, 0.0) == (2.0**15, 1999)  # skipped for another reason
+    assert next_scale(scale, since, 1.0, 0.0) == (2.0**16, 0)
