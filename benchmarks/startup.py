@@ -3,7 +3,8 @@
     python benchmarks/startup.py --model MODEL --data DATA [--runs 5] [--backend mlx torch]
 
 Every measurement is a process of its own; the kinds take turns, medians are compared. "cold" tokenizes, "warm" finds
-the tokens in the cache. CPU seconds are user + system of the process; they bear a busy machine better than wall time.
+the tokens in the cache, "resume" goes on from a checkpoint. CPU seconds are user + system of the process; they bear a
+busy machine better than wall time.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ from mlxlora.cli.main import run
 
 class Stop:
     def on_step(self, row):
-        os._exit(0)
+        if row["step"] >= int(sys.argv[2]):
+            os._exit(0)
 
 import mlxlora
 values = json.loads(sys.argv[1])
@@ -79,17 +81,19 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, backend: str) -> dict[str, dict[str, float]]:
-    """Return the median CPU and wall seconds of the bare script, and of a cold and a warm run."""
+    """Return the median CPU and wall seconds of the bare script, and of a cold, a warm and a resumed run."""
     weights = sorted(str(file) for file in arguments.model.glob("*.safetensors"))
-    seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "cold": [], "warm": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "cold": [], "warm": [], "resume": []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.runs + 1):
             values = json.dumps(recipe(arguments, backend, output=f"{folder}/run{number}"))
+            again = values.replace(f"run{number}", f"again{number}")
             kept = {"MLXLORA_CACHE": f"{folder}/cache{number}"}
             found = {
                 "bare": timed("-c", BARE[backend], *weights),
-                "cold": timed("-c", OURS, values, **kept),
-                "warm": timed("-c", OURS, values.replace(f"run{number}", f"again{number}"), **kept),
+                "cold": timed("-c", OURS, values, "1", **kept),
+                "warm": timed("-c", OURS, again, "1", **kept),
+                "resume": timed("-c", OURS, again, "3", **kept) and timed("-c", OURS, again, "1", **kept),
             }
             for kind in seconds if number else ():  # the first turn reads everything from the disk
                 seconds[kind].append(found[kind])
@@ -104,6 +108,7 @@ def recipe(arguments: argparse.Namespace, backend: str, *, output: str) -> dict[
         "train": {"batch_size": arguments.batch_size, "updates": 100, "dtype": "float32"},
         "evaluation": {"every": None},
         "log": {"every": 1},
+        "checkpoint": {"every": 1},
         "backend": backend,
         "output": output,
     }
@@ -137,7 +142,7 @@ def show(backend: str, found: dict[str, dict[str, float]]) -> None:
     bare = found["bare"]
     for kind, row in found.items():
         cpu, wall = row["cpu_s"] / bare["cpu_s"], row["wall_s"] / bare["wall_s"]
-        met = "" if kind == "bare" else f"   {'within' if cpu <= RATIO else 'ABOVE'} {RATIO}"
+        met = "" if kind in ("bare", "resume") else f"   {'within' if cpu <= RATIO else 'ABOVE'} {RATIO}"
         print(f"{backend:<8}{kind:<6}{row['cpu_s']:>8.2f}{row['wall_s']:>8.2f}{cpu:>11.2f}{wall:>12.2f}{met}")
 
 

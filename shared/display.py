@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, TextIO, cast
 
 from shared.callbacks import Callback
+from shared.machine import process_age
 
 Row = Mapping[str, Any]
 WIDE = 110  # columns from which there is room for speed and memory
@@ -54,6 +55,11 @@ def start_line(facts: Row) -> str:
     )
 
 
+def first_update(step: int) -> str:
+    """Return one line on how long the command took to get to its first update."""
+    return f"update {step} done {process_age():.1f} s after the command"
+
+
 def megabytes(count: int) -> str:
     """Return bytes for people.
 
@@ -68,6 +74,7 @@ class PlainDisplay:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self.started = False
 
     def say(self, text: str) -> None:
         """Write a line; a reader that has gone, or a full disk, does not stop the run."""
@@ -81,7 +88,10 @@ class PlainDisplay:
             self.say(f"going on after update {facts['from']}")
 
     def on_update(self, step: int) -> None:
-        """Say nothing: a line per logged update is enough."""
+        """Say how long the first one took to come; a line per logged update is enough for the others."""
+        if not self.started:
+            self.say(first_update(step))
+        self.started = True
 
     def on_step(self, row: Row) -> None:
         """Say where training stands."""
@@ -124,6 +134,7 @@ class LiveDisplay:
             console=self.console, refresh_per_second=4,
         )  # fmt: skip
         self.task: Any = None
+        self.started = False
         self.eval_loss: float | None = None
 
     def on_start(self, facts: Row) -> None:
@@ -137,7 +148,10 @@ class LiveDisplay:
         self.bar.start()
 
     def on_update(self, step: int) -> None:
-        """Move the bar."""
+        """Move the bar; above it, how long the first update took to come."""
+        if not self.started:
+            self.console.print(first_update(step), style="dim")
+        self.started = True
         self.bar.update(self.task, completed=step)
 
     def on_step(self, row: Row) -> None:

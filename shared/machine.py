@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -20,6 +23,15 @@ class Machine:
     cores: int
     memory_bytes: int
     system: str
+
+
+def process_age() -> float:
+    """Return seconds since this process was started; on Linux by a clock that nobody can set."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return max(0.0, datetime.now(UTC).timestamp() - psutil.Process().create_time())
 
 
 def this_machine() -> Machine:

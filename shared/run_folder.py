@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -161,6 +162,16 @@ def changed_maker(found: checkpoint.Checkpoint | None, own: Mapping[str, Any]) -
         ]
     if changed:
         yield f"{', '.join(changed)}: from here on equal to the run so far up to rounding, no longer bit for bit"
+
+
+def changed_rows(folder: Path, own: Mapping[str, str]) -> Iterator[str]:
+    """Yield that the validation rows are not those that the run so far was evaluated on; training rows are refused."""
+    try:
+        before = json.loads((folder / "manifest.json").read_bytes())["data_sha256"].get("valid.jsonl")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if before is not None and before != own.get("valid.jsonl", before):
+        yield "valid.jsonl has changed: losses of evaluations before and behind do not compare"
 
 
 def begin(folder: Path, *, step: int, resume: str) -> None:

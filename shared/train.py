@@ -44,6 +44,7 @@ from shared.run_folder import (
     Identity,
     begin,
     changed_maker,
+    changed_rows,
     check_allowed,
     check_output,
     command_line,
@@ -136,7 +137,7 @@ def train_once(
             return make_identity(prepared, hashes)
 
         found = find_checkpoint(folder, resume, identity, note, allowed=allow_change)
-        for text in changed_maker(found, maker_of(backend)):
+        for text in (*changed_maker(found, maker_of(backend)), *changed_rows(folder, prepared.data_files)):
             note(text)
         run = build_run(prepared, backend, found, folder=folder, callbacks=callbacks, identity=identity)
         begin(folder, step=run.state.step if found else -1, resume=resume)

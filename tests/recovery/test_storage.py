@@ -269,6 +269,20 @@ def test_row_38_an_edited_dataset_does_not_get_into_a_run_and_is_refused_behind_
     assert train(build_config(values)).already_complete
 
 
+def test_row_38_other_validation_rows_are_told(whole, tmp_path):
+    values = {**settings(tmp_path / "run", updates=4), "evaluation": {"every": 2}}
+    for name in ("train", "valid"):
+        shutil.copy(values["data"]["path"], tmp_path / f"{name}.jsonl")
+    values["data"] = {"path": str(tmp_path)}
+    train(build_config(values))
+    for edited in (False, True):
+        with (tmp_path / "valid.jsonl").open("a") as file:
+            file.write('{"prompt": "one", "completion": " one"}\n' if edited else "")
+        notes = Notes()
+        train(build_config(values), callbacks=[notes])
+        assert any("valid.jsonl has changed" in text for text in notes.texts) == edited
+
+
 @pytest.mark.parametrize("name", ["with blanks", "ünï-文字-🙂", "quo'te\"s;$(x)", "n" * 255, "-dash", "new\nline"])
 def test_row_42_a_run_folder_may_have_any_name(whole, tmp_path, name):
     real = tmp_path / "real"

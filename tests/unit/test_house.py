@@ -341,3 +341,17 @@ def test_every_code_of_the_catalogue_is_used_and_has_its_line_in_the_page():
 def test_every_class_of_errors_has_a_code_for_those_raised_without_one():
     classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert not [kind.__name__ for kind in classes if vars(kind).get("code") not in CATALOGUE]
+
+
+OPEN_ROWS = {"28"}  # of the fault matrix: faults that nothing is done about yet
+
+
+def test_every_row_of_the_fault_matrix_has_a_test_that_exists_or_a_reason():
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d+) \|(.*)$", text, re.MULTILINE))
+    assert sorted(map(int, rows)) == list(range(1, 43))
+    known = {node.name for file in files_of("tests") for node in functions_of(file)}
+    for number, row in rows.items():
+        named = re.findall(r"`(test_\w+)`", row)
+        assert set(named) <= known, f"row {number}"
+        assert named or "cannot happen" in row or number in OPEN_ROWS, f"row {number} proves nothing"
