@@ -7,7 +7,8 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,6 +99,30 @@ class MLXBackend:
         from mlxlora.workloads import WORKLOADS
 
         return WORKLOADS[kind](size, dtype)
+
+    def trace(self, folder: Path) -> AbstractContextManager[None]:
+        """Return a context that writes trace.gputrace for Xcode; raises CapabilityError without Metal."""
+        import mlx.core as mx
+
+        if not mx.metal.is_available() or os.environ.get("MTL_CAPTURE_ENABLED") != "1":
+            raise CapabilityError(
+                "log.profile: MLX traces nothing but Metal, and there with MTL_CAPTURE_ENABLED=1 only",
+                code="E402",
+                fix="set it on a Mac, use --backend torch, or time the parts of an update: python benchmarks/step.py",
+            )
+        return traced(folder / "trace.gputrace")
+
+
+@contextmanager
+def traced(file: Path) -> Iterator[None]:
+    """Write what Metal does inside."""
+    import mlx.core as mx
+
+    mx.metal.start_capture(str(file))
+    try:
+        yield
+    finally:
+        mx.metal.stop_capture()
 
 
 @lru_cache(maxsize=1)

@@ -233,10 +233,10 @@ class CheckpointConfig(Section):
 
 class LogConfig(Section):
     every: Count = 10
-    to: Annotated[
-        list[Literal["jsonl", "tensorboard", "trackio", "wandb", "mlflow"]],
-        Field(description="metrics.jsonl is always written; the others follow it and may be slow or down"),
-    ] = ["jsonl"]
+    to: list[Literal["jsonl", "tensorboard", "trackio", "wandb", "mlflow"]] = ["jsonl"]  # docs/trackers.md
+    profile: Annotated[
+        Count | None, Field(description="trace so many updates, from the third on, into profile/ of the run folder")
+    ] = None
 
 
 class RunConfig(Section):

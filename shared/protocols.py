@@ -9,6 +9,7 @@ Rules, each one a conformance test for every registered backend:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -166,5 +167,12 @@ class Backend(Protocol):
         """Return a function that does a workload n times and waits: what `shared/measuring/ceilings.py` times.
 
         kind: "matmul" of two (size, size) matrices, or "copy" of size bytes.
+        """
+        ...
+
+    def trace(self, folder: Path) -> AbstractContextManager[None]:
+        """Return a context that writes what the framework's profiler sees inside into a folder.
+
+        Raises CapabilityError where the framework has no profiler for its device.
         """
         ...

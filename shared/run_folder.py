@@ -36,7 +36,7 @@ FREE = (
 
 
 FOLDERS = ("checkpoints", "adapter", "model")  # what a run replaces as a whole
-TRACKED = ("sinks", "tensorboard", "wandb")  # what trackers keep of it
+TRACKED = ("sinks", "tensorboard", "wandb", "profile")  # what trackers and profilers keep of it
 
 
 @dataclass(frozen=True)

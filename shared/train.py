@@ -35,6 +35,7 @@ from shared.hub import pinned
 from shared.lock import locked
 from shared.loop import fit
 from shared.optimizers import method_of
+from shared.profiling import tracing
 from shared.protocols import Backend, Model
 from shared.recovery import LateOutOfMemory
 from shared.registry import check_installed, find_backend
@@ -130,7 +131,7 @@ def train_once(
     def note(text: str) -> None:
         tell(callbacks, "on_note", text)
 
-    with locked(folder, note):
+    with locked(folder, note), tracing(backend, folder, config.log.profile) as tracers:
         hashes = hash_files([*prepared.base.files, prepared.base.path / "config.json"])
 
         def identity() -> Identity:
@@ -143,7 +144,7 @@ def train_once(
         begin(folder, step=run.state.step if found else -1, resume=resume)
         given = command or command_line()
         with sinks(folder, config.log.to, note) as trackers:
-            run.callbacks = [trackers, *callbacks]
+            run.callbacks = [trackers, *tracers, *callbacks]
             try:
                 return finish_run(run, prepared, backend.probe(), base=hashes.result(), command=given)
             except LateOutOfMemory:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,6 +90,20 @@ class TorchBackend:
         from torch_backend.workloads import WORKLOADS
 
         return WORKLOADS[kind](size, dtype, choose_device(device))
+
+    def trace(self, folder: Path) -> AbstractContextManager[None]:
+        """Return a context that writes trace.json for Perfetto: every operator, its time and memory."""
+        return traced(folder / "trace.json")
+
+
+@contextmanager
+def traced(file: Path) -> Iterator[None]:
+    """Write what torch's profiler sees inside."""
+    from torch.profiler import profile
+
+    with profile(profile_memory=True) as found:
+        yield
+    found.export_chrome_trace(str(file))
 
 
 @lru_cache(maxsize=1)
