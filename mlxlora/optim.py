@@ -48,12 +48,13 @@ class Optimizer:
         """Divide the summed gradients by `weight`, clip, update.
 
         Returns the next parameters, the norm before clipping, whether the update was applied, and whether the loss
-        scale alone was in the way: a non-finite loss or gradient leaves parameters and moments as they are, without a
-        host synchronisation.
+        scale alone was in the way: a non-finite gradient, or a loss that is not below its limit, leaves parameters and
+        moments as they are, without a host synchronisation.
         """
         joined = [join(group, grads) for group in self.groups]
         norm = mx.sqrt(sum((sum_of_squares(grad) for grad in joined), start=mx.zeros(()))) / weight
-        ok = mx.isfinite(norm) & mx.isfinite(loss)
+        low = loss < update.max_loss * weight  # false for NaN and infinity too
+        ok = mx.isfinite(norm) & low
         clip = mx.array(1.0)
         if update.max_grad_norm is not None:
             clip = mx.minimum(update.max_grad_norm / (norm + 1e-6), 1.0)
@@ -66,14 +67,14 @@ class Optimizer:
                 parameters[name] = array.astype(self.dtypes[name])
                 if name in self.master:
                     self.master[name] = array
-        return parameters, norm, ok, self.adapt_scale(ok, mx.isfinite(loss))
+        return parameters, norm, ok, self.adapt_scale(ok, low)
 
-    def adapt_scale(self, ok: mx.array, finite: mx.array) -> mx.array:
+    def adapt_scale(self, ok: mx.array, low: mx.array) -> mx.array:
         """Change the loss scale as an update asks for; return whether it was too large."""
         if not self.loss_scale:
             return mx.array(False)
         scale, since = self.loss_scale["value"], self.loss_scale["since"]
-        overflow = finite & ~ok & (scale > 1)
+        overflow = low & ~ok & (scale > 1)
         scale, since = next_scale(scale, since, ok.astype(mx.float32), overflow.astype(mx.float32))
         self.loss_scale = {"value": scale, "since": since}
         return overflow

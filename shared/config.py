@@ -17,10 +17,10 @@ from pydantic import (
     ValidationError,
     field_validator,
     model_validator,
-)
+)  # fmt: skip
 
 from shared.errors import ConfigError, did_you_mean
-from shared.types import FIXED, TERNARY_RULES, MomentFormat, Scheme
+from shared.types import FIXED, TERNARY_RULES, MomentFormat, Scheme, Spikes
 
 DOUBLED = ("nf4", "fp4")  # formats whose scales may be quantized too
 Places = dict[tuple[Any, ...], str]  # key path -> where it was set: "run.yaml:3", "--set"
@@ -202,6 +202,7 @@ class TrainConfig(Section):
         Literal["auto"] | bool,
         Field(description="updates as compiled functions of at most 8 padded shapes; auto: off; never changes results"),
     ] = "auto"
+    spikes: Annotated[Spikes, Field(description="updates with a loss far above the last ones")] = "warn"
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
 
     @model_validator(mode="before")

@@ -6,6 +6,7 @@ tensors is `LoopState`.
 
 from __future__ import annotations
 
+import math
 import shlex
 import signal
 import time
@@ -16,7 +17,7 @@ from shared.config import RunConfig
 from shared.data.ahead import Ahead
 from shared.data.batch import update_batches
 from shared.errors import Interrupted
-from shared.record import checkpoint, drain, evaluate, log, save_or_go_on, stopped_early
+from shared.record import checkpoint, drain, evaluate, log, max_loss, save_or_go_on, stopped_early
 from shared.recovery import step_or_split
 from shared.run import Run
 from shared.schedules import build_schedule
@@ -58,7 +59,7 @@ def do_update(run: Run, schedule: Callable[[int], float], ahead: Ahead) -> None:
     """Do the next update and log it where a row is due."""
     step, began = run.state.step + 1, time.perf_counter()
     micro = ahead.take(step, run.layout)
-    update = build_update(run.config, step, lr=schedule(step))
+    update = build_update(run.config, step, lr=schedule(step), max_loss=max_loss(run))
     run.pending.append((step, step_or_split(run, micro, update)))
     state = run.state
     state.step = step
@@ -73,7 +74,7 @@ def do_update(run: Run, schedule: Callable[[int], float], ahead: Ahead) -> None:
         log(run)
 
 
-def build_update(config: RunConfig, step: int, *, lr: float) -> Update:
+def build_update(config: RunConfig, step: int, *, lr: float, max_loss: float = math.inf) -> Update:
     """Return every number of one update."""
     optimizer = config.optimizer
     return Update(
@@ -88,6 +89,7 @@ def build_update(config: RunConfig, step: int, *, lr: float) -> Update:
         bias_correction=True,
         momentum=optimizer.momentum,
         nesterov=optimizer.nesterov,
+        max_loss=max_loss,
     )
 
 

@@ -13,16 +13,29 @@ from shared.errors import DivergedError, StorageError
 from shared.evaluate import evaluate_examples
 from shared.recovery import judge, read, roll_back
 from shared.run import Run
+from shared.spikes import LAG, go_back, spike_limit
 from shared.tensors import is_finite
 
 
-def drain(run: Run) -> None:
-    """Read the results that are still pending; raises DivergedError after three skipped updates in a row."""
-    while run.pending:
+def drain(run: Run, *, keep: int = 0) -> None:
+    """Read the results that are still pending, but for the last `keep`; raises DivergedError after three without."""
+    while len(run.pending) > keep:
         step, pending = run.pending[0]
         run.last = read(run, pending)
         run.pending.pop(0)
         judge(run, step=step, stats=run.last)
+
+
+def max_loss(run: Run) -> float:
+    """Return the loss above which the next update is skipped; go back to a checkpoint first, where a spike asks."""
+    if run.config.train.spikes in ("ignore", "warn"):
+        return math.inf
+    drain(run, keep=LAG)
+    if run.state.spike_step and run.state.step >= run.state.spike_step + LAG:
+        drain(run)
+        go_back(run)
+    known = run.state.losses
+    return spike_limit(known[: len(known) - LAG + len(run.pending)])
 
 
 def log(run: Run) -> None:

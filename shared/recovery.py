@@ -15,6 +15,7 @@ from shared.errors import DivergedError, OutOfMemory, is_out_of_memory
 from shared.evaluate import evaluate_examples
 from shared.protocols import Pending
 from shared.run import Run
+from shared.spikes import watch_loss
 from shared.types import Batch, StepStats, Update
 
 MAX_SKIPPED = 3  # updates in a row without finite numbers, then the weights themselves are in doubt
@@ -66,17 +67,17 @@ def raise_late(run: Run, error: Exception) -> NoReturn:
 
 
 def judge(run: Run, *, step: int, stats: StepStats) -> None:
-    """Count and report an update that was skipped; raises DivergedError after three in a row."""
-    state = run.state
+    """Count and report an update that was skipped, or a spike; raises DivergedError after three without numbers."""
+    state, rows = run.state, name_some([run.train[row].source for row in run.plan.rows(step)])
+    watch_loss(run, step=step, stats=stats, rows=rows)
     if stats.overflowed:
         state.overflows += 1
         return
-    state.skipped_in_a_row = state.skipped_in_a_row + 1 if stats.skipped else 0
-    if not stats.skipped:
-        return
-    state.skipped += 1
-    rows = [run.train[row].source for row in run.plan.rows(step)]
-    tell(run.callbacks, "on_note", f"update {step} skipped: loss or gradient not finite ({name_some(rows)})")
+    state.skipped += stats.skipped
+    broken = stats.skipped and not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm))
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if broken else 0
+    if broken:
+        tell(run.callbacks, "on_note", f"update {step} skipped: loss or gradient not finite ({rows})")
     if state.skipped_in_a_row >= MAX_SKIPPED:
         steps = range(step - MAX_SKIPPED + 1, step + 1)
         what = f"training diverged: updates {steps[0]} to {step} had no finite loss or gradient; {suspects(run, steps)}"

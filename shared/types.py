@@ -15,6 +15,7 @@ import numpy as np
 Part = Literal["base", "adapter"]
 BackendName = Literal["mlx", "torch"]
 MomentFormat = Literal["float32", "8bit"]  # how an optimizer's moments are kept between updates
+Spikes = Literal["warn", "skip", "rollback", "ignore"]  # rollback: skip, and back to the last checkpoint's weights
 Recompute = bool | Literal["offload"]  # true: layers keep their input only; offload: in host memory
 
 
@@ -113,6 +114,7 @@ class Update:
     bias_correction: bool
     momentum: float
     nesterov: bool
+    max_loss: float = math.inf  # nats; above it the update is skipped
 
 
 @dataclass(frozen=True)

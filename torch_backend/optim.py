@@ -74,11 +74,12 @@ class Optimizer:
         """Divide the summed gradients by `weight`, clip, update.
 
         Returns the norm before clipping, whether the update was applied, and whether the loss scale alone was in the
-        way. A non-finite loss or gradient leaves parameters and moments as they are, without a host synchronisation.
+        way. A non-finite gradient, or a loss that is not below its limit, changes nothing, and the host need not wait.
         Where memory runs out nothing has changed, but for the gradients.
         """
         norm = self.grad.norm() / weight
-        ok = torch.isfinite(norm) & torch.isfinite(loss)
+        low = loss < update.max_loss * weight  # false for NaN and infinity too
+        ok = torch.isfinite(norm) & low
         clip = torch.ones_like(norm)
         if update.max_grad_norm is not None:
             clip = torch.clamp(update.max_grad_norm / (norm + 1e-6), max=1.0)
@@ -98,14 +99,14 @@ class Optimizer:
                 self.moments[number] = new
         self.grad.zero_()
         self.push()
-        return norm, ok, self.adapt_scale(ok, torch.isfinite(loss))
+        return norm, ok, self.adapt_scale(ok, low)
 
-    def adapt_scale(self, ok: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+    def adapt_scale(self, ok: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """Change the loss scale as an update asks for; return whether it was too large."""
         if not self.loss_scale:
             return torch.zeros_like(ok)
         scale, since = self.loss_scale["value"], self.loss_scale["since"]
-        overflow = finite & ~ok & (scale > 1)
+        overflow = low & ~ok & (scale > 1)
         scale, since = next_scale(scale, since, ok.float(), overflow.float())
         self.loss_scale = {"value": scale, "since": since}
         return overflow

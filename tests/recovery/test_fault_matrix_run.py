@@ -26,6 +26,7 @@ from shared import checkpoint, faults, record
 from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import build_config, to_yaml
+from shared.data.batch import Plan
 from shared.display import make_display
 from shared.errors import CheckpointError, ConfigError, DivergedError, Interrupted, OutOfMemory
 from shared.loop import fit
@@ -166,6 +167,58 @@ def test_row_27_ruined_weights_are_to_blame_and_leave_no_checkpoint(make_config,
         train(make_config(tmp_path, "optimizer.lr=1e30", "adapter.targets=all-linear"))
     assert steps_of(tmp_path) == []
     assert not (tmp_path / "adapter").exists()
+
+
+SPIKE = 45  # the update with the row that is unlike all others
+
+
+@pytest.fixture(scope="module")
+def spiked(make_config, tmp_path_factory) -> Callable[..., RunConfig]:
+    """Return a factory of configs of a run that learns one sentence, and meets noise once."""
+    data = tmp_path_factory.mktemp("spiked")
+    texts = ["hello world, hello world"] * 120
+    for row in Plan(120, 2, 0).rows(SPIKE):
+        texts[row] = "zq#Xv@9!kW~pJ^fQ%zB&"
+    (data / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    overrides = [
+        f"data.path={data}", "train.updates=58", "train.batch_size=2", "adapter.type=none", "optimizer.lr=3e-3",
+        "checkpoint.every=20",
+    ]  # fmt: skip
+    return lambda output, *more, **options: make_config(output, *overrides, *more, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_28_a_spike_of_the_loss_is_told_or_skipped(spiked, tmp_path, backend):
+    weights = {}
+    for policy in ("warn", "skip"):
+        heard: Any = Heard()
+        config = spiked(tmp_path / policy, f"train.spikes={policy}", backend=backend)
+        result = train(config, callbacks=[heard])
+        assert [note.split(" its loss")[0] for note in heard.about("spike")] == [
+            f"update {SPIKE}" if policy == "warn" else f"update {SPIKE} skipped:"
+        ]
+        assert "train.jsonl:" in heard.about("spike")[0]
+        assert result.skipped_updates == (policy == "skip")
+        weights[policy] = (tmp_path / policy / "model/model.safetensors").read_bytes()
+    assert weights["warn"] != weights["skip"]
+
+
+def test_row_28_a_spike_goes_back_to_the_checkpoint_and_the_same_after_a_resume(spiked, tmp_path, fault):
+    notes = []
+    for name, stop in (("whole", ""), ("cut", "update.numbers:47:ENOSPC,update.numbers:51:ENOSPC")):
+        config = spiked(tmp_path / name, "train.spikes=rollback")
+        fault(stop)
+        heard: Any = Heard()
+        for _ in range(stop.count("E")):
+            with pytest.raises(OSError, match="No space"):
+                train(config, callbacks=[heard])
+        train(config, callbacks=[heard])
+        notes.append(heard.about("back to the weights of update 40, for the spike of update 45"))
+    assert len(notes[0]) == 1
+    assert len(notes[1]) >= 1
+    both = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert both[0] == both[1]
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "cut")
 
 
 @pytest.mark.parametrize("part", ["adapter", "moments"])
