@@ -81,6 +81,7 @@ class Metrics:
 
     def truncate(self, step: int) -> None:
         """Drop the rows of later updates, which will be made again."""
+        self.waiting = [row for row in self.waiting if row["step"] <= step]
         kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
         write_whole(self.path, "".join(kept))
 

@@ -90,7 +90,7 @@ def put_back(root: Path) -> None:
 
     For a caller that knows that no other process is at work in `root`.
     """
-    for path in [*root.glob(".*.old-*")] if root.is_dir() else []:
+    for path in [path for path in root.glob(".*.old-*") if path.is_dir()]:
         match = MOVED.fullmatch(path.name)
         if match and not (target := root / match[1]).exists():
             os.rename(path, target)

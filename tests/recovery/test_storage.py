@@ -180,6 +180,21 @@ class Notes:
         self.texts.append(text)
 
 
+def test_rows_that_wait_are_written_once_and_go_where_a_run_goes_back(tmp_path, disk):
+    metrics = Metrics(disk.folder / "metrics.jsonl")
+    large = {"text": "x" * 3000}  # a page each, so that a full disk refuses it
+    metrics.write({"step": 1, **large})
+    disk.fill("bytes")
+    for step in (2, 3):
+        with pytest.raises(StorageError, match="it takes"):
+            metrics.write({"step": step, **large})
+    assert steps(disk.folder / ".") == [1]
+    disk.free()
+    metrics.truncate(2)
+    metrics.write({"step": 3, **large})
+    assert steps(disk.folder / ".") == [1, 2, 3]
+
+
 def broken_pipe() -> int:
     reader, writer = os.pipe()
     os.close(reader)
