@@ -21,7 +21,7 @@ def make_config(tiny_model_folder, write_jsonl, tmp_path):
     )
 
 
-@pytest.mark.parametrize("updates", [3, 6])  # one shorter than the trace
+@pytest.mark.parametrize("updates", [3, pytest.param(6, marks=pytest.mark.slow)])  # 3: it ends in the trace
 def test_torch_traces_the_updates_that_were_asked_for(make_config, tmp_path, updates):
     train(make_config("torch", updates))
     events = json.loads((tmp_path / "run/profile/trace.json").read_text())["traceEvents"]
