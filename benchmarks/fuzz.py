@@ -56,7 +56,8 @@ SCHEMES = ("affine-4bit-g32", "mxfp4", "nvfp4", "ternary-g32", "nf4-dq", "int8",
            "bitnet")  # fmt: skip
 WORDS = [
     b"{", b"}", b"[", b"]", b'"', b":", b",", b"\\", b"\n", b"\r\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"\\ud800", b"- ",
-    b"&a ", b"*a", b"!!python/object:os.system ", b"<<: ", b"null", b"NaN", b"-Infinity", b"1e999", b"9" * 30,
+    b"&a ", b"*a", b"!!python/object:os.system ", b"!!int ", b"!!bool ", b"!!timestamp ",
+    b"!!set ", b"!!binary ", b"? ", b"<<: ", b"null", b"NaN", b"-Infinity", b"1e999", b"9" * 30,
     b"7" * 5000, b"[" * 2000, b'{"a":' * 500, b"../", b"step-", b"<|im_end|>", "\u2028".encode(), b"\x80\x04.",
     b"__metadata__",
 ]  # fmt: skip

@@ -14,14 +14,21 @@ from shared.errors import ConfigError, did_you_mean
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
+MAX_NODES = 20_000  # half a second to read
 Lines = dict[tuple[Any, ...], int]
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 floats (1e-4 is a number) and without anchors and aliases."""
+    """SafeLoader with YAML 1.2 floats (1e-4 is a number), without anchors and aliases, of so many values at most."""
+
+    nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            problem = f"more than {MAX_NODES} values; is this the config file?"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         if event.anchor is not None:  # of an alias too
             problem = "anchors (&name) and aliases (*name) are not allowed"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
@@ -104,10 +111,6 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
         raise ConfigError(
             f"{path.name}: not UTF-8 at byte {error.start}", code="E203", fix="save the file as UTF-8"
         ) from None
-    except RecursionError:
-        raise ConfigError(
-            f"{path.name}: nested deeper than {MAX_DEPTH} levels", code="E203", fix="is this the config file?"
-        ) from None
 
 
 def parse_yaml(text: str, *, name: str) -> tuple[dict[str, Any], Lines]:
@@ -127,7 +130,11 @@ def parse_yaml(text: str, *, name: str) -> tuple[dict[str, Any], Lines]:
         raise ConfigError(f"{name}: not valid YAML: {error}", code="E203", fix="is this a text file?") from None
     except ConfigError:
         raise
-    except ValueError as error:
+    except RecursionError:
+        raise ConfigError(
+            f"{name}: nested deeper than {MAX_DEPTH} levels", code="E203", fix="is this the config file?"
+        ) from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:  # of !!bool x, !!int "" and !!timestamp x
         raise ConfigError(f"{name}: a value cannot be read: {error}", code="E203", fix="correct the value") from None
     if not isinstance(values, dict):
         raise ConfigError(

@@ -26,7 +26,8 @@ class MlxloraError(Exception):
 
     def render(self) -> str:
         """Return the message, one line per part, newlines inside a part folded to spaces."""
-        parts = [("", self.what), ("expected: ", self.expected), ("fix: ", self.fix)]
+        fix = self.fix or (None if self.expected else f"mlxlora explain {self.code}")
+        parts = [("", self.what), ("expected: ", self.expected), ("fix: ", fix)]
         return "\n".join(f"{label}{printable(mask(' '.join(text.split())))}" for label, text in parts if text)
 
 
