@@ -408,7 +408,7 @@ CONFIG = [
     case("max_length 1", lambda w: w.train(data="{path: data, max_length: 1}"), 2, "data.max_length, found 1", "2"),
     case("train_on misspelt", lambda w: w.train(data="{path: d, train_on: al}"), 2, "data.train_on", "'all'"),
     case("log.every 0", section("log: {every: 0}"), 2, "config.yaml:6: log.every, found 0", "greater than"),
-    case("log to nowhere", section("log: {to: [wandb]}"), 2, "config.yaml:6: log.to", "jsonl"),
+    case("log to nowhere", section("log: {to: [wandbb]}"), 2, "config.yaml:6: log.to", "jsonl"),
     case("checkpoint.keep 0", section("checkpoint: {keep: 0}"), 2, "config.yaml:6: checkpoint.keep", "greater than"),
     case("backend misspelt", lambda w: w.train(backend="mlxx"), 2, "config.yaml:3: backend, found 'mlxx'", "'mlx'"),
     case("device misspelt", section("device: cuda"), 2, "config.yaml:6: device, found 'cuda'", "'gpu'"),
