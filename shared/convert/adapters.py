@@ -120,9 +120,9 @@ def find_base(config: Mapping[str, Any], base: str | None) -> ModelFolder | None
     """
     if base is not None:
         return open_folder(find_folder(base))
-    named = config.get("base_model_name_or_path") or config.get("model")
+    named = named_base(config)
     try:
-        path = Path(named).expanduser() if isinstance(named, str) else None
+        path = None if named is None else Path(named).expanduser()
         if path is None or not (path / "config.json").is_file():
             return None
     except (OSError, ValueError, RuntimeError):
@@ -136,6 +136,12 @@ def find_base(config: Mapping[str, Any], base: str | None) -> ModelFolder | None
         ) from None  # fmt: skip
     except CapabilityError:
         return None
+
+
+def named_base(config: Mapping[str, Any]) -> str | None:
+    """Return the model that an adapter's config names, None where it names none."""
+    named = config.get("base_model_name_or_path") or config.get("model")
+    return named if isinstance(named, str) else None
 
 
 def facts_of(folder: ModelFolder | None) -> Facts:
@@ -173,7 +179,7 @@ def write_converted(
     staged: Path, source: Path, adapter: Adapter, config: Mapping[str, Any], facts: Facts, *, form: str, to: str
 ) -> None:
     """Write the other library's files, with what leads back."""
-    named = config.get("base_model_name_or_path") or config.get("model")
+    named = named_base(config)
     layout = to_peft(adapter.spec, adapter.tensors, facts, base=named) if to == "peft" else None
     layout = layout or to_mlx(adapter.spec, adapter.tensors, facts)
     written = {**layout.config, **({"model": named} if to == "mlx" else {})}

@@ -13,7 +13,7 @@ from shared.adapters.names import MLX_FILE, PEFT_FILE
 from shared.adapters.schema import CONFIG_FILE
 from shared.adapters.spec import ends_of
 from shared.adapters.writing import METADATA, to_mlx, to_peft, write_config
-from shared.convert.adapters import RESTORE_FILE, facts_of, find_base
+from shared.convert.adapters import RESTORE_FILE, facts_of, find_base, named_base
 from shared.convert.target import ADAPTER, new_folder
 from shared.errors import CapabilityError, ConfigError
 from shared.folder import ModelFolder, read_json
@@ -103,7 +103,7 @@ def merge_adapters(
 def write_merged(staged: Path, merged: Adapter, found: Sequence[Weighted], *, method: str, base: str | None) -> None:
     """Write the files of a merged adapter, for both libraries where both compute it alike."""
     first = read_json(found[0].folder / CONFIG_FILE)
-    folder, named = find_base(first, base), base or first.get("base_model_name_or_path") or first.get("model")
+    folder, named = find_base(first, base), base or named_base(first)
     facts = facts_of(folder)
     layouts = [to_peft(merged.spec, merged.tensors, facts, base=named)]
     if is_alike(merged.spec, folder):

@@ -66,10 +66,14 @@ class MicroscalingQuantizer:
         rows, width = packed.shape
         codes = unpack(packed.arrays["weight"].data, bits=self.scheme.bits)
         table = e2m1_table() if self.scheme.bits == 4 else e4m3_table()
-        values = table[codes].reshape(rows, -1, self.scheme.group_size)
+        values = np.take(table, codes, mode="clip").reshape(rows, -1, self.scheme.group_size)
         steps = scale_table(self.scheme.group_size)[packed.arrays["scales"].data]
         with np.errstate(over="ignore", invalid="ignore"):  # scales of a foreign file may be infinite or NaN
-            return from_float32((values * steps[..., None]).reshape(rows, width), "BF16")
+            values *= steps[..., None]
+        if self.scheme.bits == 8:
+            return from_float32(values.reshape(rows, width), "BF16")  # 2^-136 is below its smallest
+        upper = values.view("<u2").reshape(rows, width, 2)[..., 1]  # the lower halves are zero
+        return Tensor("BF16", np.ascontiguousarray(upper))
 
 
 def encode_e2m1(values: np.ndarray) -> np.ndarray:

@@ -80,11 +80,25 @@ def test_codecs_are_timed_next_to_their_owners_and_steps_next_to_float32(tmp_pat
     file = tmp_path / "codecs.json"
     out = script("codecs.py", "--quick", "--schemes", "nf4,ternary-g64", "--repeats", 1, "--output", file)
     found = json.loads(file.read_text())
+    assert found["codecs"]["ternary-g64"].pop("encode_owner") is None
     for name in ("nf4", "ternary-g64"):
         assert all(value > 0 for value in found["codecs"][name].values())
         assert f"| {name} |" in out
         assert all(found["steps"][backend][name]["ratio"] > 0 for backend in ("mlx", "torch"))
     assert found["steps"]["mlx"]["none"]["ratio"] == 1
+    assert all(row["mb_per_s"] > 0 for row in found["conversions"].values())
+    assert "| fuse on the base's grid |" in out
+
+
+@pytest.mark.slow  # seven processes over 220 MB of weights
+@pytest.mark.timeout(1800)
+def test_conversions_stay_below_the_largest_shard_and_a_layer(tmp_path):
+    file = tmp_path / "codecs.json"
+    script("codecs.py", "--schemes", "int8", "--repeats", 1, "--no-steps", "--output", file)
+    found = json.loads(file.read_text())["conversions"]
+    over = {name: row for name, row in found.items() if not row["memory_bytes"] < row["bound_bytes"]}
+    assert len(found) == 7
+    assert not over
 
 
 def test_fuzz_spoils_every_reader_and_none_breaks(tmp_path):

@@ -17,13 +17,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from shared.adapters.folder import read_as
+from shared.adapters.names import MLX_LEAVES, mlx_name, peft_name, turned
+from shared.adapters.schema import CONFIG_FILE, KNOWN, MLX_KNOWN
+from shared.adapters.spec import leaves_of
 from shared.config import named_schemes
+from shared.convert.adapters import FILES, OTHER, convert_adapter
 from shared.errors import MlxloraError
 from shared.quant.folders import READERS, find_places
 from shared.quant.quanto_folder import MAP
 from shared.quant.sound import find_fault
 from shared.registry import QUANTIZERS, find_quantizer
-from shared.tensors import NUMPY, Entry, from_float32, is_finite, read_header, read_tensor, to_float32
+from shared.tensors import NUMPY, Entry, from_float32, is_finite, read_header, read_tensor, save_file, to_float32
 from shared.types import Packed, Scheme, Tensor
 
 SCHEMES = [scheme for scheme in named_schemes().values() if scheme.codec in QUANTIZERS]
@@ -93,6 +98,77 @@ def test_a_header_is_read_as_the_library_reads_it_or_refused_long(raw):
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_file_or_refused(raw):
     check_header(raw)
+
+
+Q, EMBEDDING = "model.layers.0.self_attn.q_proj", "model.embed_tokens"
+MORE = (f"{Q}.lora_magnitude_vector", f"{EMBEDDING}.lora_embedding_A", f"{EMBEDDING}.lora_embedding_B", "", "lora_A")
+SETTINGS = (*sorted(KNOWN | MLX_KNOWN), "use_dora", "bias", "lora_bias", "modules_to_save", "target_parameters")
+PLAUSIBLE = JSON | st.sampled_from(
+    [1, 2, 3, 16, 0.5, -1, "LORA", "lora", "dora", "none", "gaussian", "pissa", [], [0], {"q_proj": 2}, {"(a+)+$": 1},
+     {"rank": 2, "scale": 2.0, "dropout": 0.0}, {"rank": 2, "scale": 1.5, "keys": ["q_proj"]}, 10**400]
+)  # fmt: skip
+
+
+@st.composite
+def adapters(draw) -> tuple[str, dict, dict[str, Tensor]]:
+    """Draw the form of an adapter, its config, and its tensors: those of a sound one, some replaced or gone."""
+    form = draw(st.sampled_from(["peft", "mlx"]))
+    config: dict = {"peft_type": "LORA", "r": 2, "lora_alpha": 3}
+    if form == "mlx":
+        config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "scale": 2.0}}
+    keys = st.sampled_from(SETTINGS) | st.text(max_size=6)
+    config |= draw(st.just({}) | st.dictionaries(keys, PLAUSIBLE, max_size=2))
+    shapes = {f"{Q}.lora_A": (2, 8), f"{Q}.lora_B": (6, 2)}
+    for leaf in draw(st.just([]) | st.lists(st.sampled_from(MORE), max_size=2)):
+        shapes[leaf] = tuple(draw(st.lists(st.integers(0, 8), max_size=3)))
+    for name in draw(st.just([]) | st.lists(st.sampled_from(sorted(shapes)), max_size=1)):
+        shapes[name] = tuple(draw(st.lists(st.integers(0, 8), max_size=3)))
+    tensors = {}
+    for name, shape in shapes.items():
+        values = from_float32(
+            np.random.default_rng(len(tensors)).standard_normal(shape).astype(np.float32), draw(DTYPES)
+        )
+        known = name.rpartition(".")[2] in MLX_LEAVES
+        named = (peft_name(name) if form == "peft" else mlx_name(name)) if known else name or "x"
+        tensors[named] = values if form == "peft" or len(shape) != 2 else turned(values)
+    return form, config, tensors
+
+
+def check_adapter(form, config, tensors) -> None:
+    """What is read of one library's folder is written for the other, and read there as the same adapter."""
+    with tempfile.TemporaryDirectory() as name:
+        source, target = Path(name) / "source", Path(name) / "target"
+        source.mkdir()
+        (source / CONFIG_FILE).write_text(json.dumps(config))
+        save_file(source / FILES[form], tensors.items())
+        before = {file.name: file.read_bytes() for file in source.iterdir()}
+        try:
+            convert_adapter(source, target, to=OTHER[form])
+            found, made = read_as(source, FILES[form]), read_as(target, FILES[OTHER[form]])
+        except MlxloraError:
+            return
+        finally:
+            assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+        assert made.spec.modules == found.spec.modules
+        for module in found.spec.modules:
+            (A, B), (C, D) = ([to_float32(one.tensors[f"{module}.{leaf}"]) for leaf in leaves_of(module)]
+                              for one in (found, made))  # fmt: skip
+            wanted = found.spec.scale_of(module) * (B @ A)
+            np.testing.assert_allclose(made.spec.scale_of(module) * (D @ C), wanted, rtol=1e-2, atol=1e-30)
+
+
+@QUICK
+@given(adapters())
+def test_an_adapter_is_the_same_in_the_other_library_or_refused(drawn):
+    check_adapter(*drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@LONG
+@given(adapters())
+def test_an_adapter_is_the_same_in_the_other_library_or_refused_long(drawn):
+    check_adapter(*drawn)
 
 
 MODULE = "model.layers.0.mlp.down_proj"
