@@ -100,6 +100,12 @@ def check_row(value: dict[str, Any], *, source: str) -> Row:
         for key, field in fields.items():  # names and arguments of calls can hold half characters too
             check_text(json.dumps(field, ensure_ascii=False), source=source, key=key, may_be_empty=False)
         return Row("messages", fields, source)
+    asked = next((key for key in ("prompt", "completion") if value.get(key) is not None), None)
+    if asked and value.get("text") is not None:
+        raise DataError(
+            f'{source}: both "text" and "{asked}", and each would be another row to learn from',
+            fix="take one out of the row, or say in data.columns which to read",
+        )
     if "prompt" in value or "completion" in value:
         for key in ("prompt", "completion"):
             check_text(value.get(key), source=source, key=key, may_be_empty=key == "prompt")

@@ -42,6 +42,7 @@ BAD = {
     "no prompt": ({"completion": "c"}, '"prompt" is null or missing'),
     "completion empty": ({"prompt": "p", "completion": ""}, '"completion" is empty'),
     "completion a list": ({"prompt": "p", "completion": ["c"]}, '"completion" is a list'),
+    "text and a prompt": ({"text": "a", "prompt": "p", "completion": "c"}, 'both "text" and "prompt"'),
     "messages empty": ({"messages": []}, '"messages" is empty or not a list'),
     "messages a text": ({"messages": "hi"}, '"messages" is empty or not a list'),
     "messages null": ({"messages": None}, '"messages" is empty or not a list'),
