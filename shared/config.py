@@ -225,6 +225,7 @@ class EvaluationConfig(Section):
         Literal["all"] | Count, Field(description="all of valid.jsonl, or its first N x batch_size rows")
     ] = "all"
     patience: Annotated[Count | None, Field(description="stop after so many evaluations without a better loss")] = None
+    convergence: Annotated[bool, Field(strict=True, description="say whether the training loss still falls")] = False
 
 
 class CheckpointConfig(Section):
@@ -406,8 +407,7 @@ def known_keys(path: tuple[Any, ...]) -> list[str]:
     """Return the keys that the section at this path has."""
     section: Any = RunConfig
     for part in path:
-        field = section.model_fields.get(part)
-        section = getattr(field, "annotation", None)
+        section = getattr(section.model_fields.get(part), "annotation", None)
         if not (isinstance(section, type) and issubclass(section, BaseModel)):
             return []
     return list(section.model_fields)

@@ -20,6 +20,7 @@ from shared.callbacks import Callback, tell
 from shared.card import write_card
 from shared.checkpoint import Checkpoint, step_dirs
 from shared.config import DataConfig, RunConfig, parse_scheme
+from shared.convergence import convergence_checks
 from shared.data.batch import Plan
 from shared.data.cache import tokenize_cached
 from shared.data.layout import training_layout
@@ -144,7 +145,7 @@ def train_once(
         begin(folder, step=run.state.step if found else -1, resume=resume)
         given = command or command_line()
         with sinks(folder, config.log.to, note) as trackers:
-            run.callbacks = [trackers, *tracers, *callbacks]
+            run.callbacks = [trackers, *tracers, *convergence_checks(config, note), *callbacks]
             try:
                 return finish_run(run, prepared, backend.probe(), base=hashes.result(), command=given)
             except LateOutOfMemory:

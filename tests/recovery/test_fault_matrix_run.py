@@ -192,8 +192,9 @@ def test_row_28_a_spike_of_the_loss_is_told_or_skipped(spiked, tmp_path, backend
     weights = {}
     for policy in ("warn", "skip"):
         heard: Any = Heard()
-        config = spiked(tmp_path / policy, f"train.spikes={policy}", backend=backend)
+        config = spiked(tmp_path / policy, f"train.spikes={policy}", "evaluation.convergence=true", backend=backend)
         result = train(config, callbacks=[heard])
+        assert len(heard.about("updates 1 to 32: the training loss falls, by -")) == 1
         assert [note.split(" its loss")[0] for note in heard.about("spike")] == [
             f"update {SPIKE}" if policy == "warn" else f"update {SPIKE} skipped:"
         ]
