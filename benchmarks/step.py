@@ -3,6 +3,7 @@
     python benchmarks/step.py --model M --data D --backend mlx --output benchmarks/results/NAME.json
     python benchmarks/step.py --config recipe.yaml --backend torch
     python benchmarks/step.py --prepared WORK --backend torch      (a folder with model/, data/ and work.json)
+    python benchmarks/step.py --prepared WORK --backend mlx --pairs      (whole updates compiled and not, in turn)
 
 Each part is the difference of two prefixes of the step that are run apart: decoder; decoder and loss; both and the
 gradient; the whole update. Each prefix waits for the device at its end. So the parts need not add up to the update:
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,9 @@ class Sample:
 def main() -> None:
     """Measure and print a table."""
     arguments = parse()
+    if arguments.pairs:
+        compare(arguments)
+        return
     with tempfile.TemporaryDirectory() as folder:
         subject = quick_subject(arguments, Path(folder)) if arguments.quick else real_subject(arguments)
         prefixes = {"mlx": mlx_prefixes, "torch": torch_prefixes}[arguments.backend](subject.model)
@@ -105,6 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="processor: on a CPU that other programs use too"
     )
+    parser.add_argument("--pairs", action="store_true", help="no parts: whole updates compiled and not, in turn")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true", help="a tiny random model and random rows")
     arguments = parser.parse_args()
@@ -114,20 +120,74 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def quick_subject(arguments: argparse.Namespace, folder: Path) -> Subject:
+def compare(arguments: argparse.Namespace) -> None:
+    """Measure and print whole updates of the same rows, compiled (`train.compile`) and not, in turn.
+
+    Warm-up is until every shape of the measured updates has been compiled: the same updates once before.
+    """
+    clock, sides = CLOCKS[arguments.clock], {False: "plain", True: "compiled"}
+    with tempfile.TemporaryDirectory() as folder:
+        make = partial(quick_subject, folder=Path(folder)) if arguments.quick else real_subject
+        subjects = {flag: make(arguments, compiled=flag) for flag in sides}
+        rounds = [
+            {sides[flag]: whole(one, step, clock) for flag, one in subjects.items()}
+            for _ in range(2) for step in range(1, arguments.updates + 1)
+        ]  # fmt: skip
+        first, pairs = rounds[0], rounds[arguments.updates :]
+    config, layout = subjects[True].config, subjects[True].layout
+    found = {
+        "model": Path(config.model).name, "dtype": config.train.dtype, "rows_per_update": config.train.batch_size,
+        "updates": arguments.updates, "shapes": [vars(shape) for shape in layout.shapes],
+        "padding_share": {sides[flag]: padding(one, arguments.updates) for flag, one in subjects.items()},
+        "first_update_s": first,
+        "update_s": {name: statistics.median(pair[name] for pair in pairs) for name in sides.values()},
+        "compiled_over_plain": statistics.median(pair["compiled"] / pair["plain"] for pair in pairs),
+    }  # fmt: skip
+    print(json.dumps(found, indent=1))
+    write(arguments.output, {**heading([arguments.backend]), "clock": arguments.clock, **found})
+
+
+def micro_batches_of(subject: Subject, step: int) -> list[Batch]:
+    """Return the micro-batches of an update."""
+    train = subject.config.train
+    return update_batches(subject.rows, Plan(len(subject.rows), train.batch_size, train.seed), step, subject.layout)
+
+
+def whole(subject: Subject, step: int, clock: Clock) -> float:
+    """Return the seconds of one update, its numbers awaited."""
+    micro, update = micro_batches_of(subject, step), build_update(subject.config, step, lr=subject.config.optimizer.lr)
+    began = clock()
+    subject.trainer.step(micro, update).result()
+    return clock() - began
+
+
+def padding(subject: Subject, updates: int) -> float:
+    """Return the share of fed positions that are padding."""
+    micro = [batch for step in range(1, updates + 1) for batch in micro_batches_of(subject, step)]
+    return 1 - sum(batch.num_tokens for batch in micro) / sum(batch.tokens_BT.size for batch in micro)
+
+
+def with_compile(config: RunConfig, compiled: bool) -> RunConfig:
+    """Return a config with `train.compile`."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
+
+
+def quick_subject(arguments: argparse.Namespace, folder: Path, *, compiled: bool = False) -> Subject:
     """Return a tiny random model with random rows."""
     write_llama(folder, QUICK, positions=64, seed=0)
     rows = make_rows(
         4, median=24, sigma=0.5, longest=64, supervised=0.35, vocabulary=QUICK.vocabulary, seed=0
     )  # fmt: skip
     config = recipe(str(folder), rank=8, quantization="none", dtype="float32", recompute=False, rows=4)
+    config = with_compile(config, compiled)
     found = load(find_backend(arguments.backend), config, rows)
     return Subject(found.model, found.trainer, rows, config, found.layout)
 
 
-def real_subject(arguments: argparse.Namespace) -> Subject:
-    """Return the model and rows of a run, ready for its first update."""
+def real_subject(arguments: argparse.Namespace, *, compiled: bool | None = None) -> Subject:
+    """Return the model and rows of a run, ready for its first update; compiled None: as the config says."""
     config = read_config(arguments)
+    config = config if compiled is None else with_compile(config, compiled)
     backend, prepared = find_backend(arguments.backend), prepare(config)
     model, spec = load_trainable(prepared, backend)
     if spec.kind == "lora":

@@ -1,6 +1,6 @@
 """Compiled micro-batches: decoder layers as functions of `torch.compile`, one per shape.
 
-Layers that differ in nothing but their weights share functions; with dropout each has its own.
+Layers that differ in nothing but their weights share functions; the first, whose input has no gradient, has its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from torch_backend.model import TorchModel, set_recompute
 
 
 def check_compile(model: TorchModel) -> None:
-    """Raise CapabilityError where torch's compiler has nothing to compile with."""
+    """Raise CapabilityError where torch's compiler has nothing to compile with, or would do harm."""
+    if (
+        model.dropout.p > 0
+    ):  # a mask is made by its layer's name: 77 functions instead of 2 for one shape, benchmarks/LOG.md
+        raise CapabilityError(
+            "train.compile: true with adapter.dropout: on PyTorch no two layers could share a compiled function",
+            fix="set adapter.dropout: 0, or train.compile: auto, or backend: mlx",
+        )
     if model.device.type == "cuda" and not has_triton():
         raise CapabilityError(
             "train.compile: true, but torch.compile needs triton on CUDA, which is not installed",

@@ -22,12 +22,26 @@ from torch import nn
 
 from shared import reference, seeds
 from shared.adapters.spec import initial_adapter
-from shared.data.batch import make_batch, micro_batches
+from shared.data.batch import make_batch, make_segment, micro_batches
 from shared.data.layout import choose_layout
+from shared.data.shapes import shaped_batches
 from shared.families import HeadFacts
 from shared.registry import find_backend, find_quantizer
 from shared.tensors import from_float32, to_float32
-from shared.types import FIXED, AdapterSpec, Batch, Example, Method, Recompute, Sampling, Scheme, Tensor, Update
+from shared.types import (
+    FIXED,
+    AdapterSpec,
+    Batch,
+    Example,
+    Method,
+    Recompute,
+    Sampling,
+    Scheme,
+    Shape,
+    Shapes,
+    Tensor,
+    Update,
+)
 from torch_backend import objectives
 from torch_backend.adapters import Dropout, LoRALinear
 from torch_backend.decoders import find_decoder
@@ -85,7 +99,7 @@ def folder() -> Path:
 
 def lab(
     device: str, *, dropout: float = 0.0, recompute: Recompute = False, scheme: Scheme | None = None,
-    dtype: str = "float32",
+    dtype: str = "float32", shapes: Shapes = (),
 ) -> Lab:  # fmt: skip
     """Return the model with LoRA of rank 8 on all linear layers, B different from zero."""
     place = "gpu" if device == "cuda" else "cpu"
@@ -101,7 +115,7 @@ def lab(
             values = seeds.uniform(seed=1, name=name, shape=tensor.shape, bound=0.02)
             tensors[name] = Tensor("F32", values)
     model.load_tensors("adapter", tensors)
-    return Lab(model, TorchTrainer(model, objective="sft", optimizer=Method("adamw")))
+    return Lab(model, TorchTrainer(model, objective="sft", optimizer=Method("adamw"), shapes=shapes))
 
 
 def update(step: int, **changes: Any) -> Update:
@@ -174,6 +188,38 @@ def check_packing(device: str) -> Checks:
         errors.append((abs(found[0] / exact[0] - 1), gap(found[1], exact[1])))
     yield "bfloat16, packed: first loss", errors[0][0], BFLOAT16_LOSS
     yield "bfloat16: gap of the gradients to float32, packed over padded", errors[0][1] / errors[1][1], TWICE
+
+
+def check_compiled(device: str) -> Checks:
+    """Compare compiled micro-batches of one padded shape with plain packed ones."""
+    rows = examples()
+    shapes = [Shape(len(rows), max(LENGTHS), sum(LENGTHS))]
+    segments = [make_segment(row, slot) for slot, row in enumerate(rows)]
+    for what, options in {
+        "lora": {},
+        "recompute": {"recompute": True},
+        "qlora": {"scheme": Scheme("affine", 4, 64)},
+    }.items():
+        plain, compiled = lab(device, **options), lab(device, **options, shapes=shapes)
+        theirs, ours = first_gradient(plain, batches(plain)), first_gradient(compiled, shaped_batches(segments, shapes))
+        yield f"{what}: compiled against plain, first loss", abs(ours[0] / theirs[0] - 1), FIRST_LOSS
+        yield f"{what}: compiled against plain, gradients", gap(ours[1], theirs[1]), GRADIENTS
+
+
+def check_waiting(device: str) -> Checks:
+    """Count updates in which the host waits for the device: on CUDA, where torch tells of it."""
+    one = lab(device, dropout=0.1, scheme=Scheme("affine", 4, 64))
+    micro, waits = batches(one), 0
+    one.trainer.step(micro, update(1)).result()
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            one.trainer.step(micro, update(2))
+        except RuntimeError:
+            waits = 1
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        yield "updates that wait for the device", float(waits), 0
 
 
 def check_formulas(device: str) -> Checks:
@@ -290,6 +336,8 @@ def check_generation(device: str) -> Checks:
 CHECKS: dict[str, Callable[[str], Checks]] = {
     "first update": check_first_update,
     "packed rows": check_packing,
+    "compiled": check_compiled,
+    "no waiting": check_waiting,
     "formulas in float64": check_formulas,
     "masks and decoded weights": check_bits,
     "training": check_training,

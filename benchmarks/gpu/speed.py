@@ -59,7 +59,7 @@ LLAMA_8B = Shape(32, 4096, 14336, 32, 8, 128_256, 4096, (4096, 16384))
 TINY = Shape(2, 128, 256, 4, 2, 512, 64, (64, 256))
 
 
-def run_all(suite: Any, shape: Shape, *, device: str, peaks: Mapping[str, Any]) -> None:
+def run_all(suite: Any, shape: Shape, *, device: str, peaks: Mapping[str, Any], compiled: bool) -> None:
     """Run every setting: ours and PEFT's, float and 4-bit, short and long micro-batches, recompute on and off."""
     makers: dict[str, Callable[[], Any]] = {
         "ours bf16": lambda: Ours(shape, device, scheme=None),
@@ -82,6 +82,10 @@ def run_all(suite: Any, shape: Shape, *, device: str, peaks: Mapping[str, Any]) 
             rows = mixed_rows(shape)
             measure = lambda h=held, rows=rows: h[0].measure(rows, True, peaks=peaks)  # noqa: E731
             suite.run(f"mixed rows: {who}, recompute", measure)
+        if held and compiled and who.startswith("ours"):
+            rows = rows_of(shape, tokens := shape.micro_tokens[0])
+            measure = lambda h=held, rows=rows: h[0].measure(rows, True, peaks=peaks, compiled=True)  # noqa: E731
+            suite.run(f"{who} {tokens} tokens, recompute, compiled", measure)
         held.clear()
         gc.collect()  # a model is a knot of references; the next one's memory is to be its own
 
@@ -196,17 +200,22 @@ class Ours:
         self.start = initial_adapter(spec, linears, seed=0)
         self.trainer: TorchTrainer | None = None
 
-    def measure(self, rows: list[Example], recompute: Recompute, *, peaks: Mapping[str, Any]) -> dict[str, Any]:
+    def measure(
+        self, rows: list[Example], recompute: Recompute, *, peaks: Mapping[str, Any], compiled: bool = False
+    ) -> dict[str, Any]:
         """Return the figures of one setting, all rows in one micro-batch, from the initial adapter on."""
         layers = self.model.decoder.layers
         for layer in layers:
             vars(layer).pop("forward", None)
         set_recompute(layers, recompute, device=self.model.device)
         self.model.load_tensors("adapter", self.start)
-        self.trainer = None
-        self.trainer = trainer = TorchTrainer(self.model, objective="sft", optimizer=Method("adamw"))
-        tokens = sum(len(row.tokens) for row in rows)
-        micro = micro_batches(rows, choose_layout(self.model.info, packing="auto", micro_tokens=tokens))
+        self.trainer, self.model.recompute = None, recompute
+        tokens, packing = sum(len(row.tokens) for row in rows), "none" if compiled else "auto"
+        micro = micro_batches(rows, choose_layout(self.model.info, packing=packing, micro_tokens=tokens))
+        shapes = [batch.shape for batch in micro] if compiled else ()
+        self.trainer = trainer = TorchTrainer(
+            self.model, objective="sft", optimizer=Method("adamw"), shapes=shapes
+        )  # fmt: skip
         found = timed(lambda n: trainer.step(micro, numbers(n)), lambda pending: pending.result().loss, self.device)
         sizes = {
             "num_linear": self.model.info.num_parameters,

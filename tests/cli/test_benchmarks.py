@@ -39,6 +39,15 @@ def test_step_gives_the_time_of_every_part(backend, tmp_path):
     assert "need not add up" in out
 
 
+def test_step_compares_compiled_updates_with_plain_ones(tmp_path):
+    file = tmp_path / "step.json"
+    script("step.py", "--quick", "--backend", "mlx", "--pairs", "--updates", 2, "--output", file)
+    found = json.loads(file.read_text())
+    assert 1 <= len(found["shapes"]) <= 8
+    assert set(found["update_s"]) == {"plain", "compiled"}
+    assert found["compiled_over_plain"] > 0
+
+
 def test_step_takes_a_real_model_and_real_rows(tiny_model_folder, tmp_path):
     rows = [{"prompt": f"{n} and {n}? ", "completion": "hello"} for n in range(4)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

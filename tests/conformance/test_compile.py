@@ -9,35 +9,35 @@ import numpy as np
 import pytest
 
 from shared.adapters.spec import initial_adapter, resolve
-from shared.config import AdapterConfig, OptimizerConfig
+from shared.config import AdapterConfig
 from shared.config_file import build_config
 from shared.data.batch import Plan, update_batches
 from shared.data.layout import Layout
 from shared.data.shapes import MOST_SHAPES, choose_shapes
 from shared.errors import CapabilityError, ConfigError
-from shared.optimizers import method_of
 from shared.registry import find_backend
 from shared.train import train
-from shared.types import Shape
+from shared.types import Method, Shape
 from tests import tolerances
 from tests.conformance.test_trainer import norm_gap, values
 
 LENGTHS = [5, 60, 8, 31, 12, 12, 3, 27, 90, 14, 41, 22, 7, 70, 18, 33, 55, 9, 26, 11, 37, 6, 80, 16]
 UPDATES = 12
+DROPOUT = {"mlx": 0.1, "torch": 0.0}  # refused on PyTorch
 BACKENDS = ["mlx", pytest.param("torch", marks=pytest.mark.slow)]  # inductor takes minutes
 needs_compiler = pytest.mark.xfail(
     shutil.which("g++") is None, raises=CapabilityError, reason="no C++ compiler", strict=True
 )  # fmt: skip
 
 
-def make_trainer(backend, folder, *, shapes):
-    """Return a tiny model with dropout, ready to train, and its trainer."""
+def make_trainer(backend, folder, *, shapes, dropout=0.0):
+    """Return a tiny model, ready to train, and its trainer."""
     front = find_backend(backend)
     model = front.load_model(folder, dtype="float32", quantization=None, recompute=False, device="cpu")
-    spec = resolve(AdapterConfig(rank=4, dropout=0.1), model.info)
+    spec = resolve(AdapterConfig(rank=4, dropout=dropout), model.info)
     model.attach(spec)
     model.load_tensors("adapter", initial_adapter(spec, model.info.linears, seed=0))
-    return model, front.trainer(model, objective="sft", optimizer=method_of(OptimizerConfig()), shapes=shapes)
+    return model, front.trainer(model, objective="sft", optimizer=Method("adamw"), shapes=shapes)
 
 
 def count_traces(trainer):
@@ -58,7 +58,7 @@ def test_compiled_updates_are_the_plain_ones_in_at_most_eight_traces(
     shapes = choose_shapes(examples, batch_size=6, micro_tokens=128)
     results = []
     for layout in (Layout(128, packed=True), Layout(128, shapes=shapes)):
-        model, trainer = make_trainer(backend, tiny_model_folder(), shapes=layout.shapes)
+        model, trainer = make_trainer(backend, tiny_model_folder(), shapes=layout.shapes, dropout=DROPOUT[backend])
         before = count_traces(trainer) if layout.shapes else 0
         losses, starts = [], values(model.tensors("adapter"))
         for step in range(1, UPDATES + 1):
@@ -69,7 +69,7 @@ def test_compiled_updates_are_the_plain_ones_in_at_most_eight_traces(
         results.append((losses, first))
     assert norm_gap(results[1][1], results[0][1]) <= tolerances.MICRO
     np.testing.assert_allclose(results[1][0], results[0][0], rtol=tolerances.MICRO)
-    functions = model.info.num_layers if backend == "torch" else 1  # of one shape; with dropout no two layers share one
+    functions = 2 if backend == "torch" else 1  # of one shape: the first layer, whose input has no gradient, and others
     assert 1 < count_traces(trainer) - before <= functions * len(shapes) <= functions * MOST_SHAPES
 
 
@@ -107,7 +107,8 @@ def test_a_compiled_run_resumes_bit_for_bit(tiny_model_folder, tmp_path, backend
     def config(name):
         sections = {
             "model": str(tiny_model_folder()), "data": {"path": str(tmp_path / "train.jsonl")}, "device": "cpu",
-            "adapter": {"rank": 4, "dropout": 0.1}, "checkpoint": {"every": 2}, "evaluation": {"every": None},
+            "adapter": {"rank": 4, "dropout": DROPOUT[backend]}, "checkpoint": {"every": 2},
+            "evaluation": {"every": None},
             "train": {"updates": 6, "batch_size": 4, "dtype": "float32", "micro_tokens": 64, "compile": True},
         }  # fmt: skip
         return build_config({**sections, "backend": backend, "output": str(tmp_path / name)})
@@ -130,6 +131,8 @@ def test_where_nothing_can_be_compiled_it_is_refused_by_name(tiny_model_folder, 
             make_trainer("mlx", tiny_model_folder(), shapes=shapes)
     finally:
         mx.enable_compile()
+    with pytest.raises(CapabilityError, match="no two layers could share"):
+        make_trainer("torch", tiny_model_folder(), shapes=shapes, dropout=0.1)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(CapabilityError, match=r"torch\.compile needs a C\+\+ compiler"):
         make_trainer("torch", tiny_model_folder(), shapes=shapes)

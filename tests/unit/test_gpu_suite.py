@@ -14,18 +14,21 @@ ROOT = Path(__file__).resolve().parents[2]
 ABSENT = ("pydantic", "typer", "rich", "mlx", "mlx_lm", "trl")
 START = (
     "import runpy, sys; sys.modules.update(dict.fromkeys({absent}, None)); "  # an import of any of them fails
-    "sys.argv[1:] = ['--output', {output!r}, '--device', 'cpu', '--tiny']; "
+    "sys.argv[1:] = ['--output', {output!r}, '--device', 'cpu', '--tiny', *{more}]; "
     "runpy.run_path('benchmarks/gpu_suite.py', run_name='__main__')"
 )
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    output = tmp_path_factory.mktemp("suite")
-    code = START.format(absent=ABSENT, output=str(output))
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280)
+def run_suite(output, *more):
+    code = START.format(absent=ABSENT, output=str(output), more=more)
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=480)
     assert found.returncode == 0, found.stderr[-3000:]
     return json.loads((output / "gpu_suite.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_suite(tmp_path_factory.mktemp("suite"))
 
 
 def test_every_part_runs_without_the_packages_that_a_server_may_lack(results):
@@ -54,3 +57,13 @@ def test_all_rates_and_parts_of_an_update_are_there(results):
     assert all(row["tokens_per_s"] > 0 and row["share_of_measured_peak"] > 0 for row in rows.values())
     wanted = {"forward", "head and loss", "backward", "optimizer", "update"}
     assert all(set(row["parts_ms"]) == wanted for name, row in rows.items() if name.startswith("ours"))
+
+
+@pytest.mark.slow  # inductor compiles C++ on a CPU
+@pytest.mark.timeout(600)
+def test_compiled_updates_are_the_plain_ones_and_are_timed(tmp_path):
+    results = run_suite(tmp_path, "--compiled")
+    checks = results["correct: compiled"]["checks"]
+    assert len(checks) == 6
+    assert all(check["ok"] for check in checks.values())
+    assert {name for name in results if name.endswith("compiled")} >= {"ours bf16 64 tokens, recompute, compiled"}
