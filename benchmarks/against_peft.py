@@ -22,7 +22,7 @@ from shared.adapters.names import PEFT_PREFIX
 from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import build_config
-from shared.data.batch import Plan, make_batch
+from shared.data.batch import make_batch
 from shared.schedules import build_schedule
 from shared.seeds import uniform
 from shared.train import Prepared, prepare, train
@@ -127,7 +127,7 @@ def peft_train(model, prepared: Prepared, config: RunConfig) -> None:
         trained, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps, weight_decay=0
     )
     schedule = build_schedule(config.schedule, lr=config.optimizer.lr, updates=config.train.updates or 1)
-    plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
+    plan = prepared.plan
     for step in range(1, (config.train.updates or 1) + 1):
         examples = [prepared.train[row] for row in plan.rows(step)]
         optimizer.zero_grad()

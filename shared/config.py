@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -20,57 +20,33 @@ from pydantic import (
 )  # fmt: skip
 
 from shared.errors import ConfigError, did_you_mean
+from shared.sections import (
+    Count,
+    Name,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    ShareBelowOne,
+    is_import_path,
+    not_a_switch,
+)
 from shared.types import FIXED, TERNARY_RULES, MomentFormat, Scheme, Spikes
 
 DOUBLED = ("nf4", "fp4")  # formats whose scales may be quantized too
 Places = dict[tuple[Any, ...], str]  # key path -> where it was set: "run.yaml:3", "--set"
 
 
-def not_a_switch(value: Any) -> Any:
-    """Refuse true and false, which Python takes for 1 and 0."""
-    if isinstance(value, bool):
-        raise ValueError("a number")
-    return value
-
-
-def no_zero_byte(value: str) -> str:
-    """Refuse what no file system takes as a name."""
-    if "\0" in value:
-        raise ValueError("a name without zero bytes")
-    return value
-
-
-def is_import_path(value: str) -> str:
-    """Refuse what is no "package.module:NAME"."""
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*", value):
-        raise ValueError("your own as package.module:NAME")
-    return value
-
-
-Count = Annotated[int, Field(ge=1, strict=True)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(not_a_switch)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(not_a_switch)]
-ShareBelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(not_a_switch)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(not_a_switch)]
-Name = Annotated[str, Field(min_length=1), AfterValidator(no_zero_byte)]
-
-
-class Section(BaseModel):
-    """Unknown keys are errors, and a loaded config does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_sections(cls, values: Any) -> Any:
-        """Take a section left empty as its defaults."""
-        if not isinstance(values, dict):
-            return values
-        return {key: value for key, value in values.items() if not (value is None and is_section(cls, key))}
+class SourceConfig(Section):
+    path: Name
+    weight: Annotated[Positive, Field(description="how often one epoch takes each row: 0.5 the half of them")] = 1.0
 
 
 class DataConfig(Section):
-    path: Annotated[Name, Field(description="folder, hub data set, or file: JSON, JSONL, CSV, TSV, Parquet")]
+    path: Annotated[
+        Name | Annotated[list[SourceConfig], Field(min_length=1)],
+        Field(description="folder, hub data set, or file (JSON, JSONL, CSV, TSV, Parquet); or several: {path, weight}"),
+    ]
     columns: Annotated[
         dict[Literal["text", "prompt", "completion", "messages", "tools"], Name],
         Field(description="the file's names of our columns, e.g. {prompt: question, completion: answer}"),
@@ -80,6 +56,14 @@ class DataConfig(Section):
         Literal["completion", "assistant", "all"],
         Field(description="completion and assistant: what the model has to say; all: every token"),
     ] = "completion"
+    drop: Annotated[
+        list[Literal["empty", "duplicate", "too_long"]],
+        Field(description="rows to leave out, counted: nothing to learn, seen before, longer than max_length"),
+    ] = []
+    valid_split: Annotated[
+        Annotated[float, Field(gt=0, lt=1), BeforeValidator(not_a_switch)] | None,
+        Field(description="share of the training rows to evaluate on instead; equal rows stay together"),
+    ] = None
     packing: Annotated[
         Literal["auto", "packed", "none"],
         Field(description="packed: examples end to end, none: sorted by length and padded; never changes the result"),
@@ -87,6 +71,16 @@ class DataConfig(Section):
     cache: Annotated[bool, Field(strict=True, description="keep tokenized rows between runs; never changes them")] = (
         True
     )
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """Return where rows come from: one source, or several."""
+        return (SourceConfig(path=self.path),) if isinstance(self.path, str) else tuple(self.path)
+
+    def with_sources(self, sources: Sequence[SourceConfig]) -> DataConfig:
+        """Return the section with other sources, one as a path alone."""
+        path = sources[0].path if isinstance(self.path, str) else list(sources)
+        return self.model_copy(update={"path": path})
 
     @field_validator("packing", mode="before")
     @classmethod
@@ -266,13 +260,8 @@ class RunConfig(Section):
         """Return the run folder: `output`, or runs/MODEL-DATA."""
         if self.output:
             return Path(self.output).expanduser()
-        return Path("runs") / f"{Path(self.model).name}-{Path(self.data.path).stem}"
-
-
-def is_section(owner: type[BaseModel], key: str) -> bool:
-    """Return whether a key of a section holds a section of its own."""
-    field = owner.model_fields.get(key)
-    return bool(field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+        data = "-".join(Path(source.path).stem for source in self.data.sources)
+        return Path("runs") / f"{Path(self.model).name}-{data}"
 
 
 @cache

@@ -9,7 +9,7 @@ import numpy as np
 
 from shared.adapters.start import start_values
 from shared.config import RunConfig
-from shared.data.batch import Plan, update_batches
+from shared.data.batch import update_batches
 from shared.data.layout import choose_layout
 from shared.folder import end_tokens
 from shared.loop import build_update
@@ -101,7 +101,7 @@ def trace(backend: Backend, prepared: Prepared, *, updates: int) -> Trace:
     if spec.kind != "none":
         model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
     method = replace(method_of(config), state="float32", scales_loss=False)
-    plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
+    plan = prepared.plan
     total = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
     schedule = build_schedule(config.schedule, lr=config.optimizer.lr, updates=total)
     micro = None if config.train.micro_tokens == "auto" else config.train.micro_tokens

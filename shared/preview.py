@@ -11,7 +11,8 @@ import numpy as np
 from shared.config import DataConfig, RunConfig
 from shared.data.batch import Plan, micro_batches
 from shared.data.layout import GPU_MICRO_TOKENS, Layout
-from shared.data.rows import Row, content_hash, find_data, read_rows, split_files
+from shared.data.rows import Row, content_hash
+from shared.data.sources import drop_long, load_rows, num_drawn, weigh
 from shared.data.tokenize import Tokenizer, tokenize_some
 from shared.errors import DataError
 from shared.folder import find_folder, open_folder
@@ -90,6 +91,8 @@ class Preview:
     data: str
     train_on: str
     max_length: int
+    sources: dict[str, int]  # training rows of each
+    dropped: dict[str, int]  # why -> rows that data.drop leaves out
     updates_per_epoch: int
     splits: tuple[Split, ...]
     padding: Padding | None
@@ -98,28 +101,35 @@ class Preview:
 
 def preview(config: RunConfig, *, rows: int = 5) -> Preview:
     """Return the facts of a config's rows, and the first `rows` training rows token by token."""
-    data = find_data(config.data.path)
+    loaded = load_rows(config.data)
     tokenizer = Tokenizer(open_folder(find_folder(config.model)).path)
     splits: list[Split] = []
     train: list[Example] = []
     seen: set[str] = set()
-    for name in ("train", "valid"):
-        files = split_files(data, name)
-        if not files:
+    counts = loaded.counts
+    for name, rows_of in (("train", loaded.train), ("valid", loaded.valid)):
+        if not rows_of:
             continue
-        found = read_rows(*files, columns=config.data.columns)
-        hashes = [content_hash([row]) for row in found]
-        whole, problems = tokenize_whole(found, tokenizer, config.data)
+        hashes = [content_hash([row]) for row in rows_of]
+        whole, problems = tokenize_whole(rows_of, tokenizer, config.data)
+        if "too_long" in loaded.dropped:
+            before = len(whole)
+            whole, kept = drop_long(whole, counts if name == "train" else (before,), most=config.data.max_length)
+            counts = kept if name == "train" else counts
+            loaded.dropped["too_long"] += before - len(whole)
         leaks = sum(key in seen for key in hashes)
-        splits.append(describe(name, found, whole, problems, hashes, leaks=leaks, config=config.data))
+        splits.append(describe(name, rows_of, whole, problems, hashes, leaks=leaks, config=config.data))
         train, seen = train or whole, seen or set(hashes)
-    plan = Plan(splits[0].rows, config.train.batch_size, config.train.seed)
+    weights = weigh(config.data.sources, counts)
+    drawn = sum(num_drawn(weights)) or sum(counts)
     return Preview(
         model=config.model,
-        data=config.data.path,
+        data=", ".join(source.path for source in config.data.sources),
         train_on=config.data.train_on,
         max_length=config.data.max_length,
-        updates_per_epoch=plan.updates_per_epoch,
+        sources=dict(zip([source.path for source in config.data.sources], counts, strict=True)),
+        dropped=loaded.dropped,
+        updates_per_epoch=Plan(drawn, config.train.batch_size, config.train.seed).updates_per_epoch,
         splits=tuple(splits),
         padding=find_padding([cut_off(example, config.data.max_length) for example in train], config),
         shown=tuple(show(example, tokenizer, config.data.max_length) for example in train[:rows]),
@@ -130,8 +140,9 @@ def count_updates(config: RunConfig) -> int:
     """Return the updates of a run; the rows are only read where the config counts epochs."""
     if config.train.updates is not None:
         return config.train.updates
-    rows = read_rows(*split_files(find_data(config.data.path), "train"), columns=config.data.columns)
-    plan = Plan(len(rows), config.train.batch_size, config.train.seed)
+    loaded = load_rows(config.data)
+    rows = sum(num_drawn(weigh(config.data.sources, loaded.counts))) or len(loaded.train)
+    plan = Plan(rows, config.train.batch_size, config.train.seed)
     return plan.updates_per_epoch * (config.train.epochs or 1)
 
 
@@ -146,7 +157,8 @@ def tokenize_whole(
             problems.append(found)
             continue
         examples.append(found)
-        if not found.supervised[: data.max_length].any():
+        long = "too_long" in data.drop and len(found.tokens) > data.max_length
+        if not long and not found.supervised[: data.max_length].any():
             what = f"{found.source}: no supervised token within data.max_length {data.max_length}"
             problems.append(DataError(f"{what} ({len(found.tokens)} tokens)"))
     return examples, problems

@@ -31,7 +31,8 @@ from shared.types import Capability
 FREE = (
     "output", "backend", "device", "log", "checkpoint", "evaluation",
     "train.micro_tokens", "train.recompute", "train.compile", "data.packing", "data.cache",
-    "model", "data.path", "data.columns", "adapter.start",  # by hash, wherever they lie
+    "model", "adapter.start",  # these and the next by hash, wherever they lie
+    "data.path", "data.columns", "data.drop", "data.valid_split",
 )  # fmt: skip
 
 
@@ -251,17 +252,23 @@ def check_allowed(allowed: Collection[str], config: RunConfig) -> None:
 
 def with_whole_paths(config: RunConfig, folder: Path) -> RunConfig:
     """Return the config with its run folder, and local paths, such that it works from any directory."""
-    model, data = Path(config.model).expanduser(), Path(config.data.path).expanduser()
+    sources = [source.model_copy(update={"path": whole_path(source.path)}) for source in config.data.sources]
     start = Path(config.adapter.start).expanduser() if config.adapter.start else None
     whole = config.adapter.model_copy(update={"start": str(start.resolve()) if start else None})
     return config.model_copy(
         update={
             "adapter": whole,
             "output": str(folder.resolve()),
-            "model": str(model.resolve()) if model.exists() else config.model,
-            "data": config.data.model_copy(update={"path": str(data.resolve()) if data.exists() else config.data.path}),
+            "model": whole_path(config.model),
+            "data": config.data.with_sources(sources),
         }
     )
+
+
+def whole_path(path: str) -> str:
+    """Return a path that works from any directory, a hub id as it is."""
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
 
 
 def hash_files(files: Sequence[Path]) -> Future[dict[str, str]]:

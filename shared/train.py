@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -24,14 +25,15 @@ from shared.convergence import convergence_checks
 from shared.data.batch import Plan
 from shared.data.cache import tokenize_cached
 from shared.data.layout import training_layout
-from shared.data.rows import Row, content_hash, find_data, read_rows, split_files
+from shared.data.rows import Row, content_hash
+from shared.data.sources import Weights, drop_long, load_rows, num_drawn, weigh
 from shared.data.tokenize import Tokenizer, tokenize_rows
 from shared.durable import put_in_place, sync
 from shared.errors import ModelError, OutOfMemory, StorageError
 from shared.estimate.plan import with_settings
 from shared.estimate.report import decide_run, what_fits
 from shared.export import write_model
-from shared.folder import ModelFolder, find_folder, open_folder
+from shared.folder import ModelFolder, find_folder, open_folder, sha256
 from shared.hub import pinned
 from shared.lock import locked
 from shared.loop import fit
@@ -74,6 +76,8 @@ class Prepared:
     tokenizer: Tokenizer
     train: list[Example]
     valid: list[Example]
+    plan: Plan
+    dropped: dict[str, int]  # why -> rows that the config leaves out
     kind: str  # of the first row: text, prompt or messages
     data_hash: str
     data_files: dict[str, str]
@@ -183,6 +187,9 @@ def finish_run(
 
 def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[str]:
     """Yield what a user would want to know before the run: leaks, lengths, a dtype that is slow here."""
+    if any(prepared.dropped.values()):
+        counts = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in prepared.dropped.items())
+        yield f"rows that data.drop leaves out: {counts}"
     if prepared.leaks:
         yield f"{prepared.leaks} of {len(prepared.valid)} validation rows also stand in the training rows"
     if not prepared.valid and run.config.evaluation.every is not None:
@@ -197,41 +204,48 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
 def prepare(config: RunConfig) -> Prepared:
     """Read and check everything small: the base's headers, the rows, the tokenizer."""
     parse_scheme(config.quantization)
-    data = find_data(config.data.path)
-    files, valid_files = split_files(data, "train"), split_files(data, "valid")
-    if config.evaluation.every is None:
-        valid_files = []
-    rows = read_rows(*files, columns=config.data.columns)
-    valid_rows = read_rows(*valid_files, columns=config.data.columns) if valid_files else []
+    found = load_rows(config.data, valid_too=config.evaluation.every is not None)
+    rows, valid_rows = found.train, found.valid if config.evaluation.every is not None else []
     if config.evaluation.batches != "all":
         valid_rows = valid_rows[: config.evaluation.batches * config.train.batch_size]
     seen = {content_hash([row]) for row in rows} if valid_rows else set()
     base = open_folder(find_folder(config.model))
     tokenizer = Tokenizer(base.path)
-    train_rows, valid = (make_examples(some, tokenizer, config.data) for some in (rows, valid_rows))
-    check_vocabulary(base, [*train_rows, *valid])
+    train, valid = (make_examples(some, tokenizer, config.data) for some in (rows, valid_rows))
+    counts, dropped = found.counts, found.dropped
+    if "too_long" in dropped:
+        whole = len(train) + len(valid)
+        train, counts = drop_long(train, counts, most=config.data.max_length)
+        valid, _ = drop_long(valid, (len(valid),), most=config.data.max_length)
+        dropped = {**dropped, "too_long": whole - len(train) - len(valid)}
+    weights = weigh(config.data.sources, counts)
+    check_vocabulary(base, [*train, *valid])
     return Prepared(
-        config=pin(config, model=base.path, data=data),
+        config=pin(config, model=base.path, data=found.roots),
         base=base,
         tokenizer=tokenizer,
-        train=train_rows,
+        train=train,
+        plan=Plan(sum(num_drawn(weights)) or len(train), config.train.batch_size, config.train.seed, weights),
+        dropped=dropped,
         valid=valid,
         kind=rows[0].kind,
-        data_hash=examples_hash(train_rows),
-        data_files=hash_files([*files, *valid_files]).result(),
+        data_hash=examples_hash(train, weights),
+        data_files={name: sha256(file) for name, file in found.files.items()},
         leaks=sum(content_hash([row]) in seen for row in valid_rows),
     )
 
 
-def pin(config: RunConfig, *, model: Path, data: Path) -> RunConfig:
+def pin(config: RunConfig, *, model: Path, data: Sequence[Path]) -> RunConfig:
     """Return the config with the commits of what came from the hub: org/name@commit."""
-    source = config.data.model_copy(update={"path": pinned(config.data.path, data)})
-    return config.model_copy(update={"model": pinned(config.model, model), "data": source})
+    pairs = zip(config.data.sources, data, strict=True)
+    sources = [source.model_copy(update={"path": pinned(source.path, root)}) for source, root in pairs]
+    return config.model_copy(update={"model": pinned(config.model, model), "data": config.data.with_sources(sources)})
 
 
 def make_examples(rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> list[Example]:
     """Return the rows' examples, from the cache where it has them; then the tokenizer is not even loaded."""
-    options: dict[str, Any] = {"train_on": data.train_on, "max_length": data.max_length}
+    most = sys.maxsize if "too_long" in data.drop else data.max_length
+    options: dict[str, Any] = {"train_on": data.train_on, "max_length": most}
 
     def make() -> list[Example]:
         return tokenize_rows(rows, tokenizer, **options)
@@ -251,9 +265,9 @@ def check_vocabulary(base: ModelFolder, examples: Sequence[Example]) -> None:
         )
 
 
-def examples_hash(examples: Sequence[Example]) -> str:
+def examples_hash(examples: Sequence[Example], weights: Weights) -> str:
     """Return the SHA-256 of all tokens and masks, in order: what rows, template and tokenizer make together."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(weights).encode() if weights else b"")
     for example in examples:
         digest.update(len(example.tokens).to_bytes(8, "little"))
         digest.update(example.tokens.tobytes() + example.supervised.tobytes())
@@ -287,7 +301,7 @@ def build_run(
     if found is not None:
         trainer.load_state(found.optimizer)
     state = LoopState(**found.state["loop"]) if found else LoopState()
-    plan = Plan(len(prepared.train), config.train.batch_size, config.train.seed)
+    plan = prepared.plan
     updates = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
     return Run(
         config=config, folder=folder, model=model, trainer=trainer, train=prepared.train, valid=prepared.valid,
@@ -338,6 +352,7 @@ def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:
         "modules": len(spec.modules),
         "trained_parameters": trained,
         "rows": {"train": len(prepared.train), "valid": len(prepared.valid), "kind": prepared.kind},
+        **({"dropped": prepared.dropped} if prepared.dropped else {}),
         "tokens": {
             "train": int(sum(len(example.tokens) for example in prepared.train)),
             "supervised": int(sum(example.supervised.sum() for example in prepared.train)),

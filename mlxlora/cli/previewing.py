@@ -94,6 +94,8 @@ def write(found: Preview, console: Console) -> None:
         console.print(row_text(row))
     for split in found.splits:
         console.print(split_text(split, found))
+    for why, rows in found.dropped.items():
+        console.print(f"left out: {rows:,} {why.replace('_', ' ')} rows")
     if found.padding is not None:
         at = found.padding
         console.print(
@@ -135,7 +137,10 @@ def split_text(split: Split, found: Preview) -> Text:
     text = Text(f"\n{split.name}: {split.rows:,} rows ({kinds})\n", style="bold", end="\n")
     lines = [f"{split.tokens:,} tokens, {split.supervised:,} supervised ({share:.1%}), longest row {split.longest:,}"]
     if split.name == "train":
-        lines.append(f"{found.updates_per_epoch:,} updates are one pass over them")
+        lines.append(f"{found.updates_per_epoch:,} updates are one epoch")
+        lines += (
+            [f"{rows:,} rows from {path}" for path, rows in found.sources.items()] if len(found.sources) > 1 else []
+        )
     if split.cut_rows:
         lines.append(f"{split.cut_rows:,} rows lose {split.cut_tokens:,} tokens to data.max_length {found.max_length}")
     if split.duplicates:

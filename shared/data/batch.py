@@ -14,7 +14,7 @@ import numpy as np
 from shared.data.cut import Segment, cut, join, pack
 from shared.data.layout import Layout
 from shared.data.shapes import shaped_batches
-from shared.seeds import row_order
+from shared.data.sources import Weights, epoch_rows
 from shared.types import Batch, Example
 
 
@@ -25,6 +25,7 @@ class Plan:
     num_rows: int
     batch_size: int
     seed: int
+    weights: Weights = ()
 
     @property
     def updates_per_epoch(self) -> int:
@@ -34,7 +35,7 @@ class Plan:
     def rows(self, step: int) -> np.ndarray:
         """Return the row numbers of update `step` (from 1), in the epoch's order."""
         epoch, place = divmod(step - 1, self.updates_per_epoch)
-        order = row_order(seed=self.seed, epoch=epoch, num_rows=self.num_rows)
+        order = epoch_rows(self.weights, seed=self.seed, epoch=epoch, num_rows=self.num_rows)
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
 

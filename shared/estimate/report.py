@@ -12,7 +12,8 @@ import numpy as np
 from shared.adapters.spec import resolve
 from shared.config import RunConfig
 from shared.config_file import to_yaml
-from shared.data.rows import Row, find_data, read_rows, split_files
+from shared.data.rows import Row
+from shared.data.sources import load_rows
 from shared.data.tokenize import load_tokenizer, tokenize_rows
 from shared.errors import ConfigError, DataError, ModelError, OutOfMemory, StorageError
 from shared.estimate.duration import Time, operations, update_time
@@ -144,8 +145,7 @@ def machine_line(config: RunConfig, shape: Shape, lengths: Lengths, machine: Mac
 def read_lengths(config: RunConfig, base: ModelFolder) -> tuple[Lengths, tuple[str, ...]]:
     """Return the rows' lengths, and notes: where no data is readable, data.max_length stands in and a note says why."""
     try:
-        data = find_data(config.data.path)
-        rows = read_rows(*split_files(data, "train"), columns=config.data.columns)
+        rows = load_rows(config.data, valid_too=False).train
         chosen = choose_rows(rows)
         tokenizer = load_tokenizer(base.path)
         options = {"train_on": config.data.train_on, "max_length": config.data.max_length}
