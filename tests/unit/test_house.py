@@ -316,8 +316,8 @@ def test_one_training_step_is_five_files_and_under_900_lines(backend):
 def raised_codes() -> Iterator[tuple[str, type[errors.MlxloraError], Any]]:
     """Yield (place, class, code) of every error of ours that is made; None where the code is another error's."""
     for file in OURS.values():
-        for node in ast.walk(tree_of(file)):
-            kind = getattr(errors, ast.unparse(node.func), None) if isinstance(node, ast.Call) else None
+        for node in (found for found in ast.walk(tree_of(file)) if isinstance(found, ast.Call)):
+            kind = getattr(errors, ast.unparse(node.func), None)
             if isinstance(kind, type) and issubclass(kind, errors.MlxloraError):
                 given = next((word.value for word in node.keywords if word.arg == "code"), ast.Constant(kind.code))
                 yield place(file, node.lineno), kind, given.value if isinstance(given, ast.Constant) else None
