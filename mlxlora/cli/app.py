@@ -35,7 +35,7 @@ AdapterPath = Annotated[
     ),
 ]
 Dtype = Annotated[
-    str, typer.Option("--dtype", metavar="auto|float32|bfloat16", help="auto: bfloat16 on a GPU, else float32.")
+    str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="auto: bfloat16 on a GPU, else float32.")
 ]
 Quantization = Annotated[
     str,
@@ -138,7 +138,7 @@ def evaluate(
     from shared.sessions import evaluate_rows, find_rows, open_session
 
     check_choice("--split", split, (None, "train", "valid", "test"))
-    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
+    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     check_choice("--train-on", train_on, ("completion", "assistant", "all"))
     check_backend(backend)
     rows, file = find_rows(data, split=split)
@@ -176,7 +176,7 @@ def generate(
     """Text that follows a prompt."""
     from shared import sessions
 
-    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16"))
+    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     check_backend(backend)
     check_finite("--temperature", temperature)
     session = sessions.open_session(
