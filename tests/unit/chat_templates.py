@@ -91,6 +91,29 @@ PLAIN = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
 
+PHI_4 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_sep|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+SMOLLM = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+GRANITE = (
+    "{%- for m in messages %}"
+    "{{- '<|start_of_role|>' + m['role'] + '<|end_of_role|>' + m['content'] + '<|end_of_text|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}"
+)
+# OLMo 2 in short: the end token stands behind answers only, a newline behind all but the last.
+OLMO_2 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if m['role'] != 'assistant' or not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
 IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 HEADERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
 STYLES = {
@@ -109,5 +132,12 @@ STYLES = {
     ),
     "generation": Style(GENERATION, IM, eos="<|im_end|>", tail="<|im_end|>"),
     "think": Style(THINK, IM, eos="<|im_end|>", tail="<|im_end|>"),
+    "phi-4": Style(PHI_4, (*IM, "<|im_sep|>"), eos="<|im_end|>", tail="<|im_end|>"),
+    "smollm": Style(SMOLLM, IM, eos="<|im_end|>", tail="<|im_end|>"),
+    "granite": Style(
+        GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
+        eos="<|end_of_text|>", tail="<|end_of_text|>",
+    ),
+    "olmo-2": Style(OLMO_2, ("<|endoftext|>",), bos="<|endoftext|>", eos="<|endoftext|>", tail="<|endoftext|>"),
     "plain": Style(PLAIN, ("<s>", "</s>"), bos="<s>", eos="</s>", tail="</s>"),
 }  # fmt: skip

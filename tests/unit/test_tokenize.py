@@ -113,10 +113,21 @@ def test_the_text_is_the_templates_own_word_for_word(styled, name):
     assert styled[name].chat(row.fields["messages"]).text == theirs
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_mask_is_transformers_own_where_the_template_marks_what_is_generated(styled, count):
+    row, tokenizer = chat_row(*TURNS[:count], system=True), styled["generation"]
+    theirs = tokenizer.inner.apply_chat_template(
+        row.fields["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    example = encode(row, tokenizer)
+    assert example.tokens.tolist() == theirs["input_ids"]
+    assert example.supervised.astype(int).tolist() == theirs["assistant_masks"]
+
+
 @pytest.mark.parametrize("name", STYLES)
 def test_a_conversation_starts_with_at_most_one_bos(styled, name):
     example, bos = encode(chat_row(*TURNS[:1]), styled[name]), styled[name].inner.bos_token_id
-    assert list(example.tokens).count(bos) == (bos is not None)
+    assert list(example.tokens[:2]).count(bos) == (bos is not None)  # OLMo ends with the token it begins with
 
 
 @pytest.mark.parametrize("name", STYLES)
