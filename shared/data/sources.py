@@ -43,7 +43,8 @@ def load_rows(data: DataConfig, *, valid_too: bool = True) -> Rows:
     seen: set[str] = set()
     roots = tuple(find_data(source.path) for source in data.sources)
     for root in roots:
-        prefix = f"{root.name}/" if len(data.sources) > 1 else ""
+        folder = root if root.is_dir() else root.parent
+        prefix = f"{folder.name}/" if len(data.sources) > 1 else ""
         before = len(train)
         for split, rows in (("train", train), ("valid", valid)):
             found = split_files(root, split) if split == "train" or valid_too else []
