@@ -11,16 +11,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shared.adapters.spec import layer_of
-from shared.config import RunConfig
 from shared.errors import ConfigError
 from shared.quant.blockwise import BLOCK, num_blocks
 from shared.registry import import_own
 from shared.types import Method, Update
+
+if TYPE_CHECKING:
+    from shared.config import RunConfig  # pydantic, which a plain script on a GPU server may lack
 
 Array = Any
 Shape = tuple[int, ...]

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.config import DataConfig, SourceConfig
 from shared.data.dialects import translate
 from shared.data.formats import read_values
 from shared.data.rows import Row, content_hash, find_data, make_row, split_files
 from shared.errors import ConfigError, DataError
 from shared.seeds import generator, row_order
 from shared.types import Example
+
+if TYPE_CHECKING:
+    from shared.config import DataConfig, SourceConfig  # pydantic, which a plain script on a GPU server may lack
 
 Weights = tuple[tuple[int, float], ...]  # of each source: its rows, and how often one epoch takes each
 
@@ -86,6 +88,7 @@ def read(files: list[Path], data: DataConfig, dropped: dict[str, int], *, prefix
 def is_empty(value: dict[str, Any], source: str, data: DataConfig) -> bool:
     """Return whether a row has nothing to learn: no text, no completion, or no assistant's turn with words or calls.
 
+    >>> from shared.config import DataConfig
     >>> is_empty({"prompt": "q", "completion": " "}, "a:1", DataConfig(path="a"))
     True
     """
