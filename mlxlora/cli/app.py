@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,10 +85,8 @@ def train(
         result = mlxlora.train(checked, resume=resume, allow_change=allow_change or [], callbacks=[display])
     finally:
         getattr(display, "close", lambda: None)()
-    if as_json:
-        emit(result)
-        return
-    show_result(result, model=checked.model)
+    with suppress(BrokenPipeError):  # nobody reads it any more; the run is done all the same
+        emit(result) if as_json else show_result(result, model=checked.model)
 
 
 def train_supervised(folder: Path, *, as_json: bool) -> int:

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 from typer.exceptions import TyperException
@@ -23,6 +23,7 @@ from mlxlora.cli.planning import estimate
 from mlxlora.cli.previewing import preview
 from mlxlora.cli.quantizing import quantize
 from mlxlora.cli.running import runs
+from shared.display import Sturdy
 
 app.command()(bench)
 app.command()(convert)
@@ -36,6 +37,7 @@ app.add_typer(runs)
 
 def main() -> None:
     """Run the command line and exit with the contract's code."""
+    sys.stderr = cast(TextIO, Sturdy(sys.stderr))  # bars and warnings of libraries meet closed pipes too
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()

@@ -6,13 +6,17 @@ that become NaN inside an update (MLXLORA_FAULT). The oracle is the uninterrupte
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from shared import checkpoint, faults, record
@@ -449,6 +454,69 @@ def test_rows_31_32_a_supervised_run_survives_what_no_handler_catches(
     assert [row["step"] for row in rows] == list(range(1, 11))
     for ours, wanted in zip(rows, rows_of(whole["torch"]), strict=True):
         assert ours["loss"] == pytest.approx(wanted["loss"], rel=tolerances.CURVE)
+
+
+@pytest.mark.slow
+def test_row_31_a_run_that_always_aborts_is_given_up_after_three_restarts(make_config, tmp_path, fault):
+    fault("micro.begin:1:abort")
+    process = command(make_config(tmp_path / "run"), "--supervise", "--json")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGABRT
+    assert err.count("note: training ended by SIGABRT; started again") == 3
+    assert json.loads(out.splitlines()[-1])["exit_code"] == 134
+
+
+@pytest.mark.slow
+def test_rows_9_11_a_signal_to_the_supervisor_stops_its_child_and_loses_nothing(make_config, whole, tmp_path, fault):
+    config = make_config(tmp_path / "run")
+    fault("micro.begin:11:SIGSTOP")  # so that it does not end before the signal comes
+    process = command(config, "--supervise")
+    deadline = time.monotonic() + 120
+    while len(rows_of(tmp_path / "run")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child = psutil.Process(process.pid).children()[0]
+    while child.status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    child.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert err.count("stopped by SIGTERM") == 1
+    fault("")
+    train(config)
+    assert weights_of(tmp_path / "run") == weights_of(whole["torch"])
+
+
+@pytest.mark.slow
+def test_row_14_the_command_line_trains_on_behind_head(make_config, whole, tmp_path, fault):
+    process = command(make_config(tmp_path / "run"), stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert weights_of(tmp_path / "run") == weights_of(whole["torch"])
+
+
+@pytest.mark.slow
+def test_row_12_a_closed_terminal_saves_and_loses_nothing(make_config, whole, tmp_path, fault):
+    """A real terminal of its own session: the kernel sends SIGHUP when it is closed, and writing to it fails."""
+    terminal, end = pty.openpty()
+    fault("micro.begin:11:SIGSTOP")
+    process = command(
+        make_config(tmp_path / "run"), stdin=end, stdout=end, stderr=end, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(end)
+    deadline, child = time.monotonic() + 120, psutil.Process(process.pid)
+    while child.status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 4096)
+    os.close(terminal)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=120) == 129
+    fault("")
+    train(make_config(tmp_path / "run"))
+    assert weights_of(tmp_path / "run") == weights_of(whole["torch"])
 
 
 def test_row_40_a_resume_with_other_micro_batches_takes_the_same_rows(make_config, whole, tmp_path):
