@@ -54,7 +54,7 @@ def log(run: Run) -> None:
         "tokens_per_s": state.tokens / elapsed,
         "peak_memory_bytes": run.trainer.memory().peak,
         "time_s": state.time_s,
-        "skipped_updates": state.skipped,
+        **({"skipped_updates": state.skipped} if state.skipped else {}),
         **({"overflows": state.overflows} if run.config.train.dtype == "float16" else {}),
     }
     state.tokens = state.supervised_tokens = state.positions = 0
