@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -31,11 +29,15 @@ def process_age() -> float:
         ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
+        import psutil
+
         return max(0.0, datetime.now(UTC).timestamp() - psutil.Process().create_time())
 
 
 def this_machine() -> Machine:
     """Return the facts of the machine this runs on."""
+    import psutil  # not at the top: `--help` has no use for it
+
     return Machine(
         processor=processor_name(),
         cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
