@@ -23,9 +23,9 @@ from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import build_config
 from shared.data.batch import make_batch
+from shared.jobs.train import Prepared, prepare, train
 from shared.schedules import build_schedule
 from shared.seeds import uniform
-from shared.train import Prepared, prepare, train
 from shared.types import Example
 
 WITHIN = 0.02  # nats: what the contract asks for

@@ -20,11 +20,11 @@ from typing import Any
 
 from common import heading, write
 
-from shared import record
 from shared.config import CheckpointConfig
 from shared.config_file import build_config
-from shared.run import Run
-from shared.train import train
+from shared.jobs.train import train
+from shared.running import record
+from shared.running.run import Run
 
 EVERY = 4
 BOUND = 0.01  # of a run's time, at the default interval

@@ -116,7 +116,7 @@ def run_task(task: dict[str, Any]) -> dict[str, float | None]:
     from shared.convert.gguf_arch import read_facts
     from shared.convert.models import convert_model
     from shared.convert.quantize import quantize
-    from shared.fusing import fuse
+    from shared.jobs.fuse import fuse
 
     if task.get("to") == "gguf":
         load_tokenizer(Path(task["model"]))  # transformers' imports are no part of the conversion

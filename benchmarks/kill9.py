@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     find_backend(arguments.backend)
-    for name in ("mlxlora.cli.main", "shared.train", "transformers", *IMPORTS[arguments.backend]):
+    for name in ("mlxlora.cli.main", "shared.jobs.train", "transformers", *IMPORTS[arguments.backend]):
         importlib.import_module(name)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -32,13 +32,13 @@ from shared.config import RunConfig
 from shared.config_file import build_config, load_config
 from shared.data.batch import Plan, update_batches
 from shared.data.layout import Layout, training_layout
+from shared.jobs.train import load_trainable, prepare
 from shared.loop import build_update
 from shared.measuring.measure import load, recipe
 from shared.measuring.synthetic import Shape, make_rows, write_llama
 from shared.optimizers import method_of
 from shared.protocols import Trainer
 from shared.registry import find_backend
-from shared.train import load_trainable, prepare
 from shared.types import Batch, Example
 
 QUICK = Shape(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, vocabulary=512, tied=False)

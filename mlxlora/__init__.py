@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from shared.convert.merge import Merged
     from shared.convert.models import ModelResult
     from shared.convert.quantize import QuantizeResult
-    from shared.doctor import Check
     from shared.estimate.report import Report
     from shared.evaluate import Evaluation
-    from shared.fusing import FuseResult
+    from shared.jobs.doctor import Check
+    from shared.jobs.fuse import FuseResult
+    from shared.jobs.parity import ParityResult
+    from shared.jobs.preview import Preview
+    from shared.jobs.quickstart import QuickstartResult
+    from shared.jobs.runs import Comparison, RunFacts
+    from shared.jobs.train import TrainResult
     from shared.measuring.bench import BenchResult
-    from shared.parity import ParityResult
-    from shared.preview import Preview
-    from shared.quickstart import QuickstartResult
-    from shared.runs import Comparison, RunFacts
-    from shared.train import TrainResult
 
 __version__ = "0.1.0"
 __all__ = [
@@ -86,7 +86,7 @@ def train(
     allow_change: settings such as "optimizer.lr", or "data" or "base", in which a resumed run may differ.
     """
     from shared.config import RunConfig
-    from shared.train import train as run
+    from shared.jobs.train import train as run
 
     checked = config if isinstance(config, RunConfig) else load_config(config, **values)
     return run(checked, resume=resume, callbacks=callbacks, allow_change=allow_change)
@@ -109,7 +109,7 @@ def estimate(
 def preview(config: str | Path | RunConfig, *, rows: int = 5, **values: Any) -> Preview:
     """Return what a run would learn from its rows, token by token for the first `rows`; loads no model."""
     from shared.config import RunConfig
-    from shared.preview import preview as run
+    from shared.jobs.preview import preview as run
 
     checked = config if isinstance(config, RunConfig) else load_config(config, **values)
     return run(checked, rows=rows)
@@ -184,7 +184,7 @@ def fuse(model: str | Path, *, adapter: str | Path, output: str | Path, **option
     options: scheme ("none" for full precision, "same" for the base's own grid, or a format to quantize to), dtype,
     accept_loss, force, data, backend.
     """
-    from shared.fusing import fuse as run
+    from shared.jobs.fuse import fuse as run
 
     return run(str(model), adapter=str(adapter), output=str(output), sample=DEMO / "task", **options)
 
@@ -218,7 +218,7 @@ def parity(
 ) -> ParityResult:
     """Return the gaps between MLX and PyTorch on the same batches; `.ok` says whether all are within bounds."""
     from shared.config import RunConfig
-    from shared.parity import parity as run
+    from shared.jobs.parity import parity as run
 
     checked = config if isinstance(config, RunConfig) else load_config(config)
     return run(checked, updates=updates, note=note)
@@ -226,14 +226,14 @@ def parity(
 
 def doctor() -> list[Check]:
     """Return the lines of a report on this machine, with a real training step on every backend."""
-    from shared.doctor import examine
+    from shared.jobs.doctor import examine
 
     return examine(DEMO)
 
 
 def quickstart(output: str | Path = "runs/quickstart", *, backend: str = "auto", **options: Any) -> QuickstartResult:
     """Fine-tune the embedded demo base and return exact match before and after, on both backends where installed."""
-    from shared.quickstart import quickstart as run
+    from shared.jobs.quickstart import quickstart as run
 
     return run(DEMO, Path(output), backend=backend, **options)
 
@@ -254,7 +254,7 @@ def bench(
 
 def runs(folder: str | Path = "runs") -> list[RunFacts]:
     """Return the runs in a folder, the newest last."""
-    from shared.runs import list_runs
+    from shared.jobs.runs import list_runs
 
     return list_runs(Path(folder).expanduser())
 
@@ -264,7 +264,7 @@ def compare(a: str | Path, b: str | Path, *, data: str | None = None, **options:
 
     options: html (a page to write), and with data: backend, note.
     """
-    from shared.runs import compare as run
+    from shared.jobs.runs import compare as run
 
     return run(Path(a).expanduser(), Path(b).expanduser(), data=data, **options)
 

@@ -17,9 +17,9 @@ from shared.config import RunConfig
 from shared.data.ahead import Ahead
 from shared.data.batch import update_batches
 from shared.errors import Interrupted
-from shared.record import checkpoint, drain, evaluate, log, max_loss, save_or_go_on, stopped_early
-from shared.recovery import step_or_split
-from shared.run import Run
+from shared.running.record import checkpoint, drain, evaluate, log, max_loss, save_or_go_on, stopped_early
+from shared.running.recovery import step_or_split
+from shared.running.run import Run
 from shared.schedules import build_schedule
 from shared.signals import stop_signals
 from shared.types import Update

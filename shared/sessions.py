@@ -18,7 +18,7 @@ from shared.evaluate import Evaluation, evaluate_examples
 from shared.folder import ModelFolder, end_tokens, find_folder, open_folder
 from shared.protocols import Backend, Model
 from shared.registry import find_backend
-from shared.run_folder import hash_files, joint_hash
+from shared.running.run_folder import hash_files, joint_hash
 from shared.strict import check_length
 from shared.types import Sampling, Token
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from shared.callbacks import tell
-from shared.checkpoint import drop_after, newest
-from shared.run import Run
+from shared.running.checkpoint import drop_after, newest
+from shared.running.run import Run
 from shared.types import StepStats
 
 WINDOW = 32  # losses that say what is usual

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from shared.train import TrainResult
+    from shared.jobs.train import TrainResult
 
 app = typer.Typer(
     name="mlxlora",
@@ -73,7 +73,7 @@ def train(
 ) -> None:
     """Fine-tune a base model. The same command goes on where it stopped."""
     import mlxlora
-    from shared.display import make_display
+    from shared.watching.display import make_display
 
     given = {"model": model, "data": {"path": data} if data else None, "backend": backend, "output": output}
     values = {key: value for key, value in given.items() if value is not None}
@@ -91,7 +91,7 @@ def train(
 
 def train_supervised(folder: Path, *, as_json: bool) -> int:
     """Return the exit code of this very command, run in a child process without --supervise."""
-    from shared.supervise import supervise
+    from shared.jobs.supervise import supervise
 
     program = ["-m", "mlxlora"] if Path(sys.argv[0]).name == "__main__.py" else [sys.argv[0]]
     arguments = [argument for argument in sys.argv[1:] if argument != "--supervise"]
@@ -247,8 +247,8 @@ def quickstart(
 ) -> None:
     """Fine-tune the embedded demo base on the embedded task, and see what changed."""
     import mlxlora
-    from shared.display import make_display
-    from shared.quickstart import report
+    from shared.jobs.quickstart import report
+    from shared.watching.display import make_display
 
     check_backend(backend)
     display = make_display()

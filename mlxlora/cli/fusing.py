@@ -10,7 +10,7 @@ import typer
 from mlxlora.cli.app import BackendName, Debug, Json, ModelPath, check_backend, emit, say
 
 if TYPE_CHECKING:
-    from shared.fusing import FuseResult
+    from shared.jobs.fuse import FuseResult
 
 Adapter = Annotated[str, typer.Option("--adapter", metavar="DIR", help="Adapter folder: ours, PEFT's or mlx-lm's.")]
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="The new model folder.")]
@@ -44,7 +44,7 @@ def fuse(
 ) -> None:
     """Base and adapter as one model; refused where less than 0.9 of the adapter would be left."""
     import mlxlora
-    from shared.fusing import Lost
+    from shared.jobs.fuse import Lost
 
     check_backend(backend)
     try:

@@ -23,7 +23,7 @@ from mlxlora.cli.planning import estimate
 from mlxlora.cli.previewing import preview
 from mlxlora.cli.quantizing import quantize
 from mlxlora.cli.running import runs
-from shared.display import Sturdy
+from shared.watching.display import Sturdy
 
 app.command()(bench)
 app.command()(convert)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from shared.config import RunConfig
-    from shared.preview import Piece, Preview, Shown, Split
+    from shared.jobs.preview import Piece, Preview, Shown, Split
 
 PLAIN, LEARNED = ("grey50", "grey58"), ("bold green", "bold dark_green")  # by turns, so that tokens can be told apart
 WIDTH = 100  # of the page, in characters
@@ -58,7 +58,7 @@ def preview(
 
 def show_schedule(config: RunConfig, *, as_json: bool) -> None:
     """Print the learning rate of every update, as a drawing or as JSON."""
-    from shared.preview import count_updates
+    from shared.jobs.preview import count_updates
     from shared.schedules import build_schedule, draw
 
     updates = count_updates(config)
@@ -119,7 +119,7 @@ def row_text(row: Shown) -> Text:
 def visible(piece: Piece) -> str:
     """Return a piece's text such that newlines are seen and nothing in it reaches the terminal as a command.
 
-    >>> from shared.preview import Piece
+    >>> from shared.jobs.preview import Piece
     >>> visible(Piece("a\\n\\x1b[2J", (1,), True, False))
     'a⏎\\n\\\\x1b[2J'
     """

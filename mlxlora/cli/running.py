@@ -24,7 +24,7 @@ def ls(
     """The runs in a folder: state, updates, last losses; the newest last."""
     from dataclasses import asdict
 
-    from shared.runs import list_runs, number_text
+    from shared.jobs.runs import list_runs, number_text
 
     found = list_runs(folder)
     if as_json:
@@ -41,7 +41,7 @@ def ls(
 @runs.command()
 def show(folder: RunFolder, as_json: Json = False, debug: Debug = False) -> None:
     """One run: how far it came, its numbers, its curves, its settings."""
-    from shared.runs import describe, number_text
+    from shared.jobs.runs import describe, number_text
 
     found = describe(folder)
     if as_json:
@@ -70,8 +70,8 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Two runs side by side; with --data a paired bootstrap says whether one is better."""
-    from shared.runs import compare as run
-    from shared.runs import number_text, paired_line
+    from shared.jobs.runs import compare as run
+    from shared.jobs.runs import number_text, paired_line
 
     check_backend(backend)
     options = {"backend": backend, "note": say} if data is not None else {}

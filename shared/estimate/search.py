@@ -13,11 +13,11 @@ from shared.data.layout import Layout, choose_layout
 from shared.errors import OutOfMemory
 from shared.estimate.plan import COMFORT
 from shared.estimate.report import decide_run
+from shared.jobs.train import load_trainable, prepare
 from shared.loop import build_update
 from shared.optimizers import method_of
 from shared.protocols import Trainer
 from shared.registry import find_backend
-from shared.train import load_trainable, prepare
 from shared.types import Example, Recompute
 
 

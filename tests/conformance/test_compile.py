@@ -15,8 +15,8 @@ from shared.data.batch import Plan, update_batches
 from shared.data.layout import Layout
 from shared.data.shapes import MOST_SHAPES, choose_shapes
 from shared.errors import CapabilityError, ConfigError
+from shared.jobs.train import train
 from shared.registry import find_backend
-from shared.train import train
 from shared.types import Method, Shape
 from tests import tolerances
 from tests.conformance.test_trainer import norm_gap, values

@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from shared.parity import BOUNDS, parity
+from shared.jobs.parity import BOUNDS, parity
 from tests import tolerances
 
 

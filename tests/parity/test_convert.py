@@ -11,9 +11,9 @@ import pytest
 from mlxlora import convert, fuse
 from shared.errors import AdapterError, ConfigError
 from shared.families import with_old_rope_keys
-from shared.parity import parity
+from shared.jobs.parity import parity
+from shared.jobs.train import train
 from shared.tensors import load_file, save_file
-from shared.train import train
 from tests import tolerances
 from tests.parity.test_families import CASES, save
 

@@ -9,7 +9,7 @@ import pytest
 
 from shared import reference, seeds
 from shared.adapters.spec import row_squares
-from shared.parity import parity
+from shared.jobs.parity import parity
 from shared.quant.affine import AffineQuantizer
 from shared.tensors import to_float32
 from shared.types import AdapterSpec, Scheme, Tensor

@@ -14,7 +14,7 @@ from shared.adapters.folder import read_adapter
 from shared.convert.gguf_file import write_adapter, write_model
 from shared.data.tokenize import load_tokenizer
 from shared.folder import open_folder
-from shared.fusing import fuse
+from shared.jobs.fuse import fuse
 from shared.sessions import complete, open_session, prompt_ids, sampling_for
 from tests import tolerances
 from tests.adapters import save_adapter

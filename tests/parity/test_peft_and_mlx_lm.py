@@ -10,11 +10,11 @@ from shared.adapters.names import PEFT_PREFIX
 from shared.adapters.spec import initial_adapter
 from shared.callbacks import Metrics
 from shared.data.batch import Plan
+from shared.jobs.train import prepare, train
 from shared.loop import build_update
 from shared.schedules import build_schedule
 from shared.sessions import open_session
 from shared.tensors import to_float32
-from shared.train import prepare, train
 from tests import tolerances
 
 UPDATES = 25

@@ -11,7 +11,7 @@ import torch
 from shared.convert.quantize import quantize
 from shared.data.batch import make_batch
 from shared.folder import open_folder
-from shared.parity import parity
+from shared.jobs.parity import parity
 from shared.registry import BACKENDS, find_backend, find_quantizer
 from shared.tensors import to_float32
 from tests import tolerances

@@ -17,7 +17,7 @@ from shared.adapters.spec import initial_adapter, resolve
 from shared.config import AdapterConfig, named_schemes
 from shared.data.batch import micro_batches
 from shared.data.layout import Layout
-from shared.parity import parity
+from shared.jobs.parity import parity
 from shared.registry import BACKENDS, QUANTIZERS, find_backend
 from shared.tensors import load_file, save_file
 from shared.types import Method

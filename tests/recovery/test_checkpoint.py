@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared import checkpoint
 from shared.callbacks import Metrics
-from shared.checkpoint import FILES, FORMAT, MANIFEST_FILE, MARKER, Checkpoint
 from shared.config_file import build_config
 from shared.errors import CheckpointError
-from shared.train import train
+from shared.jobs.train import train
+from shared.running import checkpoint
+from shared.running.checkpoint import FILES, FORMAT, MANIFEST_FILE, MARKER, Checkpoint
 from shared.types import Tensor
 from tests.recovery.golden.make import HERE, recipe
 
@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KILLED = """
 import json, os, sys
 from pathlib import Path
-from shared import checkpoint, faults
+from shared import faults
+from shared.running import checkpoint
 from tests.recovery.test_checkpoint import make
 
 def save(point, root, step):

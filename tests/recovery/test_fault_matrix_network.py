@@ -17,7 +17,7 @@ import pytest
 
 from shared.callbacks import Metrics
 from shared.hub import commit_of
-from shared.sinks import sinks
+from shared.watching.sinks import sinks
 from tests.loopback import COMMIT, Hub, serving, unused_port, with_status
 
 STEPS = 30

@@ -27,19 +27,20 @@ import numpy as np
 import psutil
 import pytest
 
-from shared import checkpoint, faults, record
+from shared import faults
 from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import build_config, to_yaml
 from shared.data.batch import Plan
-from shared.display import make_display
 from shared.errors import CheckpointError, ConfigError, DivergedError, Interrupted, OutOfMemory
+from shared.jobs.train import build_run, make_identity, prepare, train
 from shared.loop import fit
 from shared.registry import find_backend
-from shared.run_folder import Identity, differences, flat_settings, hash_files
+from shared.running import checkpoint, record
+from shared.running.run_folder import Identity, differences, flat_settings, hash_files
 from shared.signals import stop_signals
 from shared.tensors import load_file, save_file
-from shared.train import build_run, make_identity, prepare, train
+from shared.watching.display import make_display
 from tests import tolerances
 
 BACKENDS = ["mlx", "torch"]

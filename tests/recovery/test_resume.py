@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from mlxlora.cli import main
-from shared import checkpoint, faults
+from shared import faults
 from shared.callbacks import Metrics
 from shared.config_file import build_config
-from shared.train import train
+from shared.jobs.train import train
+from shared.running import checkpoint
 from tests import tolerances
 
 UPDATES = 14

@@ -18,14 +18,15 @@ from typing import Any
 
 import pytest
 
-from shared import checkpoint, faults
+from shared import faults
 from shared.callbacks import Metrics
 from shared.config_file import build_config, load_config
-from shared.display import PlainDisplay
 from shared.errors import CheckpointError, ConfigError, StorageError
-from shared.lock import FILE, locked
+from shared.jobs.train import train
 from shared.measuring.synthetic import Shape, write_llama
-from shared.train import train
+from shared.running import checkpoint
+from shared.running.lock import FILE, locked
+from shared.watching.display import PlainDisplay
 from tests.recovery.golden.make import BASE, recipe
 
 UPDATES = 30

@@ -19,7 +19,7 @@ from shared.data.cache import cache_folder, make_key, shrink, tokenize_cached
 from shared.data.rows import Row, read_rows
 from shared.data.tokenize import load_tokenizer, tokenize_rows
 from shared.errors import DataError
-from shared.train import prepare
+from shared.jobs.train import prepare
 from tests.conftest import CHATML, save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

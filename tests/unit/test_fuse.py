@@ -17,7 +17,7 @@ from shared.convert.source import open_rows, plain_weights
 from shared.convert.weights import Survival
 from shared.errors import AdapterError, CapabilityError, ConfigError, ModelError
 from shared.folder import open_folder, sha256
-from shared.fusing import KEPT, FuseResult, Lost, TextChange, check_survival, fuse
+from shared.jobs.fuse import KEPT, FuseResult, Lost, TextChange, check_survival, fuse
 from shared.quant.affine import unpack
 from shared.tensors import from_float32, load_file, save_file, to_float32
 from shared.types import Tensor
@@ -125,7 +125,7 @@ def test_the_fused_model_is_that_of_peft(tiny_model_folder, tmp_path):
 def test_both_backends_load_what_was_fused_from_mlx(affine_folder, tmp_path):
     """The plain model gives the log-probabilities of base and adapter; rows as `fuse` measures them."""
     from shared.data.rows import Row
-    from shared.fusing import log_probs
+    from shared.jobs.fuse import log_probs
 
     base = affine_folder(4)
     adapter = save_adapter(tmp_path / "adapter", base)

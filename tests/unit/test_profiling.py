@@ -8,7 +8,7 @@ import pytest
 
 from shared.config_file import build_config
 from shared.errors import CapabilityError
-from shared.train import train
+from shared.jobs.train import train
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 
 from shared.callbacks import Metrics
 from shared.errors import StorageError
-from shared.report import BOTTOM, LIMIT, TOP, Sample, duration, short, thin, tick_labels, ticks, write_report
+from shared.watching.report import BOTTOM, LIMIT, TOP, Sample, duration, short, thin, tick_labels, ticks, write_report
 
 MANIFEST = {
     "created": "2026-01-02T03:04:05+00:00",

@@ -16,10 +16,10 @@ from shared.data.layout import choose_layout
 from shared.data.tokenize import tokenize_rows
 from shared.errors import CheckpointError, ConfigError
 from shared.evaluate import evaluate_each, evaluate_examples
-from shared.lock import locked
-from shared.runs import compare, describe, list_runs, paired_bootstrap, read_run, sparkline
+from shared.jobs.runs import compare, describe, list_runs, paired_bootstrap, read_run, sparkline
+from shared.jobs.train import train
+from shared.running.lock import locked
 from shared.sessions import find_rows, open_session
-from shared.train import train
 
 
 def make_run(folder: Path, *, created: str, lr: float, losses: list[float], updates: int) -> Path:

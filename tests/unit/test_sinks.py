@@ -14,11 +14,11 @@ import pytest
 
 from shared.callbacks import Metrics
 from shared.config_file import build_config
-from shared.display import PlainDisplay
 from shared.errors import AdapterError, CapabilityError, ConfigError
+from shared.jobs.train import train
 from shared.masking import mask
-from shared.sinks import Sinks, check_sinks, read_state, sinks
-from shared.train import train
+from shared.watching.display import PlainDisplay
+from shared.watching.sinks import Sinks, check_sinks, read_state, sinks
 
 SECRETS = {
     "HF_TOKEN": "hf_" + "Q" * 34,

@@ -14,8 +14,8 @@ from shared.data.batch import Plan
 from shared.data.rows import content_hash
 from shared.data.sources import load_rows, num_drawn
 from shared.errors import ConfigError, DataError
+from shared.jobs.train import prepare
 from shared.seeds import row_order
-from shared.train import prepare
 
 
 def write(folder, *rows, name="train.jsonl"):

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shared import checkpoint
 from shared.config_file import build_config
-from shared.train import train
+from shared.jobs.train import train
+from shared.running import checkpoint
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parents[2] / "mlxlora/demo/base"

@@ -12,13 +12,13 @@ from shared.config import RunConfig
 from shared.data.batch import update_batches
 from shared.data.layout import choose_layout
 from shared.folder import end_tokens
+from shared.jobs.train import Prepared, load_trainable, prepare
 from shared.loop import build_update
 from shared.optimizers import method_of
 from shared.protocols import Backend, Model, Trainer
 from shared.registry import BACKENDS, check_installed, find_backend
 from shared.schedules import build_schedule
 from shared.tensors import to_float32
-from shared.train import Prepared, load_trainable, prepare
 from shared.types import Batch, Method, Sampling, Tensor, Update
 
 # The contract's bounds for float32 on a CPU; tests/tolerances.py keeps the measurement behind each.

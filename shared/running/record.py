@@ -8,11 +8,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from shared.callbacks import tell
-from shared.checkpoint import Checkpoint, save
 from shared.errors import DivergedError, StorageError
 from shared.evaluate import evaluate_examples
-from shared.recovery import judge, read, roll_back
-from shared.run import Run
+from shared.running.checkpoint import Checkpoint, save
+from shared.running.recovery import judge, read, roll_back
+from shared.running.run import Run
 from shared.spikes import LAG, go_back, spike_limit
 from shared.tensors import is_finite
 

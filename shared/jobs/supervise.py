@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shared.checkpoint import step_dirs
+from shared.running.checkpoint import step_dirs
 from shared.signals import ASKING
 
 # Metal and C++ abort, a broken kernel ends in SIGSEGV or SIGBUS, the kernel's OOM killer sends SIGKILL.

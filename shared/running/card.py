@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from shared.hub import split_revision
 
 if TYPE_CHECKING:
-    from shared.run import Run
+    from shared.running.run import Run
 
 NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 CARD = """---

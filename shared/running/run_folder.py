@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from shared import checkpoint
 from shared.callbacks import Metrics
 from shared.config import DataConfig, RunConfig
 from shared.config_file import to_yaml
@@ -25,6 +24,7 @@ from shared.errors import CheckpointError, ConfigError, StorageError, did_you_me
 from shared.folder import sha256
 from shared.masking import mask
 from shared.protocols import Backend
+from shared.running import checkpoint
 from shared.types import Capability
 
 # Settings that may change between a run and its resume: they change neither the mathematics nor the data.

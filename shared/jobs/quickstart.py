@@ -10,9 +10,9 @@ from typing import Any
 
 from shared.callbacks import Callback
 from shared.config_file import build_config
+from shared.jobs.train import train
 from shared.registry import BACKENDS, find_backend, resolve
 from shared.sessions import exact_match, open_session
-from shared.train import train
 
 RECIPE: dict[str, Any] = {
     "adapter": {"rank": 8, "alpha": 16},

@@ -15,8 +15,8 @@ import psutil
 from shared.capabilities import examine_schemes, summarize
 from shared.config_file import build_config
 from shared.errors import MlxloraError
+from shared.jobs.train import train
 from shared.registry import BACKENDS, resolve
-from shared.train import train
 
 REFERENCE_LOSS_GAP = 1e-3
 

@@ -17,10 +17,10 @@ from shared.data.layout import choose_layout
 from shared.data.tokenize import tokenize_rows
 from shared.errors import CheckpointError, ConfigError, StorageError, did_you_mean
 from shared.evaluate import evaluate_each
-from shared.lock import FILE as LOCK
-from shared.report import Curve, chart, escape, flatten, page, points, read_manifest, read_settings, thin
+from shared.running.lock import FILE as LOCK
 from shared.sessions import find_rows, open_session
 from shared.types import Example
+from shared.watching.report import Curve, chart, escape, flatten, page, points, read_manifest, read_settings, thin
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 48  # of a curve in text

@@ -9,12 +9,12 @@ from typing import NoReturn
 
 from shared import faults
 from shared.callbacks import tell
-from shared.checkpoint import drop_after, step_dirs, step_of
 from shared.data.cut import halve
 from shared.errors import DivergedError, OutOfMemory, is_out_of_memory
 from shared.evaluate import evaluate_examples
 from shared.protocols import Pending
-from shared.run import Run
+from shared.running.checkpoint import drop_after, step_dirs, step_of
+from shared.running.run import Run
 from shared.spikes import watch_loss
 from shared.types import Batch, StepStats, Update
 

@@ -1,7 +1,7 @@
 """The process of one tracker: follows metrics.jsonl of a run folder and sends its rows.
 
-`python -m shared.trackers NAME FOLDER`; the run is over when stdin ends. The file is the queue: rows wait in it however
-slow a tracker is, and what was not sent is sent when the run goes on. Every row is sent once.
+`python -m shared.watching.trackers NAME FOLDER`; the run is over when stdin ends. The file is the queue: rows wait
+in it, however slow a tracker is, and what was not sent is sent when the run goes on. Every row is sent once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from uuid import uuid4
 
 from shared.durable import write_json
 from shared.masking import mask
-from shared.report import read_manifest, read_settings
-from shared.sinks import FOLDER, LOOK_EVERY_S, WAIT_S, read_state
+from shared.watching.report import read_manifest, read_settings
+from shared.watching.sinks import FOLDER, LOOK_EVERY_S, WAIT_S, read_state
 
 PROJECT = "mlxlora"
 SILENT_S = 20  # a call that takes longer is worth a note

@@ -145,7 +145,7 @@ def start(folder: Path, name: str) -> Follower:
         environment.pop(forbidden, None)
     with (folder / FOLDER / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "shared.trackers", name, str(folder.resolve())],
+            [sys.executable, "-P", "-m", "shared.watching.trackers", name, str(folder.resolve())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
     follower = Follower(name, process)

@@ -9,9 +9,9 @@ import numpy as np
 from shared.adapters.spec import first_values
 from shared.data.tokenize import Tokenizer
 from shared.folder import end_tokens
-from shared.report import Sample
-from shared.run import Run
+from shared.running.run import Run
 from shared.types import Example, Sampling
+from shared.watching.report import Sample
 
 PROMPTS = 3
 MAX_TOKENS = 48

@@ -18,8 +18,6 @@ from shared.adapters.spec import resolve
 from shared.adapters.start import start_values
 from shared.adapters.writing import write_adapter
 from shared.callbacks import Callback, tell
-from shared.card import write_card
-from shared.checkpoint import Checkpoint, step_dirs
 from shared.config import DataConfig, RunConfig, parse_scheme
 from shared.convergence import convergence_checks
 from shared.data.batch import Plan
@@ -35,16 +33,17 @@ from shared.estimate.report import decide_run, what_fits
 from shared.export import write_model
 from shared.folder import ModelFolder, find_folder, open_folder, sha256
 from shared.hub import pinned
-from shared.lock import locked
 from shared.loop import fit
 from shared.optimizers import method_of
 from shared.profiling import tracing
 from shared.protocols import Backend, Model
-from shared.recovery import LateOutOfMemory
 from shared.registry import check_installed, find_backend
-from shared.report import write_report
-from shared.run import LoopState, Run
-from shared.run_folder import (
+from shared.running.card import write_card
+from shared.running.checkpoint import Checkpoint, step_dirs
+from shared.running.lock import locked
+from shared.running.recovery import LateOutOfMemory
+from shared.running.run import LoopState, Run
+from shared.running.run_folder import (
     Identity,
     begin,
     changed_maker,
@@ -61,10 +60,11 @@ from shared.run_folder import (
     with_whole_paths,
     write_manifest,
 )
-from shared.samples import take_samples
-from shared.sinks import check_sinks, sinks
+from shared.running.samples import take_samples
 from shared.strict import check_length
 from shared.types import AdapterSpec, Capability, Example, Recompute
+from shared.watching.report import write_report
+from shared.watching.sinks import check_sinks, sinks
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from shared.callbacks import Metrics
-from shared.display import megabytes
 from shared.durable import write_whole
 from shared.errors import StorageError
+from shared.watching.display import megabytes
 
 Point = tuple[float, float]
 Rows = Sequence[Mapping[str, Any]]
