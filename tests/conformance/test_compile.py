@@ -69,8 +69,9 @@ def test_compiled_updates_are_the_plain_ones_in_at_most_eight_traces(
             if step == 1:
                 first = {name: value - starts[name] for name, value in values(model.tensors("adapter")).items()}
         results.append((losses, first))
-    assert norm_gap(results[1][1], results[0][1]) <= tolerances.MICRO
-    np.testing.assert_allclose(results[1][0], results[0][0], rtol=tolerances.MICRO)
+    bound = tolerances.COMPILED_TORCH if backend == "torch" else tolerances.MICRO
+    assert norm_gap(results[1][1], results[0][1]) <= bound
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=bound)
     functions = 2 if backend == "torch" else 1  # of one shape: the first layer, whose input has no gradient, and others
     assert 1 < count_traces(trainer) - before <= functions * len(shapes) <= functions * MOST_SHAPES
 
