@@ -37,7 +37,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import heading, write  # noqa: E402
-from shared import checkpoint  # noqa: E402
 from shared.adapters.folder import read_adapter  # noqa: E402
 from shared.callbacks import Metrics  # noqa: E402
 from shared.config_file import load_config  # noqa: E402
@@ -46,6 +45,7 @@ from shared.data.rows import iterate_rows  # noqa: E402
 from shared.errors import MlxloraError  # noqa: E402
 from shared.folder import open_folder  # noqa: E402
 from shared.quant.quanto_folder import MAP  # noqa: E402
+from shared.running import checkpoint  # noqa: E402
 from shared.tensors import from_float32, read_header, read_tensor, save_file  # noqa: E402
 from shared.types import Tensor  # noqa: E402
 

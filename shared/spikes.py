@@ -28,7 +28,7 @@ def spike_limit(losses: Sequence[float]) -> float:
     The median absolute deviation times 1.4826 is the standard deviation of normal noise (Hampel 1974).
 
     >>> spike_limit([2.0, 2.2] * 16), spike_limit([2.0])
-    (3.286, inf)
+    (3.28608, inf)
     """
     if len(losses) < WINDOW:
         return math.inf

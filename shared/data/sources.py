@@ -52,9 +52,10 @@ def load_rows(data: DataConfig, *, valid_too: bool = True) -> Rows:
             found = split_files(root, split) if split == "train" or valid_too else []
             check_valid(found, split, data)
             files |= {prefix + label(file, root): file for file in found}
+            known = len(rows)
             rows += keep(read(found, data, dropped, prefix=prefix), seen, dropped)
-        if len(train) == before:
-            raise DataError(f"{next(iter(files))} has no rows", expected="one JSON object per line")
+            if found and len(rows) == known:
+                raise DataError(f"{prefix}{found[0].name} has no rows", expected="one JSON object per line")
         kept, parted = part(train[before:], share=data.valid_split)
         train[before:], valid = kept, valid + parted
         counts.append(len(kept))

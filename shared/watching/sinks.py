@@ -138,7 +138,7 @@ def read_state(folder: Path, name: str) -> dict[str, Any]:
 
 def start(folder: Path, name: str) -> Follower:
     """Start the process of one tracker: libraries print to its log file, signals of a terminal do not reach it."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, **quiet(), "PYTHONPATH": os.pathsep.join(paths)}
     for forbidden in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL") if is_offline() else ():

@@ -443,7 +443,7 @@ def test_schema_describes_the_config_file(capsys):
     train, adapter = (found["$defs"][name]["properties"] for name in ("TrainConfig", "AdapterConfig"))
     assert (train["batch_size"]["minimum"], train["batch_size"]["default"]) == (1, 16)
     assert train["seed"]["minimum"] == 0
-    assert set(train["dtype"]["enum"]) == {"float32", "bfloat16"}
+    assert set(train["dtype"]["enum"]) == {"float32", "bfloat16", "float16"}
     assert adapter["dropout"]["exclusiveMaximum"] == 1
     assert set(keys["backend"]["enum"]) == {"auto", "mlx", "torch"}
     assert all("description" in found["$defs"]["DataConfig"]["properties"][key] for key in ("path", "max_length"))

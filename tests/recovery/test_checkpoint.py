@@ -67,7 +67,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_row_08_everything_is_on_the_disk_before_it_counts(tmp_path):
     """The system calls of one save, in order; without strace, the fault points that stand between them."""
-    code = "import sys; from pathlib import Path; from shared import checkpoint, faults\n"
+    code = "import sys; from pathlib import Path; from shared import faults; from shared.running import checkpoint\n"
     code += "from tests.recovery.test_checkpoint import make\n"
     code += "checkpoint.save(Path(sys.argv[1]) / 'checkpoints', make(7), keep=1); print(*faults.passed)"
     strace = shutil.which("strace")
