@@ -13,7 +13,7 @@ from mlxlora.cli.app import Debug, Json, Set, emit, emit_object, say
 if TYPE_CHECKING:
     from shared.config import RunConfig
     from shared.estimate.report import BackendReport, Line, Report
-    from shared.estimate.search import Tried
+    from shared.jobs.search import Tried
 
 GIB = 2**30
 HEADINGS = "  {:<16}{:>10}{:>10}  {:<10}{:<14}{:<10}{:<13}change".format(
@@ -83,7 +83,7 @@ def write_fitting(config: RunConfig, memory: str, output: Path | None, *, as_jso
 
 def show_search(config: RunConfig, *, as_json: bool) -> None:
     """Measure growing micro-batches and print each."""
-    from shared.estimate.search import search_micro_tokens
+    from shared.jobs.search import search_micro_tokens
 
     def show(tried: Tried) -> None:
         if not as_json:
