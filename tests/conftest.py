@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -145,6 +146,13 @@ def save_model(folder: Path, *, family: str, tied: bool, dtype: str, seed: int, 
             parameter.copy_(noise + 1 if "norm" in name else noise)
     model.to(getattr(torch, dtype)).save_pretrained(str(folder))
     return save_tokenizer(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_heard():
+    """Hear what a shell lets a program in the background ignore; programs that tests start would ignore it too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -91,6 +91,14 @@ def make_row(value: Any, *, source: str, columns: Mapping[Any, str] | None = Non
     return check_row(translate(value, source=source, columns=columns), source=source)
 
 
+def as_json(field: Any, *, source: str, key: str) -> str:
+    """Return a field as JSON; raises DataError for dates, bytes and the like, which a Parquet file may hold."""
+    try:
+        return json.dumps(field, ensure_ascii=False)
+    except TypeError as error:
+        raise DataError(f'{source}: "{key}": {error}', expected="texts, numbers, lists and objects") from None
+
+
 def check_row(value: dict[str, Any], *, source: str) -> Row:
     """Return a row of one of the three kinds, told by its keys."""
     if "messages" in value:
@@ -98,7 +106,7 @@ def check_row(value: dict[str, Any], *, source: str) -> Row:
         check_tools(value.get("tools"), source=source)
         fields = {key: value[key] for key in ("messages", "tools") if value.get(key) is not None}
         for key, field in fields.items():  # names and arguments of calls can hold half characters too
-            check_text(json.dumps(field, ensure_ascii=False), source=source, key=key, may_be_empty=False)
+            check_text(as_json(field, source=source, key=key), source=source, key=key, may_be_empty=False)
         return Row("messages", fields, source)
     asked = next((key for key in ("prompt", "completion") if value.get(key) is not None), None)
     if asked and value.get("text") is not None:

@@ -47,6 +47,8 @@ def load_rows(data: DataConfig, *, valid_too: bool = True) -> Rows:
     for root in roots:
         folder = root if root.is_dir() else root.parent
         prefix = f"{folder.name}/" if len(data.sources) > 1 else ""
+        if prefix and any(name.startswith(prefix) for name in files):
+            prefix = f"{folder.name}-{len(counts) + 1}/"  # two folders of one name
         before = len(train)
         for split, rows in (("train", train), ("valid", valid)):
             found = split_files(root, split) if split == "train" or valid_too else []
@@ -57,10 +59,10 @@ def load_rows(data: DataConfig, *, valid_too: bool = True) -> Rows:
             if found and len(rows) == known:
                 raise DataError(f"{prefix}{found[0].name} has no rows", expected="one JSON object per line")
         kept, parted = part(train[before:], share=data.valid_split)
+        if not kept:
+            raise DataError(f"data.valid_split leaves no row of {root} to train on", fix="a smaller one, or more rows")
         train[before:], valid = kept, valid + parted
         counts.append(len(kept))
-    if not train:
-        raise DataError("data.valid_split leaves no row to train on", fix="a smaller data.valid_split, or more rows")
     return Rows(train, valid, tuple(counts), roots, files, dropped)
 
 

@@ -24,6 +24,7 @@ def supervise(command: Sequence[str], *, folder: Path, note: Callable[[str], Non
     SIGINT, SIGTERM and SIGHUP are passed on; a terminal's Ctrl-C reaches only this process, so it comes once.
     """
     children: list[subprocess.Popen[bytes]] = []
+    found = traces(folder)
     asked: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
@@ -40,7 +41,7 @@ def supervise(command: Sequence[str], *, folder: Path, note: Callable[[str], Non
             code = children[-1].wait()
             if code >= 0 or -code not in ABORTS or asked or not left:
                 break
-            more = smaller(folder)
+            more = smaller(folder, found)
             note(
                 f"training ended by {signal.Signals(-code).name}; {' '.join(['started again', *more])}, {left - 1} left"
             )
@@ -50,11 +51,23 @@ def supervise(command: Sequence[str], *, folder: Path, note: Callable[[str], Non
             signal.signal(number, handler)
 
 
-def smaller(folder: Path) -> list[str]:
-    """Return the arguments of the next try: from the last checkpoint, micro-batches of half the size of the last."""
-    resume = ["--resume", "auto"] if step_dirs(folder / "checkpoints") else []
+def traces(folder: Path) -> set[tuple[str, int]]:
+    """Return the checkpoints and the manifest of a run folder, each file with the time it was written."""
+    files = [*step_dirs(folder / "checkpoints"), folder / "manifest.json"]
+    return {(file.name, file.stat().st_mtime_ns) for file in files if file.exists()}
+
+
+def smaller(folder: Path, found: set[tuple[str, int]]) -> list[str]:
+    """Return the arguments of the next try: from the last checkpoint, micro-batches of half the size of the last.
+
+    found: what was there before the first try; it may be another run's, which `--resume never` is to replace.
+    """
+    new = {name for name, _ in traces(folder) - found}
+    resume = ["--resume", "auto"] if any(name != "manifest.json" for name in new) else []
+    if "manifest.json" not in new:
+        return resume  # it ended before anything was computed
     try:
         size = int(json.loads((folder / "manifest.json").read_text())["micro_tokens"])
     except (OSError, ValueError, KeyError, TypeError):
-        return resume  # it ended before anything was computed
+        return resume
     return [*resume, "--set", f"train.micro_tokens={max(size // 2, 1)}"]

@@ -82,10 +82,13 @@ def evaluate(run: Run) -> None:
         return
     run.row_began += time.perf_counter() - began  # evaluation is not training time
     state = run.state
-    better = state.best_loss is None or loss < state.best_loss
+    better = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
     state.evaluations_without_better = 0 if better else state.evaluations_without_better + 1
     state.best_loss = loss if better else state.best_loss
     state.evaluated_step = state.step
+    if not math.isfinite(loss):  # JSON has no NaN
+        tell(run.callbacks, "on_note", f"the evaluation after update {state.step} has no finite loss ({loss})")
+        return
     row = {"step": state.step, "eval_loss": loss}
     write(run, row)
     tell(run.callbacks, "on_evaluate", row)

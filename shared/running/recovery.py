@@ -80,8 +80,9 @@ def judge(run: Run, *, step: int, stats: StepStats) -> None:
         tell(run.callbacks, "on_note", f"update {step} skipped: loss or gradient not finite ({rows})")
     if state.skipped_in_a_row >= MAX_SKIPPED:
         steps = range(step - MAX_SKIPPED + 1, step + 1)
-        what = f"training diverged: updates {steps[0]} to {step} had no finite loss or gradient; {suspects(run, steps)}"
-        raise DivergedError(what, fix=roll_back(run, steps[0] - 2))
+        bad, blame = suspects(run, steps)
+        what = f"training diverged: updates {steps[0]} to {step} had no finite loss or gradient; {blame}"
+        raise DivergedError(what, fix=roll_back(run, steps[0] - (1 if bad else 2)))
 
 
 def name_some(rows: Sequence[str]) -> str:
@@ -94,19 +95,20 @@ def name_some(rows: Sequence[str]) -> str:
     return ", ".join(rows[:MAX_NAMED]) + more
 
 
-def suspects(run: Run, steps: Sequence[int]) -> str:
-    """Return what is to blame for updates without finite numbers: rows that are not finite alone, or the weights."""
+def suspects(run: Run, steps: Sequence[int]) -> tuple[bool, str]:
+    """Return whether single rows are to blame for updates without finite numbers, and those rows or the weights."""
     rows = [run.train[row] for row in dict.fromkeys(int(row) for step in steps for row in run.plan.rows(step))]
     bad = [row.source for row in rows if not math.isfinite(evaluate_examples(run.model, [row], run.layout).loss)]
     if len(bad) == len(rows):
-        return "every row of theirs does that, so the weights are to blame"
-    return f"suspects: {name_some(bad)}" if bad else "the loss of each row alone is finite"
+        return False, "every row of theirs does that, so the weights are to blame"
+    return bool(bad), f"suspects: {name_some(bad)}" if bad else "the loss of each row alone is finite"
 
 
 def roll_back(run: Run, step: int) -> str:
     """Put the run folder back to the last good checkpoint, at most `step`; return what to do next.
 
-    A checkpoint is good when the update behind it had a finite loss: that loss was computed with its weights.
+    A checkpoint is good when the update behind it had a finite loss, which was computed with its weights; or when other
+    rows have a finite loss with them.
     """
     root = run.folder / "checkpoints"
     drop_after(root, step)

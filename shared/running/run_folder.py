@@ -123,7 +123,12 @@ def find_checkpoint(
         if found is None:
             check_fresh(folder, note)
     else:
-        found = from_path(Path(resume).expanduser())
+        source = Path(resume).expanduser()
+        found = from_path(source)
+        if folder.resolve() not in (source.resolve(), *source.resolve().parents) and checkpoint.step_dirs(root):
+            raise ConfigError(
+                f"{folder} holds a run of its own, and --resume names another", fix="choose another --output"
+            )
     changed = check_identity(found, identity(), allowed=allowed) if found is not None else {}
     if found is None or not changed:
         return found
@@ -230,14 +235,19 @@ def check_identity(found: checkpoint.Checkpoint, own: Identity, *, allowed: Coll
     changed = differences(found, own)
     refused = [key for key in changed if key not in allowed]
     if refused:
+        never = [key for key in refused if key.startswith(SHAPING)]  # tensors of the checkpoint would not fit
         flags = " ".join(f"--allow-change {key}" for key in refused)
         raise CheckpointError(
             f"the run was started differently, so it cannot go on: {'; '.join(changed[key] for key in refused[:4])}",
             expected="the same settings, rows and base, or another --output",
-            fix=f"{flags} goes on all the same; --resume never starts anew (removes the old run)",
+            fix=("" if never else f"{flags} goes on all the same; ")
+            + "--resume never starts anew (removes the old run)",
             code="E322",
         )
     return changed
+
+
+SHAPING = ("adapter.type", "adapter.rank", "adapter.targets", "adapter.layers", "optimizer.name", "optimizer.state")
 
 
 def check_allowed(allowed: Collection[str], config: RunConfig) -> None:

@@ -65,7 +65,9 @@ class Sinks:
     def on_start(self, facts: Any) -> None:
         """Start a process per tracker that has not yet sent the whole run."""
         (self.folder / FOLDER).mkdir(exist_ok=True)
-        self.followers = [start(self.folder, name) for name in self.names if not is_sent(self.folder, name)]
+        goes_on = facts.get("from", 0) < facts.get("updates", 0)  # a finished run too, where it was made longer
+        names = [name for name in self.names if goes_on or not is_sent(self.folder, name)]
+        self.followers = [start(self.folder, name) for name in names]
 
     def on_update(self, step: int) -> None:
         """Pass on what trackers say."""

@@ -33,6 +33,7 @@ from shared.config import RunConfig
 from shared.config_file import build_config, to_yaml
 from shared.data.batch import Plan
 from shared.errors import CheckpointError, ConfigError, DivergedError, Interrupted, OutOfMemory
+from shared.jobs.supervise import smaller, traces
 from shared.jobs.train import build_run, make_identity, prepare, train
 from shared.loop import fit
 from shared.registry import find_backend
@@ -77,16 +78,6 @@ def make_config(tiny_model_folder, tmp_path_factory) -> Callable[..., RunConfig]
         return build_config(values, overrides=list(overrides))
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def signals_heard():
-    """Hear what the shell lets a program in the background ignore."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -547,3 +538,13 @@ def test_row_39_no_duration_comes_from_a_clock_that_can_jump():
     sources = [file.read_text() for file in files]  # what time it is: for trackers, and beside the times of files
     assert sum("perf_counter()" in source for source in sources) > 3
     assert not [source for source in sources if re.search(r"\btime\.time\(|gmtime|localtime", source)]
+
+
+def test_a_restart_takes_nothing_of_a_run_that_was_there_before(tmp_path):
+    (tmp_path / "checkpoints" / "step-000010").mkdir(parents=True)
+    (tmp_path / "manifest.json").write_text('{"micro_tokens": 64}')
+    found = traces(tmp_path)
+    assert smaller(tmp_path, found) == []
+    (tmp_path / "checkpoints" / "step-000020").mkdir()
+    (tmp_path / "manifest.json").write_text('{"micro_tokens": 64} ')
+    assert smaller(tmp_path, found) == ["--resume", "auto", "--set", "train.micro_tokens=32"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 
 import pytest
 
-from shared.data.rows import Row, content_hash, find_data, read_rows, split_files
+from shared.data.rows import Row, content_hash, find_data, make_row, read_rows, split_files
 from shared.errors import DataError
 
 GOOD = {"text": "fine"}
@@ -185,3 +186,9 @@ def test_the_content_hash_sees_order_and_content_but_not_the_files_name():
     one, two = Row("text", {"text": "a"}, "x:1"), Row("text", {"text": "b"}, "x:2")
     assert content_hash([one, two]) == content_hash([Row("text", {"text": "a"}, "y:9"), two])
     assert len({content_hash([one, two]), content_hash([two, one]), content_hash([one]), content_hash([])}) == 4
+
+
+def test_a_date_inside_of_messages_is_an_error_with_its_row():
+    turn = {"role": "assistant", "content": "hi", "at": datetime.date(2026, 11, 20)}
+    with pytest.raises(DataError, match='1: "messages": Object of type date'):
+        make_row({"messages": [turn]}, source="a.parquet:1")

@@ -132,6 +132,7 @@ def level_records(data: bytes) -> list[bytes]:
 def test_a_missing_tracker_is_named_with_its_install_line_before_anything_is_loaded(monkeypatch):
     here = Path(__file__).parents[2]
     monkeypatch.setattr(sys, "path", [str(here), *(path for path in sys.path if "site-packages" not in path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(CapabilityError, match="pip install wandb") as caught:
         check_sinks(["jsonl", "wandb"])
     assert caught.value.exit_code == 4
