@@ -59,6 +59,9 @@ HALF_ATTENTION = 0.03  # measured: 1.1e-2 for the loop over examples, on a CPU
 # the gradient.
 LAYOUT = 1e-6  # measured: 3.2e-7 for the loss, 8.8e-7 for the gradient
 
+# The same change of the gradient on every architecture of docs/architectures.md.
+LAYOUT_ARCHITECTURES = 2e-6
+
 # The same for every element of the gradient, relative to the largest of all.
 LAYOUT_ELEMENT = 2e-6  # measured: 1.2e-6 (llama with wide heads on MLX, attention in blocks against MLX's own)
 

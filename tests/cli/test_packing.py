@@ -14,7 +14,7 @@ from shared.data.batch import micro_batches
 from shared.data.layout import choose_layout
 from shared.evaluate import evaluate_examples
 from tests import tolerances
-from tests.parity.test_families import load, save, wanted_log_probs
+from tests.architectures import load, save, wanted_log_probs
 
 FAMILIES = {  # one that packs on the other backend, and for PyTorch one that packs on none
     "mlx": ("phi3", {}),

@@ -15,7 +15,8 @@ from shared.jobs.parity import parity
 from shared.jobs.train import train
 from shared.tensors import load_file, save_file
 from tests import tolerances
-from tests.parity.test_families import CASES, save
+from tests.architectures import save
+from tests.parity.test_families import CASES
 
 IDS = [[5, 90, 17, 200, 33, 64, 8, 120, 91]]
 BASES: dict[str, Path] = {}

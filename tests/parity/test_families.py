@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from shared.data.batch import make_batch
 from shared.errors import CapabilityError, ModelError
 from shared.folder import open_folder
-from shared.registry import BACKENDS, find_backend
+from shared.registry import BACKENDS
 from shared.strict import check_length
 from tests import tolerances
-from tests.conftest import save_tokenizer
+from tests.architectures import ARCHITECTURES, LLAMA3_ROPE, examine, load, save, wanted_log_probs, written
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
 CASES = {
     "llama bias": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "llama head_dim": ("llama", {"head_dim": 32}),
@@ -35,41 +29,12 @@ CASES = {
 }
 
 
-def save(folder: Path, family: str, settings: dict) -> Path:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(family, **{
-        "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
-        "num_hidden_layers": 2, "vocab_size": 269, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
-        "pad_token_id": 0, **settings,
-    })  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(str(folder))
-    return save_tokenizer(folder)
-
-
-def wanted_log_probs(folder: Path, examples, **options) -> np.ndarray:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-    found = []
-    for example in examples:
-        with torch.no_grad():
-            logp = plain(torch.from_numpy(example.tokens)[None].long()).logits[0].log_softmax(-1).numpy()
-        at = np.flatnonzero(example.supervised)
-        found.append(logp[at - 1, example.tokens[at]])
-    return np.concatenate(found)
-
-
-def load(backend: str, folder: Path, **options):
-    options = {"dtype": "float32", "quantization": None, "recompute": False, "device": "cpu", **options}
-    return find_backend(backend).load_model(folder, **options)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.title)
+def test_the_table_of_architectures_says_what_is_found_by_trying(architecture):
+    """To write it anew: python -m tests.architectures."""
+    found = examine(architecture)
+    assert "no" not in {verdict for cells in found.values() for verdict in cells.values()}  # without a reason
+    assert found == written()[architecture.title]
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))

@@ -18,7 +18,7 @@ from shared.registry import BACKENDS, find_backend
 from shared.tensors import to_float32
 from shared.types import AdapterSpec, Batch, Example, Method, ModelInfo, Tensor
 from tests import tolerances
-from tests.parity.test_families import LLAMA3_ROPE, load, save, wanted_log_probs
+from tests.architectures import LLAMA3_ROPE, load, save, wanted_log_probs
 from torch_backend import attention as on_torch
 
 LENGTHS = [5, 19, 8, 31, 12, 12, 3, 27, 2]
