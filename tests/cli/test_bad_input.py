@@ -551,7 +551,7 @@ DATA = [
     case("a template that is not Jinja", lambda w: with_template(w, "{% for %}"), 2, "train.jsonl:1", "chat template"),
     case("a template that reaches for Python", lambda w: with_template(w, SSTI), 2, "train.jsonl:1", "chat template",
          "unsafe"),
-    case("a template that never ends", lambda w: with_template(w, ENDLESS), 2, "train.jsonl:1", "longer than 2 s",
+    case("a template that never ends", lambda w: with_template(w, ENDLESS), 2, "train.jsonl:1", "longer than 1 s",
          quick=False),
     case("a template that writes a flood", lambda w: with_template(w, "{{ 'x' * 1000000000 }}"), 2, "chat template"),
     case("a template that doubles forever",

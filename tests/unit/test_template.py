@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 import pytest
 
-from shared.data.template import MAX_OUTPUT, render_chat, run_template
+from shared.data.template import MAX_OUTPUT, render_chat, run_template, time_limit
 from shared.errors import DataError
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -67,10 +68,16 @@ def test_what_python_keeps_inside_comes_out_as_nothing(source):
         "{% macro f(n) %}{% for i in range(99) %}{{ f(n + 1) if n < 9 }}{% endfor %}{% endmacro %}{{ f(0) }}",
     ],
 )
-def test_an_endless_loop_is_stopped_within_three_seconds(source):
-    started = time.perf_counter()
-    assert "took longer than 2 s" in refusal(source)
-    assert time.perf_counter() - started < 3
+def test_an_endless_loop_is_stopped_within_two_seconds_of_work(source):
+    started = time.process_time()
+    assert "took longer than 1 s" in refusal(source)
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers on this system")
+def test_time_in_which_the_process_rests_is_not_the_templates():
+    with time_limit(0.05):
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("source", ["{% for i in range(9999) %}{{ 'a' * 999 }}{% endfor %}"])
