@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 
 import numpy as np
 
+from shared.ceilings import read_ceilings
 from shared.config import RunConfig
 from shared.estimate.memory import Shape
 from shared.estimate.plan import Lengths
@@ -51,9 +50,7 @@ def update_time(amount: float, *, backend: str, place: str, dtype: str, tflops: 
 
 def measured_rate(backend: str, *, place: str, dtype: str) -> tuple[float | None, str]:
     """Return the matmul rate of this machine, None where nothing has measured it."""
-    if find_spec("shared.measuring.ceilings") is None:
-        return None, "unknown; --tflops gives a rate"
-    found = import_module("shared.measuring.ceilings").read_ceilings(backend, place.rpartition("-")[2])
+    found = read_ceilings(backend, place.rpartition("-")[2])
     if found is None:
         return None, "unknown; run mlxlora bench, or give a rate with --tflops"
     return found.matmul_flop_per_s.get(dtype), f"mlxlora bench of {found.date}"

@@ -18,6 +18,7 @@ from typing import Any
 
 from shared import errors
 from shared.adapters.spec import first_values, resolve
+from shared.ceilings import Ceilings, measure_ceilings
 from shared.config import RunConfig, parse_scheme
 from shared.config_file import build_config
 from shared.data.batch import Plan, update_batches
@@ -26,7 +27,6 @@ from shared.errors import CapabilityError, MlxloraError, OutOfMemory
 from shared.estimate.report import decide_run
 from shared.folder import open_folder
 from shared.loop import build_update
-from shared.measuring.ceilings import Ceilings, measure_ceilings
 from shared.measuring.synthetic import make_rows
 from shared.optimizers import method_of
 from shared.protocols import Backend, Model, Trainer

@@ -13,7 +13,7 @@ from shared.evaluate import evaluate_examples
 from shared.running.checkpoint import Checkpoint, save
 from shared.running.recovery import judge, read, roll_back
 from shared.running.run import Run
-from shared.spikes import LAG, go_back, spike_limit
+from shared.running.spikes import LAG, go_back, spike_limit
 from shared.tensors import is_finite
 
 

@@ -15,7 +15,7 @@ from shared.evaluate import evaluate_examples
 from shared.protocols import Pending
 from shared.running.checkpoint import drop_after, step_dirs, step_of
 from shared.running.run import Run
-from shared.spikes import watch_loss
+from shared.running.spikes import watch_loss
 from shared.types import Batch, StepStats, Update
 
 MAX_SKIPPED = 3  # updates in a row without finite numbers, then the weights themselves are in doubt

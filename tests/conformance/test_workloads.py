@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.measuring.ceilings import DTYPES, measure_ceilings
+from shared.ceilings import DTYPES, measure_ceilings
 
 ROOT = Path(__file__).resolve().parents[2]
 

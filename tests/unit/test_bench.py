@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.ceilings import Ceilings, time_of, write_ceilings
 from shared.errors import ConfigError, OutOfMemory, StorageError
 from shared.machine import Machine, processor_name, this_machine
 from shared.measuring import bench as bench_module
@@ -27,7 +28,6 @@ from shared.measuring.bench import (
     report,
     weight_traffic,
 )
-from shared.measuring.ceilings import Ceilings, time_of, write_ceilings
 from shared.measuring.measure import Updates, ask, ended
 
 MACHINE = Machine("Apple M2 Max", cores=12, memory_bytes=64 * 2**30, system="macOS 26.1")

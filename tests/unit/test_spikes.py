@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shared.spikes import LAG, WINDOW, spike_limit
+from shared.running.spikes import LAG, WINDOW, spike_limit
 
 
 def alarms(losses: np.ndarray) -> list[int]:
