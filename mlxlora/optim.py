@@ -7,18 +7,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlxlora.blockwise import decode, encode
+from shared.gradients import by_module
 from shared.optimizers import FIRST_SCALE, Group, make_groups, next_scale
 from shared.quant.blockwise import BLOCK
-from shared.types import Method, MomentFormat, Update
+from shared.types import Method, MomentFormat, StepStats, Update
 
 Arrays = dict[str, mx.array]
 NORM_WIDTH = 512  # values that are summed in one go
 GROUP = 2**12 * BLOCK  # values that tensors are joined up to; larger tensors stay alone
+
+
+@dataclass(frozen=True)
+class PendingStats:
+    """The numbers of an update, still in the making."""
+
+    loss: mx.array
+    grad_norm: mx.array
+    applied: mx.array
+    overflowed: mx.array
+    norms: mx.array | None  # of each of `names`
+    names: tuple[str, ...]
+
+    def result(self) -> StepStats:
+        """Return the numbers; waits for the device."""
+        return StepStats(
+            loss=float(self.loss),
+            grad_norm=float(self.grad_norm),
+            skipped=not bool(self.applied),
+            overflowed=bool(self.overflowed),
+            norms={} if self.norms is None else by_module(self.names, self.norms.tolist()),
+        )
+
+    def arrays(self) -> list[mx.array]:
+        """Return what is to be computed with the update: norms, whose gradients are then freed."""
+        return [self.grad_norm] if self.norms is None else [self.grad_norm, self.norms]
 
 
 class Optimizer:
@@ -44,15 +72,16 @@ class Optimizer:
     def step(
         self, parameters: Arrays, grads: Mapping[str, mx.array], update: Update, *, loss: mx.array,
         weight: float | mx.array,
-    ) -> tuple[Arrays, mx.array, mx.array, mx.array]:  # fmt: skip
+    ) -> tuple[Arrays, PendingStats]:  # fmt: skip
         """Divide the summed gradients by `weight`, clip, update.
 
-        Returns the next parameters, the norm before clipping, whether the update was applied, and whether the loss
-        scale alone was in the way: a non-finite gradient, or a loss that is not below its limit, leaves parameters and
-        moments as they are, without a host synchronisation.
+        Returns the next parameters, and numbers that need not be waited for: norms before clipping, and whether the
+        loss scale alone was in the way. A non-finite gradient, or a loss that is not below its limit, leaves parameters
+        and moments as they are.
         """
         joined = [join(group, grads) for group in self.groups]
         norm = mx.sqrt(sum((sum_of_squares(grad) for grad in joined), start=mx.zeros(()))) / weight
+        norms = norms_of(grads) / weight if update.by_module else None
         low = loss < update.max_loss * weight  # false for NaN and infinity too
         ok = mx.isfinite(norm) & low
         clip = mx.array(1.0)
@@ -67,7 +96,8 @@ class Optimizer:
                 parameters[name] = array.astype(self.dtypes[name])
                 if name in self.master:
                     self.master[name] = array
-        return parameters, norm, ok, self.adapt_scale(ok, low)
+        overflowed = self.adapt_scale(ok, low)
+        return parameters, PendingStats(loss / weight, norm, ok, overflowed, norms, tuple(grads))
 
     def adapt_scale(self, ok: mx.array, low: mx.array) -> mx.array:
         """Change the loss scale as an update asks for; return whether it was too large."""
@@ -174,3 +204,8 @@ def sum_of_squares(x: mx.array) -> mx.array:
     flat = mx.square(x.reshape(-1))
     whole = flat.size // NORM_WIDTH * NORM_WIDTH
     return flat[:whole].reshape(-1, NORM_WIDTH).sum(axis=1).sum() + flat[whole:].sum()
+
+
+def norms_of(grads: Mapping[str, mx.array]) -> mx.array:
+    """Return the norm of every tensor's summed gradient."""
+    return mx.sqrt(mx.stack([sum_of_squares(grad.astype(mx.float32)) for grad in grads.values()]))

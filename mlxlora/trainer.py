@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx.nn.utils import value_and_grad
@@ -13,28 +12,12 @@ from mlxlora.compiling import Arrays, CompiledStep
 from mlxlora.memory import read_memory
 from mlxlora.model import MLXModel, flatten
 from mlxlora.objectives import OBJECTIVES
-from mlxlora.optim import Optimizer
+from mlxlora.optim import Optimizer, PendingStats
 from mlxlora.state import from_mlx, to_mlx
 from shared import faults
 from shared.adapters.spec import layer_of
 from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
-from shared.types import Batch, Memory, Method, Shapes, StepStats, Tensor, Update
-
-
-@dataclass(frozen=True)
-class PendingStats:
-    """The numbers of an update, still in the making."""
-
-    loss: mx.array
-    grad_norm: mx.array
-    applied: mx.array
-    overflowed: mx.array
-
-    def result(self) -> StepStats:
-        """Return the numbers; waits for the device."""
-        return StepStats(
-            float(self.loss), float(self.grad_norm), skipped=not bool(self.applied), overflowed=bool(self.overflowed)
-        )
+from shared.types import Batch, Memory, Method, Shapes, Tensor, Update
 
 
 class MLXTrainer:
@@ -63,12 +46,10 @@ class MLXTrainer:
                 raise OutOfMemory(f"MLX has no memory left: {str(error)[:200]}") from None
             raise
         named = {self.model.canonical(name): grad for name, grad in flatten(grads)}
-        parameters, norm, applied, overflowed = self.optimizer.step(
-            self.model.parameters, named, update, loss=total, weight=divisor
-        )
+        parameters, found = self.optimizer.step(self.model.parameters, named, update, loss=total, weight=divisor)
         self.model.put_parameters(parameters)
-        mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.arrays(), norm)
-        return PendingStats(total / divisor, norm, applied, overflowed)
+        mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.arrays(), found.arrays())
+        return found
 
     def compute(self, total: mx.array, grads: dict) -> None:
         """Have the sums computed; with recompute from the last layer to the first, so that each is done with in turn.

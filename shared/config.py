@@ -230,6 +230,9 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     every: Count = 10
     to: list[Literal["jsonl", "tensorboard", "trackio", "wandb", "mlflow"]] = ["jsonl"]  # docs/trackers.md
+    gradients: Annotated[
+        Count | bool, Field(description="gradient norms by module: in every row of metrics, or every so many updates")
+    ] = False
     profile: Annotated[
         Count | None, Field(description="trace so many updates, from the third on, into profile/ of the run folder")
     ] = None

@@ -17,7 +17,17 @@ from shared.config import RunConfig
 from shared.data.ahead import Ahead
 from shared.data.batch import update_batches
 from shared.errors import Interrupted
-from shared.running.record import checkpoint, drain, evaluate, log, max_loss, save_or_go_on, stopped_early
+from shared.running.record import (
+    checkpoint,
+    drain,
+    evaluate,
+    has_row,
+    log,
+    max_loss,
+    save_or_go_on,
+    stopped_early,
+    wants_norms,
+)
 from shared.running.recovery import step_or_split
 from shared.running.run import Run
 from shared.schedules import build_schedule
@@ -59,7 +69,8 @@ def do_update(run: Run, schedule: Callable[[int], float], ahead: Ahead) -> None:
     """Do the next update and log it where a row is due."""
     step, began = run.state.step + 1, time.perf_counter()
     micro = ahead.take(step, run.layout)
-    update = build_update(run.config, step, lr=schedule(step), max_loss=max_loss(run))
+    limit, by_module = max_loss(run), wants_norms(run, step)
+    update = build_update(run.config, step, lr=schedule(step), max_loss=limit, by_module=by_module)
     run.pending.append((step, step_or_split(run, micro, update)))
     state = run.state
     state.step = step
@@ -69,12 +80,14 @@ def do_update(run: Run, schedule: Callable[[int], float], ahead: Ahead) -> None:
     run.lr = update.lr
     run.row_began += run.stop.gap(since=began)
     tell(run.callbacks, "on_update", step)
-    if step % run.config.log.every == 0 or step == run.updates:
+    if has_row(run, step):
         drain(run)
         log(run)
 
 
-def build_update(config: RunConfig, step: int, *, lr: float, max_loss: float = math.inf) -> Update:
+def build_update(
+    config: RunConfig, step: int, *, lr: float, max_loss: float = math.inf, by_module: bool = False
+) -> Update:
     """Return every number of one update."""
     optimizer = config.optimizer
     return Update(
@@ -90,6 +103,7 @@ def build_update(config: RunConfig, step: int, *, lr: float, max_loss: float = m
         momentum=optimizer.momentum,
         nesterov=optimizer.nesterov,
         max_loss=max_loss,
+        by_module=by_module,
     )
 
 

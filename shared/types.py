@@ -115,6 +115,7 @@ class Update:
     momentum: float
     nesterov: bool
     max_loss: float = math.inf  # nats; above it the update is skipped
+    by_module: bool = False  # also give the gradient's norm of every module
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class StepStats:
     grad_norm: float
     skipped: bool  # true: a non-finite loss or gradient, nothing was changed
     overflowed: bool = False  # true: skipped too, but only because the loss scale of float16 was too large
+    norms: Mapping[str, float] = field(default_factory=dict[str, float])  # of the gradient by module, where asked for
 
 
 @dataclass(frozen=True)

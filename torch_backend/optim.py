@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from shared.gradients import by_module
 from shared.optimizers import FIRST_SCALE, Group, make_groups, next_scale
 from shared.quant.blockwise import BLOCK
-from shared.types import Method, MomentFormat, Update
+from shared.types import Method, MomentFormat, StepStats, Update
 from torch_backend.blockwise import decode, encode
 
 Tensors = dict[str, torch.Tensor]
@@ -29,6 +30,28 @@ class Scales:
     divisor: torch.Tensor  # of the summed gradient: total weight / clipping factor
     skip: torch.Tensor  # 1 where nothing may change, else 0
     step: torch.Tensor  # of the bias correction; infinity for none
+
+
+@dataclass(frozen=True)
+class PendingStats:
+    """The numbers of an update, still on the device."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    applied: torch.Tensor
+    overflowed: torch.Tensor
+    norms: torch.Tensor | None  # of each of `names`
+    names: tuple[str, ...]
+
+    def result(self) -> StepStats:
+        """Return the numbers; waits for the device."""
+        return StepStats(
+            loss=float(self.loss),
+            grad_norm=float(self.grad_norm),
+            skipped=not bool(self.applied),
+            overflowed=bool(self.overflowed),
+            norms={} if self.norms is None else by_module(self.names, self.norms.tolist()),
+        )
 
 
 class Optimizer:
@@ -68,16 +91,15 @@ class Optimizer:
         """Return the number that the mean loss is multiplied by, None for none."""
         return self.loss_scale.get("value")
 
-    def step(
-        self, update: Update, *, loss: torch.Tensor, weight: float | torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def step(self, update: Update, *, loss: torch.Tensor, weight: float | torch.Tensor) -> PendingStats:
         """Divide the summed gradients by `weight`, clip, update.
 
-        Returns the norm before clipping, whether the update was applied, and whether the loss scale alone was in the
-        way. A non-finite gradient, or a loss that is not below its limit, changes nothing, and the host need not wait.
-        Where memory runs out nothing has changed, but for the gradients.
+        The numbers it returns need not be waited for: norms before clipping, and whether the loss scale alone was in
+        the way. A non-finite gradient, or a loss that is not below its limit, changes nothing. Where memory runs out
+        nothing has changed, but for the gradients.
         """
         norm = self.grad.norm() / weight
+        norms = self.norms() / weight if update.by_module else None
         low = loss < update.max_loss * weight  # false for NaN and infinity too
         ok = torch.isfinite(norm) & low
         clip = torch.ones_like(norm)
@@ -99,7 +121,12 @@ class Optimizer:
                 self.moments[number] = new
         self.grad.zero_()
         self.push()
-        return norm, ok, self.adapt_scale(ok, low)
+        overflowed = self.adapt_scale(ok, low)
+        return PendingStats(loss / weight, norm, ok, overflowed, norms, tuple(self.parameters))
+
+    def norms(self) -> torch.Tensor:
+        """Return the norm of every tensor's summed gradient."""
+        return torch.stack(list(torch.ops.aten._foreach_norm.Scalar(self.views(self.grad))))
 
     def adapt_scale(self, ok: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """Change the loss scale as an update asks for; return whether it was too large."""

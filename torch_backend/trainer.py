@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from shared import faults
 from shared.errors import CheckpointError, OutOfMemory, is_out_of_memory
-from shared.types import Batch, Memory, Method, Shapes, StepStats, Tensor, Update
+from shared.types import Batch, Memory, Method, Shapes, Tensor, Update
 from torch_backend.compiling import compile_layers
 from torch_backend.memory import read_memory
 from torch_backend.model import TorchModel
 from torch_backend.objectives import OBJECTIVES
-from torch_backend.optim import Optimizer
+from torch_backend.optim import Optimizer, PendingStats
 from torch_backend.state import from_torch, to_torch
-
-
-@dataclass(frozen=True)
-class PendingStats:
-    """The numbers of an update, still on the device."""
-
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    applied: torch.Tensor
-    overflowed: torch.Tensor
-
-    def result(self) -> StepStats:
-        """Return the numbers; waits for the device."""
-        return StepStats(
-            float(self.loss), float(self.grad_norm), skipped=not bool(self.applied), overflowed=bool(self.overflowed)
-        )
 
 
 class TorchTrainer:
@@ -50,13 +33,12 @@ class TorchTrainer:
         factor, divisor = (1.0, weight) if scale is None else (scale / weight, scale)  # float16: mean loss times scale
         try:
             total = torch.stack([self.accumulate(batch, update, factor) for batch in micro]).sum()
-            norm, applied, overflowed = self.optimizer.step(update, loss=total, weight=divisor)
+            return self.optimizer.step(update, loss=total, weight=divisor)
         except (RuntimeError, MemoryError) as error:
             self.optimizer.grad.zero_()
             if is_out_of_memory(error):
                 raise OutOfMemory(f"torch has no memory left: {str(error)[:200]}") from None
             raise
-        return PendingStats(total / divisor, norm, applied, overflowed)
 
     def accumulate(self, batch: Batch, update: Update, factor: float | torch.Tensor) -> torch.Tensor:
         """Add the gradient of factor times one micro-batch's summed loss to the flat one; return that loss."""

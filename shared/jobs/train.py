@@ -32,6 +32,7 @@ from shared.estimate.plan import with_settings
 from shared.estimate.report import decide_run, what_fits
 from shared.export import write_model
 from shared.folder import ModelFolder, find_folder, open_folder, sha256
+from shared.gradients import gradient_checks
 from shared.hub import pinned
 from shared.loop import fit
 from shared.optimizers import method_of
@@ -149,7 +150,8 @@ def train_once(
         begin(folder, step=run.state.step if found else -1, resume=resume)
         given = command or command_line()
         with sinks(folder, config.log.to, note) as trackers:
-            run.callbacks = [trackers, *tracers, *convergence_checks(config, note), *callbacks]
+            checks = [*convergence_checks(config, note), *gradient_checks(config, note)]
+            run.callbacks = [trackers, *tracers, *checks, *callbacks]
             try:
                 return finish_run(run, prepared, backend.probe(), base=hashes.result(), command=given)
             except LateOutOfMemory:

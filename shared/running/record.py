@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
+from shared import gradients
 from shared.callbacks import tell
 from shared.errors import DivergedError, StorageError
 from shared.evaluate import evaluate_examples
@@ -38,6 +39,18 @@ def max_loss(run: Run) -> float:
     return spike_limit(known[: len(known) - LAG + len(run.pending)])
 
 
+def has_row(run: Run, step: int) -> bool:
+    """Return whether an update gets a row of metrics."""
+    return step % run.config.log.every == 0 or step == run.updates
+
+
+def wants_norms(run: Run, step: int) -> bool:
+    """Return whether an update's row is to hold norms by module: each row, or the first of every so many updates."""
+    log = run.config.log
+    every = log.every if log.gradients is True else int(log.gradients)
+    return every > 0 and has_row(run, step) and (step % every < log.every or step == run.updates)
+
+
 def log(run: Run) -> None:
     """Write one row of metrics."""
     assert run.last is not None
@@ -55,6 +68,7 @@ def log(run: Run) -> None:
         "peak_memory_bytes": run.trainer.memory().peak,
         "time_s": state.time_s,
         **({"skipped_updates": state.skipped} if state.skipped else {}),
+        **({gradients.KEY: gradients.rounded(run.last.norms)} if run.last.norms else {}),
         **({"overflows": state.overflows} if run.config.train.dtype == "float16" else {}),
     }
     state.tokens = state.supervised_tokens = state.positions = 0

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
-import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import yaml
 
 from shared.callbacks import Metrics
 from shared.durable import write_whole
 from shared.errors import StorageError
 from shared.watching.display import megabytes
+from shared.watching.heat import gradient_section
+from shared.watching.words import duration, escape, moment, number, short, shown
 
 Point = tuple[float, float]
 Rows = Sequence[Mapping[str, Any]]
 Flat = Mapping[str, Any]  # the manifest, one level deep: "rows.train" -> value
 
 LIMIT = 1000  # points per curve; 100k of them would make a page of 10 MB
-LARGEST = 3.5e38  # beyond float32: as good as infinite
+NOISY, MEAN_OF, MEANS = 60, 25, 200  # points from which a mean is drawn, of a 25th of them, at so many places
 LEFT, RIGHT, TOP, BOTTOM = 58, 436, 28, 196  # the plot's box in a picture of 460 x 240
-ARROW, DOT, GAP, DASH = " \u2192 ", " \u00b7 ", "\u2003", {"a": "\u2014", "b": "- -"}
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+ARROW, DOT, GAP, DASH = " \u2192 ", " \u00b7 ", "\u2003", {"a": "\u2014", "b": "- -", "c": "- -"}
 DATA = {
     "rows.train": "training rows",
     "rows.valid": "validation rows",
@@ -51,8 +52,9 @@ h2{font-size:18px;margin:32px 0 12px}h3{font-size:15px;margin:0 0 4px}small,.lab
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;margin:0}
 table{width:100%;border-collapse:collapse;font-size:14px}th,td{text-align:left;vertical-align:top;padding:4px 0;border-top:1px solid var(--line)}tr:first-child>*{border-top:0}th{font-weight:400;color:var(--muted);width:45%}td{padding-left:14px}
 pre{margin:0;white-space:pre-wrap;overflow:auto;font:13px/1.5 ui-monospace,Menlo,Consolas,monospace}.sample pre{max-height:18em}svg{display:block;width:100%;height:auto;overflow:visible}text{fill:var(--muted);font-size:12px}.rule{stroke:var(--line)}.axis{stroke:var(--muted);fill:none}
-.curve{fill:none;stroke-width:1.6;stroke-linejoin:round}.dense{stroke-width:1.2;opacity:.8}.a{stroke:var(--a)}.b{stroke:var(--b);stroke-dasharray:5 3}.dot-a{fill:var(--a)}.dot-b{fill:var(--b)}
+.curve{fill:none;stroke-width:1.6;stroke-linejoin:round}.dense{stroke-width:1.2;opacity:.8}.faint{stroke-width:1;opacity:.4}.zero{fill:none;stroke:var(--b)}.warning{border-left:4px solid var(--b);padding-left:10px}.a{stroke:var(--a)}.b,.c{stroke:var(--b);stroke-dasharray:5 3}.dot-a,rect{fill:var(--a)}.dot-b,.dot-c{fill:var(--b)}
 @media(max-width:600px){.figures{grid-template-columns:repeat(2,1fr);gap:8px}.figures b{font-size:17px}.figures .card{padding:8px 10px}text{font-size:15px}}
+@media print{:root{--bg:#fff;--card:#fff;--text:#000;--muted:#444;--line:#ccc;--a:#1d5fd1;--b:#b4540a}main{max-width:none;padding:0}.figures .card,figure,.sample,tr{break-inside:avoid}h2,h3{break-after:avoid}.sample pre{max-height:none}svg *{print-color-adjust:exact}}
 """  # noqa: E501
 
 
@@ -68,11 +70,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart; style: "a", or "b" (dashed, with a dot at each point)."""
+    """One line of a chart; style: a, b (dashed, a dot at each point) or c (dashed); faint: behind its own mean."""
 
     name: str
     points: tuple[Point, ...]
     style: str = "a"
+    faint: bool = False
 
 
 def write_report(folder: Path, *, samples: Sequence[Sample]) -> Path:
@@ -81,7 +84,8 @@ def write_report(folder: Path, *, samples: Sequence[Sample]) -> Path:
     manifest = read_manifest(folder / "manifest.json")
     body = [
         key_figures(rows, manifest),
-        curves_and_data(rows, manifest),
+        curves_and_data(rows, {**manifest, **read_settings(folder)}),
+        gradient_section(rows),
         samples_section(samples),
         setup(folder / "config.yaml", manifest),
         reproduce(folder, manifest),
@@ -96,7 +100,8 @@ def write_report(folder: Path, *, samples: Sequence[Sample]) -> Path:
 
 def page(title: str, manifest: Flat, *, body: str) -> str:
     """Return the document; its policy refuses every request, whatever the texts hold."""
-    ran = DOT.join(str(manifest[key]) for key in ("model", "backend", "device", "created") if manifest.get(key))
+    facts = {**manifest, "created": moment(str(manifest.get("created", "")))}
+    ran = DOT.join(str(facts[key]) for key in ("model", "backend", "device", "created") if facts.get(key))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -136,39 +141,6 @@ def flatten(found: Any) -> dict[str, Any]:
     return flat
 
 
-def escape(value: object) -> str:
-    """Return a value as HTML text; what neither HTML nor UTF-8 can hold becomes a mark."""
-    text = CONTROL.sub("\ufffd", str(value)).encode("utf-8", "replace").decode("utf-8")
-    return html.escape(text, quote=True)
-
-
-def number(value: object) -> float | None:
-    """Return a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if abs(value) < LARGEST else None  # false for nan, too
-
-
-def shown(value: object) -> str:
-    """Return a value of the manifest for people."""
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def short(value: float) -> str:
-    """Return a number with four significant digits."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people: 26.0 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
-
-
 def points(rows: Rows, key: str, *, scale: float = 1.0) -> tuple[Point, ...]:
     """Return (step, value / scale) of every row with a finite value."""
     pairs = ((row["step"], number(row.get(key))) for row in rows)
@@ -178,6 +150,25 @@ def points(rows: Rows, key: str, *, scale: float = 1.0) -> tuple[Point, ...]:
 def curve(rows: Rows, key: str, name: str, *, style: str = "a", scale: float = 1.0) -> Curve:
     """Return one line of a chart, thinned."""
     return Curve(name, thin(points(rows, key, scale=scale)), style)
+
+
+def noisy(rows: Rows, key: str, name: str) -> tuple[Curve, ...]:
+    """Return a curve that goes up and down: of a long run faint, with its running mean in front."""
+    found, raw = points(rows, key), curve(rows, key, name)
+    if len(found) < NOISY:
+        return (raw,)
+    return replace(raw, faint=True), Curve(name, running_mean(found, window=len(found) // MEAN_OF))
+
+
+def running_mean(found: Sequence[Point], *, window: int, num: int = MEANS) -> tuple[Point, ...]:
+    """Return at most `num` points, each the mean of the `window` values around it, fewer at the ends.
+
+    >>> running_mean([(float(n), n * n) for n in range(5)], window=3)
+    ((0.0, 0.5), (1.0, 1.6666666666666667), (2.0, 4.666666666666667), (3.0, 9.666666666666666), (4.0, 12.5))
+    """
+    half, places = window // 2, np.unique(np.linspace(0, len(found) - 1, min(num, len(found))).round().astype(int))
+    ys = [y for _, y in found]
+    return tuple((found[n][0], fmean(ys[max(n - half, 0) : n + half + 1])) for n in places)
 
 
 def thin(found: Sequence[Point], *, limit: int = LIMIT) -> tuple[Point, ...]:
@@ -241,14 +232,16 @@ def chart(title: str, unit: str, *curves: Curve, last_step: int, from_zero: bool
     for line in curves:
         places = [at(x, y) for x, y in line.points]
         way, dense = "L".join(f"{x:.1f} {y:.1f}" for x, y in places), " dense" if len(places) > 300 else ""
+        dense = " faint" if line.faint else dense
         parts.append(f'<path class="curve {line.style}{dense}" d="M{way}"/>')
         if len(places) == 1 or (line.style == "b" and len(places) <= 60):
             circle = f'<circle class="dot-{line.style}" r="3" cx="{{:.1f}}" cy="{{:.1f}}"><title>{{}}</title></circle>'
             parts += [circle.format(*place, short(y)) for place, (_, y) in zip(places, line.points, strict=True)]
-    if len(curves) > 1:
-        names = [f'<tspan class="dot-{line.style}">{DASH[line.style]} {line.name}</tspan>' for line in curves]
+    named = [line for line in curves if not line.faint]
+    if len(named) > 1:
+        names = [f'<tspan class="dot-{line.style}">{DASH[line.style]} {line.name}</tspan>' for line in named]
         parts.append(f'<text x="{RIGHT}" y="12" text-anchor="end">{GAP.join(names)}</text>')
-    summary = "; ".join(f"{line.name} {short(line.points[0][1])} to {short(line.points[-1][1])}" for line in curves)
+    summary = "; ".join(f"{line.name} {short(line.points[0][1])} to {short(line.points[-1][1])}" for line in named)
     picture = f'<svg viewBox="0 0 460 240" role="img" aria-label="{title}, {unit}: {summary}">{"".join(parts)}</svg>'
     return f'<figure class="card"><h3>{title}</h3>{picture}</figure>'
 
@@ -258,19 +251,30 @@ def curves_and_data(rows: Rows, manifest: Flat) -> str:
     steps = max((row["step"] for row in rows), default=0)
     memory = max((y for _, y in points(rows, "peak_memory_bytes")), default=0.0)
     unit, scale = ("GiB", 2.0**30) if memory >= 2**30 else ("MiB", 2.0**20)
-    losses = (curve(rows, "loss", "training"), curve(rows, "eval_loss", "validation", style="b"))
+    losses = (*noisy(rows, "loss", "training"), curve(rows, "eval_loss", "validation", style="b"))
+    norms = (*noisy(rows, "grad_norm", "gradient norm"), *clipping(rows, manifest))
     tiles = [
         chart("Loss", "nats per supervised token", *losses, last_step=steps, from_zero=False),
         chart("Learning rate", "per update", curve(rows, "lr", "learning rate"), last_step=steps),
-        chart("Gradient norm", "L2, before clipping", curve(rows, "grad_norm", "gradient norm"), last_step=steps),
-        chart("Speed", "tokens per second", curve(rows, "tokens_per_s", "speed"), last_step=steps),
+        chart("Gradient norm", "L2, before clipping", *norms, last_step=steps),
+        chart("Speed", "tokens per second", *noisy(rows, "tokens_per_s", "speed"), last_step=steps),
         chart("Peak memory", unit, curve(rows, "peak_memory_bytes", "memory", scale=scale), last_step=steps),
         card("Data", data_facts(rows, manifest)),
     ]
-    bad = sum(number(value) is None for row in rows for value in row.values())
+    bad = sum(number(value) is None for row in rows for value in row.values() if not isinstance(value, dict))
     missing = f"{bad:,} values are not finite numbers and are left out." if bad else ""
     note = missing if rows else "metrics.jsonl has no rows."
     return f'<h2>Curves and data</h2><p class="muted">{note}</p><div class="grid">{"".join(tiles)}</div>'
+
+
+def clipping(rows: Rows, settings: Flat) -> tuple[Curve, ...]:
+    """Return the norm that longer gradients are clipped to, where some are."""
+    limit, norms = number(settings.get("optimizer.max_grad_norm")), points(rows, "grad_norm")
+    clipped = sum(norm > limit for _, norm in norms) if limit else 0
+    if not clipped:
+        return ()
+    ends = tuple((x, float(limit)) for x in (norms[0][0], norms[-1][0]))
+    return (Curve(f"clipped above {limit:g}: {clipped / len(norms):.0%}", ends, "c"),)
 
 
 def data_facts(rows: Rows, manifest: Flat) -> dict[str, str]:
@@ -308,22 +312,30 @@ def key_figures(rows: Rows, manifest: Flat) -> str:
     done = max((row["step"] for row in rows), default=0)
     planned, per_epoch = number(manifest.get("updates")), number(manifest.get("updates_per_epoch"))
     updates = f"{done:,} of {planned:,.0f}" if planned else f"{done:,}"
+    epochs = f"{done / per_epoch:.2f} epochs" if per_epoch else ""
     figures = [
         ("Training loss", *first_to_last(losses)),
-        ("Validation loss", *first_to_last(evals)),
+        ("Validation loss", *first_to_last(evals, best=True)),
         ("Speed", f"{short(tokens / time_s)} tokens/s" if tokens and time_s else None, "mean over the training time"),
         ("Peak memory", megabytes(round(max(y for _, y in memory))) if memory else None, ""),
         ("Training time", duration(time_s) if times else None, "without evaluation"),
-        ("Updates", updates if rows else None, f"{done / per_epoch:.2f} epochs" if per_epoch else ""),
+        ("Updates", updates if rows else None, epochs + (", stopped early" if planned and done < planned else "")),
     ]
     tile = '<div class="card"><span class="label">{}</span><b>{}</b><small>{}</small></div>'
     return f'<div class="figures">{"".join(tile.format(*figure) for figure in figures if figure[1])}</div>'
 
 
-def first_to_last(found: Sequence[Point]) -> tuple[str, str]:
-    """Return the first and the last value, empty where there is none, and the updates they are of."""
+def first_to_last(found: Sequence[Point], *, best: bool = False) -> tuple[str, str]:
+    """Return the first and the last value, empty where there is none, and the updates they are of.
+
+    best: name the lowest value too, where it is not the last.
+    """
     ends = (*found[:1], *found[1:][-1:])
-    return ARROW.join(short(y) for _, y in ends), f"update {ARROW.join(f'{x:,.0f}' for x, _ in ends)}"
+    where = f"update {ARROW.join(f'{x:,.0f}' for x, _ in ends)}"
+    lowest = min(found, key=itemgetter(1), default=None)
+    if best and lowest and lowest[1] < found[-1][1]:
+        where += f"; best {short(lowest[1])} at {lowest[0]:,.0f}"
+    return ARROW.join(short(y) for _, y in ends), where
 
 
 def samples_section(samples: Sequence[Sample]) -> str:

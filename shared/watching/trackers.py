@@ -208,7 +208,7 @@ class Session:
         step, kind = row["step"], "eval_loss" if "eval_loss" in row else "loss"
         if step < state["step"] or (step == state["step"] and kind in state["kinds"]):
             return False
-        values = {key: float(value) for key, value in row.items() if key != "step" and is_number(value)}
+        values = {key: float(value) for key, value in flat(row) if key != "step" and is_number(value)}
         self.insist(lambda: tracker.log(values, step))
         state["kinds"] = [kind, *(state["kinds"] if step == state["step"] else [])]
         state["step"] = step
@@ -255,6 +255,19 @@ class Session:
     def save(self, state: Row) -> None:
         """Write down how far this came."""
         write_json(self.folder / FOLDER / f"{self.name}.json", state)
+
+
+def flat(row: Row) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a row under their names, those of a section as section/name.
+
+    >>> dict(flat({"loss": 1.0, "grad_norms": {"layers.0.q_proj": 0.5}}))
+    {'loss': 1.0, 'grad_norms/layers.0.q_proj': 0.5}
+    """
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}/{name}", inner) for name, inner in value.items())
+        else:
+            yield key, value
 
 
 def is_number(value: Any) -> bool:

@@ -96,6 +96,40 @@ def test_gradient_norm_is_reported_before_clipping(make_lab, make_examples, make
     assert wide.grad_norm == pytest.approx(narrow.grad_norm, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "adapter"), [("float32", {}), ("float16", {}), ("float32", {"type": "none"})], ids=str
+)
+def test_norms_by_module_are_those_of_the_gradient_and_change_nothing(
+    make_lab, make_examples, make_update, dtype, adapter
+):
+    batches = micro_batches(make_examples(RAGGED), Layout(64))
+    runs = []
+    for by_module in (False, True):
+        lab = make_lab(dtype=dtype, **adapter)
+        stats = lab.trainer.step(batches, make_update(max_grad_norm=None, by_module=by_module)).result()
+        grads = {n[2:]: a / (1 - make_update().beta1) for n, a in values(lab.trainer.state()).items() if n[:2] == "m."}
+        lab.trainer.step(batches, make_update(step=2, by_module=by_module)).result()
+        state = {n: t.data.tobytes() for n, t in [*lab.model.tensors("adapter"), *lab.trainer.state()]}
+        runs.append((stats, grads, state))
+    (plain, _, off), (stats, grads, on) = runs
+    assert off == on
+    assert (plain.loss, plain.grad_norm, plain.norms) == (stats.loss, stats.grad_norm, {})
+    wanted = by_module_of(grads)
+    assert stats.norms.keys() == wanted.keys()
+    assert [stats.norms[name] for name in wanted] == pytest.approx(list(wanted.values()), rel=1e-5)
+    assert np.sqrt(sum(norm**2 for norm in stats.norms.values())) == pytest.approx(stats.grad_norm, rel=1e-5)
+
+
+def by_module_of(grads):
+    """Return the norm of each module's gradient in float64; a module is named for its layer and its last part."""
+    squares = {}
+    for name, grad in grads.items():
+        *path, module, _ = name.split(".")
+        place = f"layers.{path[2]}.{module}" if "layers" in path else module
+        squares[place] = squares.get(place, 0.0) + float((grad**2).sum())
+    return {place: np.sqrt(square) for place, square in squares.items()}
+
+
 @pytest.mark.parametrize(("optimizer", "state"), OPTIMIZERS)
 def test_non_finite_update_is_skipped_and_changes_nothing(make_lab, make_examples, make_update, optimizer, state):
     lab = make_lab(optimizer=optimizer, state=state)

@@ -6,8 +6,38 @@ import hashlib
 
 import pytest
 
+from shared.adapters.start import start_values
+from shared.data.batch import update_batches
+from shared.data.layout import training_layout
 from shared.jobs.parity import BOUNDS, parity
+from shared.jobs.train import load_trainable, prepare
+from shared.loop import build_update
+from shared.optimizers import method_of
+from shared.registry import find_backend
 from tests import tolerances
+
+
+def norms_by_module(config, backend):
+    """Return the gradient norms of the first update, module by module."""
+    prepared = prepare(config)
+    engine = find_backend(backend)
+    model, spec = load_trainable(prepared, engine)
+    if spec.kind != "none":
+        model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
+    trainer = engine.trainer(model, objective="sft", optimizer=method_of(config))
+    layout = training_layout(config, model.info, prepared.train, micro_tokens=256)
+    batches = update_batches(prepared.train, prepared.plan, 1, layout)
+    return trainer.step(batches, build_update(config, 1, lr=1e-3, by_module=True)).result().norms
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "none"])
+def test_gradient_norms_by_module_are_equal(make_config, tiny_model_folder, kind):
+    config = make_config(tiny_model_folder(), f"adapter.type={kind}", "adapter.dropout=0.1")
+    ours, theirs = (norms_by_module(config, name) for name in ("mlx", "torch"))
+    assert ours.keys() == theirs.keys()
+    assert len(ours) >= 14
+    gaps = {name: abs(ours[name] - theirs[name]) / theirs[name] for name in theirs}
+    assert max(gaps.values()) <= tolerances.GRADIENT_NORMS, max(gaps.items(), key=lambda item: item[1])
 
 
 def check(result):

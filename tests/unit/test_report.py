@@ -200,6 +200,37 @@ def test_any_size_of_value_can_be_drawn(report, value):
         assert all(0 <= x <= 460 and 0 <= y <= 240 for line in places(picture) for x, y in line)
 
 
+def test_gradient_norms_by_module_are_two_heat_maps_with_a_verdict(report):
+    norms = {f"layers.{n}.{kind}": 10.0 ** (-3 * (n == 2)) for n in range(4) for kind in ("q_proj", "up_proj")}
+    norms |= {"lm_head": 0.0}
+    text = report([row(step, grad_norms=norms) for step in range(1, 101)])
+    drawn = {title: [box for box in picture.iter("rect") if len(box)] for title, picture in pictures(text).items()}
+    assert len(drawn["By layer"]) == (4 + 1) * 40
+    assert len(drawn["By module"]) == 2 * 4
+    shades = {box[0].text: float(box.get("fill-opacity")) for box in drawn["By module"]}
+    assert shades["q_proj, layer 1: 1"] == 1.0 > shades["q_proj, layer 2: 0.001"] > 0
+    assert sum(box.get("class") == "zero" for box in drawn["By layer"]) == 40
+    assert "gradients vanish" in text
+    assert "in layers.2, lm_head" in text.replace("layers.2 and", "layers.2,")
+    assert "not finite" not in text
+
+
+def test_a_long_run_has_a_running_mean_before_the_noise_and_says_how_much_was_clipped(report):
+    rows = [row(step, loss=2.0 + (-1) ** step, grad_norm=float(step % 2)) for step in range(1, 201)]
+    text = report(rows, config="model: m\noptimizer: {max_grad_norm: 0.5}\n")
+    noise, mean = places(pictures(text)["Loss"])
+    height = [max(y for _, y in line) - min(y for _, y in line) for line in (noise, mean)]
+    assert height[1] < 0.3 * height[0]
+    assert "clipped above 0.5: 50%" in text
+
+
+def test_a_run_that_stopped_early_says_so_and_names_its_best_evaluation(report):
+    evals = [{"step": step, "eval_loss": loss} for step, loss in ((0, 5.0), (5, 1.5), (10, 2.0))]
+    text = report([*(row(step) for step in range(1, 11)), *evals])
+    assert "stopped early" in text
+    assert "best 1.5 at 5" in text
+
+
 def test_a_long_run_is_thinned_and_keeps_its_extremes(report):
     rows = [row(step, loss=2 + math.sin(step)) for step in range(1, 100_001)]
     rows[54_321]["loss"], rows[76_543]["loss"] = 9.0, 0.125

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from shared.masking import mask
 from shared.watching.display import PlainDisplay
 from shared.watching.sinks import Sinks, check_sinks, read_state, sinks
 
+NORM = "grad_norms/layers.0.q_proj"
 SECRETS = {
     "HF_TOKEN": "hf_" + "Q" * 34,
     "WANDB_API_KEY": "5ecre7" * 7,
@@ -35,8 +37,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def row(step: int) -> dict[str, float]:
-    return {"step": step, "loss": 2.0 / step, "lr": 1e-3}
+def row(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": 2.0 / step, "lr": 1e-3, "grad_norms": {"layers.0.q_proj": 0.5 / step}}
 
 
 def follow(folder: Path, name: str, steps: range, *, finished: bool) -> list[str]:
@@ -61,6 +63,7 @@ def test_tensorboard_reads_each_row_once_also_after_a_resume(folder):
     found.Reload()
     assert [event.step for event in found.Scalars("loss")] == list(range(1, 10))
     assert [event.value for event in found.Scalars("loss")] == pytest.approx([2.0 / n for n in range(1, 10)], rel=1e-6)
+    assert [event.value for event in found.Scalars(NORM)] == pytest.approx([0.5 / n for n in range(1, 10)], rel=1e-6)
     assert read_state(folder, "tensorboard")["done"]
     again = Sinks(folder, ["tensorboard"], print)
     again.on_start({})
@@ -80,6 +83,7 @@ def test_trackio_reads_its_rows_and_the_config(folder, tmp_path_factory, monkeyp
     config, rows = json.loads(done.stdout)
     assert (config["optimizer.lr"], config["rows.train"]) == (0.001, 3)
     assert [(found["step"], found["loss"]) for found in rows] == [(1, 2.0), (2, 1.0), (3, 2 / 3)]
+    assert [found[NORM] for found in rows] == [0.5 / n for n in range(1, 4)]
 
 
 @pytest.mark.slow
@@ -92,10 +96,12 @@ def test_mlflow_reads_its_rows_and_the_config(folder, monkeypatch):
         "import json; from mlflow.tracking import MlflowClient as C; c = C(); "
         "[run] = c.search_runs([c.get_experiment_by_name('mlxlora').experiment_id]); "
         "history = c.get_metric_history(run.info.run_id, 'loss'); "
-        "print(json.dumps([run.info.status, run.data.params, [[m.step, m.value] for m in history]]))"
+        f"norm = run.data.metrics['{NORM}']; "
+        "print(json.dumps([run.info.status, run.data.params, [[m.step, m.value] for m in history], norm]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    status, params, history = json.loads(done.stdout)
+    status, params, history, norm = json.loads(done.stdout)
+    assert norm == 0.1
     assert (status, params["optimizer.lr"]) == ("FINISHED", "0.001")
     assert history == [[n, 2.0 / n] for n in range(1, 6)]
 
@@ -109,7 +115,7 @@ def test_wandb_offline_holds_the_rows_and_the_config(folder, monkeypatch):
     found = [internal.Record.FromString(data) for data in level_records(file.read_bytes())]
     history = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in one.history.item}
                for one in found if one.HasField("history")]  # fmt: skip
-    assert [(one["_step"], one["loss"]) for one in history] == [(n, 2.0 / n) for n in range(1, 6)]
+    assert [(one["_step"], one["loss"], one[NORM]) for one in history] == [(n, 2 / n, 0.5 / n) for n in range(1, 6)]
     [run] = [one.run for one in found if one.HasField("run")]
     assert {item.key: json.loads(item.value_json) for item in run.config.update}["optimizer.lr"] == 0.001
 
