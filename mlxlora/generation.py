@@ -1,41 +1,65 @@
-"""Generation with a KV cache: one prompt after the other, tokens picked by `shared.sampling`."""
+"""Sequences that go on side by side, with mlx-lm's caches of keys and values.
+
+Legend: B sequences, T tokens, V vocabulary, D model width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlxlora.attention import PACKABLE
 from mlxlora.objectives import Head
-from shared.sampling import pick
-from shared.types import Sampling, Token
+
+# Proven by tests/parity/test_batched_generation.py; mlx-lm's Gemma 2 (0.32) takes no masks of several rows.
+BATCHABLE = PACKABLE | {"cohere", "glm", "olmo2", "phi3"}
 
 
-def generate(zoo: Any, head: Head, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
-    """Yield tokens prompt by prompt; the end token is yielded too, marked `stopped`."""
-    for number, prompt in enumerate(prompts):
-        yield from continue_prompt(zoo, head, number, prompt, sampling)
+class Rows:
+    """Sequences of one model; with width 1 one at a time, in the cache that the zoo has for it.
+
+    A prompt is computed alone, then its keys and values join the others', moved right so that all end together.
+    """
+
+    def __init__(self, zoo: Any, head: Head, *, width: int) -> None:
+        self.zoo, self.head, self.width = zoo, head, width
+        self.caches: list[Any] = []  # one per layer
+
+    def add(self, tokens: Sequence[int]) -> np.ndarray:
+        """Begin one more sequence; return (V,) float32 logits of what follows it."""
+        from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+
+        own = make_prompt_cache(self.zoo)
+        logits_V = self.feed([tokens], own)[0]
+        if self.width > 1:
+            own = [BatchKVCache.merge([cache]) for cache in own]
+        for mine, new in zip(self.caches, own, strict=False):
+            mine.extend(new)
+        self.caches = self.caches or own
+        return logits_V
+
+    def step(self, tokens: Sequence[int]) -> np.ndarray:
+        """Put one token behind every sequence; return (B, V) float32 logits of what follows."""
+        return self.feed([[token] for token in tokens], self.caches)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all sequences but these."""
+        if not rows:
+            self.caches = []
+        for cache in self.caches:
+            cache.filter(mx.array(rows))
+
+    def feed(self, tokens: Sequence[Sequence[int]], caches: Any) -> np.ndarray:
+        """Return (B, V) float32 logits behind the last of the tokens fed; the caches grow by them."""
+        h_BTD = self.zoo.model(mx.array([list(row) for row in tokens]), cache=caches)
+        return np.array(self.head.logits(h_BTD[:, -1]))
 
 
-def continue_prompt(zoo: Any, head: Head, number: int, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
-    """Yield the tokens that follow one prompt."""
-    from mlx_lm.models.cache import make_prompt_cache
+def can_batch(zoo: Any, family: str) -> bool:
+    """Return whether several sequences go on side by side; a layer that keeps a window's keys only cannot."""
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-    cache = make_prompt_cache(zoo)
-    feed = list(prompt)
-    for n in range(sampling.max_tokens):
-        logits_V = next_logits(zoo, head, feed, cache)
-        token, log_prob = pick(logits_V, sampling, prompt=number, n=n)
-        stopped = token in sampling.stop_tokens
-        yield Token(prompt=number, token=token, log_prob=log_prob, stopped=stopped)
-        if stopped:
-            return
-        feed = [token]
-
-
-def next_logits(zoo: Any, head: Head, feed: Sequence[int], cache: Any) -> np.ndarray:
-    """Return (V,) float32 logits behind the last of the tokens fed; the cache grows by them."""
-    h_1TD = zoo.model(mx.array([list(feed)]), cache=cache)
-    return np.array(head.logits(h_1TD[:, -1])[0])
+    return family in BATCHABLE and all(type(cache) is KVCache for cache in make_prompt_cache(zoo))

@@ -6,7 +6,7 @@ Parameter names are Hugging Face's throughout; `.base` parts of our own layers n
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +43,7 @@ from shared.families import (
     with_old_rope_keys,
 )
 from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder
+from shared.generating import generate
 from shared.importing import defer_front, read_constant
 from shared.registry import find_quantizer
 from shared.strict import check_adapter, check_length
@@ -129,11 +130,15 @@ class MLXModel:
         self.put_parameters({name: to_mlx(tensors[name]).astype(value.dtype) for name, value in own.items()})
         mx.eval(self.zoo.trainable_parameters())
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
-        """Yield tokens prompt by prompt as they are made."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, ended: Collection[int] = ()
+    ) -> Iterator[Token]:
+        """Yield tokens as they are made, those of several prompts in turns; `ended` get no more."""
         for prompt in prompts:
             check_length(self.info, len(prompt) + sampling.max_tokens, what="prompt and answer")
-        return generation.generate(self.zoo, self.head, prompts, sampling)
+        width = min(sampling.batch_size, len(prompts)) if self.info.can_batch else 1
+        rows = generation.Rows(self.zoo, self.head, width=width)
+        return generate(rows, prompts, sampling, width=width, ended=ended)
 
 
 def flatten(tree: Any) -> list[tuple[str, mx.array]]:
@@ -317,6 +322,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         notes=notes,
         ends={"model.embed_tokens": (width, vocabulary), "lm_head": (vocabulary, width)},
         is_tied=not hasattr(zoo, "lm_head"),
+        can_batch=generation.can_batch(zoo, folder.family),
     )
 
 

@@ -8,7 +8,7 @@ Rules, each one a conformance test for every registered backend:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -69,8 +69,29 @@ class Model(Protocol):
         """Replace them; strict: every name and shape is accounted for, or AdapterError."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
-        """Yield tokens prompt by prompt as they are made."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, ended: Collection[int] = ()
+    ) -> Iterator[Token]:
+        """Yield tokens as they are made, those of up to `sampling.batch_size` prompts in turns.
+
+        ended: prompts by number that get no more tokens; the reader may add to it while reading.
+        """
+        ...
+
+
+class Rows(Protocol):
+    """Sequences that go on side by side, their keys and values kept, in the order in which they were added."""
+
+    def add(self, tokens: Sequence[int]) -> np.ndarray:
+        """Begin one more sequence; return (V,) float32 logits of what follows it."""
+        ...
+
+    def step(self, tokens: Sequence[int]) -> np.ndarray:
+        """Put one token behind every sequence; return (B, V) float32 logits of what follows."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all sequences but these, by ascending place."""
         ...
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.adapters.folder import Adapter, check_copies, check_fit
+from shared.answers import Answer, Completion
 from shared.config import parse_scheme
 from shared.convert.merge import read_weighted
 from shared.data.layout import choose_layout
@@ -16,6 +17,7 @@ from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
 from shared.errors import ConfigError, DataError
 from shared.evaluate import Evaluation, evaluate_examples
 from shared.folder import ModelFolder, end_tokens, find_folder, open_folder
+from shared.generation_config import read_settings
 from shared.protocols import Backend, Model
 from shared.registry import find_backend
 from shared.running.run_folder import hash_files, joint_hash
@@ -35,16 +37,6 @@ class Session:
     adapter: Adapter | None
     backend: Backend
     folder: Path
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished generation: its text, its ids without the end token, and whether an end token came."""
-
-    text: str
-    tokens: tuple[int, ...]
-    stopped: bool
-    prompt_tokens: int
 
 
 def open_session(
@@ -155,40 +147,69 @@ def prompt_ids(session: Session, prompt: str, *, chat: bool | None, note: Note =
     return ids
 
 
-def stream(session: Session, ids: list[int], sampling: Sampling) -> Iterator[tuple[str, Token]]:
-    """Yield (new text, token) as tokens come; text is held back while it ends in half a character."""
-    seen: list[int] = []
-    shown = ""
-    for token in session.model.generate([ids], sampling):
-        if not token.stopped:
-            seen.append(token.token)
-        text = session.tokenizer.decode(seen)
-        last = token.stopped or len(seen) == sampling.max_tokens
-        ready = text if last or not text.endswith("\ufffd") else shown
-        yield ready[len(shown) :], token
-        shown = ready
+def stream(session: Session, ids: Sequence[int], sampling: Sampling) -> Iterator[tuple[str, Token]]:
+    """Yield (new text, token) as tokens come; text is held back while it may be half a character or a stop string."""
+    answer = Answer(session.tokenizer.decode, sampling, len(ids))
+    for _, piece, token in follow(session, [answer], [ids], sampling):
+        yield piece, token
 
 
-def complete(session: Session, ids: list[int], sampling: Sampling) -> Completion:
+def follow(
+    session: Session, answers: Sequence[Answer], prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> Iterator[tuple[Answer, str, Token]]:
+    """Yield (answer, new text, token) of several prompts, in turns, and fill in their answers."""
+    ended: set[int] = set()
+    for token in session.model.generate(prompts, sampling, ended=ended):
+        answer = answers[token.prompt]
+        piece = answer.take(token)
+        if answer.finish_reason:
+            ended.add(token.prompt)
+        yield answer, piece, token
+
+
+def complete(session: Session, ids: Sequence[int], sampling: Sampling) -> Completion:
     """Return the whole continuation of a prompt."""
-    found = list(session.model.generate([ids], sampling))
-    tokens = tuple(token.token for token in found if not token.stopped)
-    return Completion(session.tokenizer.decode(tokens), tokens, any(token.stopped for token in found), len(ids))
+    return complete_all(session, [ids], sampling)[0]
 
 
-def sampling_for(session: Session, *, max_tokens: int, temperature: float, seed: int) -> Sampling:
-    """Return the sampling of a session, with the model's end tokens."""
-    stops = end_tokens(session.folder, tokenizer_eos=session.tokenizer.eos)
-    return Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_tokens=stops)
+def complete_all(
+    session: Session, prompts: Sequence[Sequence[int]], sampling: Sampling,
+    done: Callable[[int, Completion], None] = lambda number, found: None,
+) -> list[Completion]:  # fmt: skip
+    """Return the continuations of all prompts, `sampling.batch_size` of them computed together.
+
+    done: called with a prompt's number and its continuation as soon as it is whole, in any order.
+    """
+    answers = [Answer(session.tokenizer.decode, sampling, len(ids)) for ids in prompts]
+    for answer, _, token in follow(session, answers, prompts, sampling):
+        if answer.finish_reason:
+            done(token.prompt, answer.completion())
+    return [answer.completion() for answer in answers]
+
+
+def sampling_for(session: Session, **values: Any) -> Sampling:
+    """Return the sampling of a session, with the model's end tokens; values: settings of GenerationConfig.
+
+    A stop string that is a control token of the model, such as "<|im_end|>", is one more end token.
+    """
+    settings = read_settings(values)
+    control = {stop: session.tokenizer.special_id(stop) for stop in settings.stop}
+    ends = end_tokens(session.folder, tokenizer_eos=session.tokenizer.eos)
+    return Sampling(
+        **settings.model_dump(exclude={"stop"}),
+        stop_tokens=tuple(sorted({*ends, *(token for token in control.values() if token is not None)})),
+        stop_strings=tuple(stop for stop, token in control.items() if token is None),
+    )
 
 
 def exact_match(
     session: Session, rows: list[dict[str, Any]], *, max_tokens: int
 ) -> tuple[float, list[tuple[str, str, str]]]:
     """Return the share of {"prompt", "completion"} rows answered exactly, and (prompt, wanted, got) of each."""
-    sampling = sampling_for(session, max_tokens=max_tokens, temperature=0.0, seed=0)
-    got = []
-    for row in rows:
-        text = complete(session, session.tokenizer.encode(row["prompt"]), sampling).text
-        got.append((row["prompt"], row["completion"].strip(), text.strip()))
+    sampling = sampling_for(session, max_tokens=max_tokens, temperature=0.0)
+    prompts = [session.tokenizer.encode(row["prompt"]) for row in rows]
+    got = [
+        (row["prompt"], row["completion"].strip(), found.text.strip())
+        for row, found in zip(rows, complete_all(session, prompts, sampling), strict=True)
+    ]
     return sum(wanted == found for _, wanted, found in got) / len(got), got

@@ -258,6 +258,7 @@ class ModelInfo:
         default_factory=dict[str, tuple[int, int]]
     )  # embedding and head, as linears
     is_tied: bool = False  # the head is the embedding
+    can_batch: bool = False  # sequences of different lengths are continued side by side
 
     @property
     def adaptable(self) -> dict[str, tuple[int, int]]:
@@ -267,12 +268,18 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to pick tokens: temperature 0 is greedy."""
+    """How to pick tokens: temperature 0 is greedy; the fields behind the first four change nothing by default."""
 
     max_tokens: int
     temperature: float
     seed: int
     stop_tokens: tuple[int, ...]
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()  # for those who know text; a backend does not read them
+    batch_size: int = 1  # prompts computed together, at most
 
 
 @dataclass(frozen=True)

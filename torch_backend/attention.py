@@ -35,17 +35,19 @@ def register() -> str:
 def attend(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
     *, scaling: float, dropout: float = 0.0, segments: Sequence[int] | None = None, bounds: torch.Tensor | None = None,
-    sliding_window: int | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None, **_: Any,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None,
+    pads: torch.Tensor | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Return (B, T, H, K) and None, as transformers' attention functions do.
 
     query: (B, H, T, K); key and value: (B, KV heads, cached + T, K). segments: lengths of the examples packed into the
     one row, in order; None: every row is one example, padded on the right at most. bounds: (examples + 1,) int32 on the
-    device, where each of them begins and the last one ends; needed by a kernel that takes them all.
+    device, where each of them begins and the last one ends; needed by a kernel that takes them all. pads: (B,) how many
+    cached positions stand in front of each row's first token, which nothing attends to.
     """
     if attention_mask is not None or dropout or s_aux is not None:
         raise NotImplementedError(f"attention of {type(module).__name__} with a mask, dropout or sinks")
-    options = {"scaling": scaling, "window": sliding_window, "softcap": softcap}
+    options: dict[str, Any] = {"scaling": scaling, "window": sliding_window, "softcap": softcap, "pads": pads}
     if segments is None or len(segments) == 1:
         return causal(query, key, value, **options).transpose(1, 2).contiguous(), None
     if bounds is not None and softcap is None and has_kernel(query):
@@ -58,7 +60,7 @@ def attend(
 
 def causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float, window: int | None,
-    softcap: float | None,
+    softcap: float | None, pads: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Return (B, H, T, K): each position attends to itself and what stands before it, `window` positions at most."""
     T, S = query.shape[2], key.shape[2]
@@ -67,6 +69,8 @@ def causal(
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared_heads)
     here, there = torch.arange(S - T, S, device=query.device)[:, None], torch.arange(S, device=query.device)
     seen_TS = (there <= here) & (there > here - (window or S))
+    if pads is not None:
+        seen_TS = seen_TS & (there >= pads[:, None, None, None])  # (B, 1, T, S)
     if softcap is None:
         return scaled_dot_product_attention(
             query, key, value, attn_mask=seen_TS, scale=scaling, enable_gqa=shared_heads

@@ -5,7 +5,7 @@ Parameter names are Hugging Face's throughout; `.base` and `.inner` parts of our
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from shared.families import (
     unknown_layout,
 )
 from shared.folder import ModelFolder, check_tensors, nearest_family, open_folder
+from shared.generating import generate
 from shared.importing import collector_paused
 from shared.registry import find_quantizer
 from shared.strict import check_adapter
@@ -122,9 +123,13 @@ class TorchModel:
             for name, parameter in self.parameters.items():
                 parameter.copy_(to_torch(tensors[name]))
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
-        """Yield tokens prompt by prompt as they are made."""
-        return generation.generate(self.zoo, self.head, prompts, sampling)
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, ended: Collection[int] = ()
+    ) -> Iterator[Token]:
+        """Yield tokens as they are made, those of several prompts in turns; `ended` get no more."""
+        width = min(sampling.batch_size, len(prompts)) if self.info.can_batch else 1
+        rows = generation.Rows(self.zoo, self.head, width=width)
+        return generate(rows, prompts, sampling, width=width, ended=ended)
 
 
 def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute: Recompute, device: str) -> TorchModel:
@@ -303,6 +308,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
             names.get(head, "lm_head"): (int(head.out_features), int(head.in_features)),
         },
         is_tied=folder.is_tied,
+        can_batch=generation.can_batch(zoo),
     )
 
 

@@ -94,6 +94,11 @@ class Tokenizer:
         """Return whether a token is a control token."""
         return token in self.special_ids
 
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the control token that is written so, None where there is none."""
+        added = self.inner.added_tokens_decoder
+        return next((token for token, found in added.items() if found.special and found.content == text), None)
+
     def chat(self, messages: list[dict[str, Any]], *, tools: Any = None) -> Rendered:
         """Return a conversation's text and its assistant spans; raises DataError without a template."""
         return render_chat(self._template(), messages=messages, tools=tools, **self._special_texts())

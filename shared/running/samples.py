@@ -45,7 +45,8 @@ def prompt_length(row: Example) -> int:
 
 def answer(run: Run, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[str]:
     """Return the greedy continuation of every prompt."""
-    sampling = Sampling(MAX_TOKENS, 0.0, 0, end_tokens(tokenizer.folder, tokenizer_eos=tokenizer.eos))
+    ends = end_tokens(tokenizer.folder, tokenizer_eos=tokenizer.eos)
+    sampling = Sampling(MAX_TOKENS, 0.0, 0, ends, batch_size=PROMPTS)
     texts: list[list[int]] = [[] for _ in prompts]
     for token in run.model.generate(prompts, sampling):
         if not token.stopped:
