@@ -17,6 +17,9 @@ from mlxlora.elementwise import exp, on_gpu
 from shared.families import CHECKED
 
 PACKABLE = CHECKED | {
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
     "gemma",
     "granite",
     "qwen3",
@@ -82,9 +85,15 @@ def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, count: int) -> 
         x = x.reshape(len(x) * count, x.shape[1] // count, number, -1)
         return (x if norm is None else norm(x)).transpose(0, 2, 1, 3)
 
-    q, k = heads(q, layer.n_heads, layer.get("q_norm")), heads(k, layer.n_kv_heads, layer.get("k_norm"))
-    v = heads(v, layer.n_kv_heads)
+    query_heads, key_heads = heads_of(layer)
+    q, k, v = heads(q, query_heads, layer.get("q_norm")), heads(k, key_heads, layer.get("k_norm")), heads(v, key_heads)
     return causal(layer.rope(q), layer.rope(k), v, scale=layer.scale).transpose(0, 2, 1, 3)
+
+
+def heads_of(layer: Any) -> tuple[int, int]:
+    """Return how many heads queries and keys have; mlx-lm's families call them by two names."""
+    plain = hasattr(layer, "n_heads")
+    return (layer.n_heads, layer.n_kv_heads) if plain else (layer.num_heads, layer.num_key_value_heads)
 
 
 def causal(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:

@@ -28,19 +28,22 @@ from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
 from shared.adapters.spec import ADAPTER_LEAVES, layer_of, within_layers
 from shared.errors import ModelError
+from shared.experts import is_router, num_experts
 from shared.families import (
     CHECKED,
     GATED,
     KEEPS_SCHEME,
+    PROVEN,
     UNVERIFIED,
     check_logits,
     config_fault,
     config_faults,
     head_facts,
     left_out,
+    unapplied,
     unapplied_window,
     unknown_layout,
-    with_old_rope_keys,
+    with_old_keys,
 )
 from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder
 from shared.generating import generate
@@ -163,11 +166,10 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
         for layer in zoo.model.layers:
             layer.__class__ = recomputing(type(layer))
     head = objectives.Head(zoo.model.embed_tokens if tied else zoo.lm_head, head_facts(folder.config))
-    verified = folder.family in CHECKED
-    notes = notes if verified else (*notes, UNVERIFIED.format(family=folder.family))
+    notes = notes if folder.family in PROVEN else (*notes, UNVERIFIED.format(family=folder.family))
     model = MLXModel(zoo, head, describe(zoo, folder, notes))
     model.recomputes = bool(recompute)
-    if not verified:
+    if folder.family not in CHECKED:
         check_head(model, folder)
     return model
 
@@ -183,7 +185,7 @@ def build_empty(folder: ModelFolder) -> Any:
             code="E303",
             fix=nearest_family(folder.family, known_families()),
         ) from None
-    config = with_old_rope_keys(folder.config)
+    config = with_old_keys(folder.config)
     config["tie_word_embeddings"] = folder.is_tied
     try:
         zoo = model_class(args_class.from_dict(config))
@@ -191,7 +193,19 @@ def build_empty(folder: ModelFolder) -> Any:
         raise config_fault(folder.path, error) from None
     if not all(hasattr(getattr(zoo, "model", None), part) for part in ("embed_tokens", "layers")):
         raise unknown_layout(folder.family)
+    check_applied(zoo, config)
     return zoo
+
+
+def check_applied(zoo: Any, config: Mapping[str, Any]) -> None:
+    """Raise CapabilityError for settings of a config that mlx-lm's model silently leaves out."""
+    ropes = [module for name, module in zoo.named_modules() if name.endswith(("rope", "rotary_emb"))]
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default" and any(type(rope) is nn.RoPE and rope.scale == 1 for rope in ropes):
+        raise unapplied(config, f"rope scaling of type {kind}")
+    if config["model_type"] == "qwen2_moe" and config.get("norm_topk_prob"):
+        raise unapplied(config, "norm_topk_prob")
 
 
 def module_name(family: str) -> str:
@@ -222,8 +236,10 @@ def fill(zoo: Any, folder: ModelFolder, *, dtype: mx.Dtype, quantization: Scheme
     values = {name: value for name, value in values.items() if name not in skipped and not COMPUTED.search(name)}
     if tied:
         values.pop("lm_head.weight", None)
-    if hasattr(zoo, "sanitize"):
-        values = zoo.sanitize(values)
+    try:
+        values = zoo.sanitize(values) if hasattr(zoo, "sanitize") else values
+    except KeyError as error:  # one expert of many
+        raise ModelError(f"{folder.path}: tensor {error} is missing", fix="download the model again") from None
     held = packed_keys(zoo)
     expected = {name: tuple(value.shape) for name, value in flatten(zoo.parameters()) if name not in held}
     check_tensors(folder.path, expected=expected, found={name: tuple(value.shape) for name, value in values.items()})
@@ -275,7 +291,7 @@ def quantize_layers(zoo: nn.Module, folder: ModelFolder, scheme: Scheme) -> tupl
     quantizer = find_quantizer(scheme)
     left: list[str] = []
     for name, module in list(zoo.named_modules()):
-        if not isinstance(module, nn.Linear) or layer_of(name) is None:
+        if not isinstance(module, nn.Linear) or layer_of(name) is None or is_router(folder.family, name):
             continue
         if not quantizer.fits((module.weight.shape[0], module.weight.shape[1])):
             left.append(name)
@@ -283,7 +299,7 @@ def quantize_layers(zoo: nn.Module, folder: ModelFolder, scheme: Scheme) -> tupl
         owner, leaf = find_owner(zoo, name)
         packed = quantizer.quantize(folder.value(f"{name}.weight"))
         setattr(owner, leaf, QuantizedLinear(packed, module.get("bias")))
-    return left_out(left, scheme)
+    return left_out(left, scheme, folder.config)
 
 
 def recomputing(layer_class: type) -> type:
@@ -307,7 +323,9 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
     linears: dict[str, Any] = {
         name: module._stored.shape if isinstance(module, QuantizedLinear) else tuple(module.weight.shape)
         for name, module in zoo.named_modules()
-        if isinstance(module, nn.Linear | QuantizedLinear) and layer_of(name) is not None
+        if isinstance(module, nn.Linear | QuantizedLinear)
+        and layer_of(name) is not None
+        and not is_router(folder.family, name)
     }
     return ModelInfo(
         family=folder.family,
@@ -323,6 +341,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         ends={"model.embed_tokens": (width, vocabulary), "lm_head": (vocabulary, width)},
         is_tied=not hasattr(zoo, "lm_head"),
         can_batch=generation.can_batch(zoo, folder.family),
+        num_experts=num_experts(folder.config),
     )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ModelError
+from shared.errors import CapabilityError, ModelError
+from shared.experts import FLOAT_EXPERTS, num_experts
 from shared.types import Scheme
 
 # Families whose logits are those of `head_facts`, checked by the parity tests. Any other family is
@@ -16,6 +17,9 @@ CHECKED = frozenset({"llama", "mistral", "qwen2"})
 
 # Families whose feed-forward layers are down(silu(gate) * up) in both zoos.
 GATED = CHECKED | {"cohere", "granite", "olmo2", "qwen3", "smollm3"}
+
+# Families of the table in docs/architectures.md, every cell of which a test tries.
+PROVEN = CHECKED | {"cohere", "granite", "mixtral", "olmo2", "phi3", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
 
 WINDOWS_APPLIED = frozenset({"gemma3", "gemma3_text"})  # by mlx-lm 0.32, compared with transformers
 UNVERIFIED = "{family} is not among the families proven by tests; `mlxlora parity` compares both backends on your data"
@@ -61,16 +65,21 @@ def head_facts(config: Mapping[str, Any]) -> HeadFacts:
     return HeadFacts(scale=scale, softcap=float(cap) if cap else None)
 
 
-def with_old_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config whose rope settings also stand under the older keys.
+def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config whose rope settings, experts and pattern of windows also stand under the older keys.
 
-    transformers 5 saves them as `rope_parameters`, by kind of layer where there are two; mlx-lm 0.32 reads only the
+    transformers 5 saves rope as `rope_parameters`, by kind of layer where there are two; mlx-lm 0.32 reads only the
     older keys for many families, and silently takes its own default base instead.
 
-    >>> with_old_rope_keys({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})["rope_theta"]
+    >>> with_old_keys({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})["rope_theta"]
     500000.0
     """
     result, found = dict(config), config.get("rope_parameters")
+    if config.get("num_local_experts") is not None:
+        result.setdefault("num_experts", config["num_local_experts"])
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and "full_attention" in kinds:
+        result.setdefault("sliding_window_pattern", kinds.index("full_attention") + 1)
     if not isinstance(found, Mapping):
         return result
     local = found.get("sliding_attention")
@@ -84,6 +93,14 @@ def with_old_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         plain = {key: value for key, value in found.items() if key not in ("rope_theta", "partial_rotary_factor")}
         result["rope_scaling"] = result.get("rope_scaling") or plain
     return result
+
+
+def unapplied(config: Mapping[str, Any], what: str) -> CapabilityError:
+    """Return the error for a setting that changes the numbers and that mlx-lm's model does not know."""
+    return CapabilityError(
+        f"config.json: {what}, which mlx-lm's {config['model_type']} model does not apply",
+        fix="use the torch backend",
+    )
 
 
 def unapplied_window(config: Mapping[str, Any]) -> int | None:
@@ -129,9 +146,12 @@ def unknown_layout(family: str) -> ModelError:
     )
 
 
-def left_out(names: Sequence[str], scheme: Scheme) -> tuple[str, ...]:
-    """Return a note on the layers that stay float because their width does not divide into groups, if any."""
-    if not names:
-        return ()
-    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-    return (f"not quantized, width not divisible by {scheme.group_size}: {min(names)}{more}",)
+def left_out(names: Sequence[str], scheme: Scheme, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return notes on what stays float: layers whose width does not divide into groups, and experts, if any."""
+    notes = []
+    if names:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        notes.append(f"not quantized, width not divisible by {scheme.group_size}: {min(names)}{more}")
+    if num_experts(config) > 1:
+        notes.append(FLOAT_EXPERTS.format(family=config["model_type"]))
+    return tuple(notes)

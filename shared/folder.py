@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from shared.errors import CapabilityError, ModelError, did_you_mean
+from shared.experts import check_mixture
 from shared.hub import download, is_hub_id
 from shared.quant.folders import find_places
 from shared.quant.place import Place
@@ -27,7 +28,6 @@ from shared.types import Packed, Scheme, Tensor
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 MAX_WIDTH = 100_000_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npz")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")  # of a model on the hub
 # Buffers that old checkpoints carry and every current implementation computes.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|rope\.freqs)$")
@@ -111,6 +111,7 @@ def open_folder(path: Path) -> ModelFolder:
     config = read_json(path / "config.json")
     check_config(path, config)
     entries = read_entries(path)
+    check_mixture(path, config, list(entries))
     check_layers(path, config, entries)
     folder = ModelFolder(path, config, entries, find_places(path, config, entries))
     check_floats(folder)
@@ -168,12 +169,6 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         value = config.get(key)
         if isinstance(value, str | bool | float) or (isinstance(value, int) and not 1 <= value <= MAX_WIDTH):
             raise ModelError(f"{path / 'config.json'}: {key} is {value!r}", code="E302", expected=f"1 to {MAX_WIDTH}")
-    experts = next((key for key in EXPERTS if isinstance(config.get(key), int) and config[key] > 1), None)
-    if experts:
-        raise CapabilityError(
-            f'"{family}" is a Mixture-of-Experts model ({experts}: {config[experts]}), which this version leaves out',
-            expected="a dense model", fix="use a dense model of the family",
-        )  # fmt: skip
     layers = config.get("num_hidden_layers")
     if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 10_000):
         raise ModelError(f"{path / 'config.json'}: num_hidden_layers is {layers!r}", code="E302", expected="1 to 10000")

@@ -259,6 +259,7 @@ class ModelInfo:
     )  # embedding and head, as linears
     is_tied: bool = False  # the head is the embedding
     can_batch: bool = False  # sequences of different lengths are continued side by side
+    num_experts: int = 1  # in a layer
 
     @property
     def adaptable(self) -> dict[str, tuple[int, int]]:

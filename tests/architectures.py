@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from shared.config import AdapterConfig
 from shared.data.batch import make_batch, micro_batches
 from shared.data.layout import Layout
 from shared.errors import MlxloraError
-from shared.families import with_old_rope_keys
+from shared.families import with_old_keys
 from shared.registry import BACKENDS, find_backend
 from shared.strict import check_length
 from shared.tensors import to_float32
@@ -57,6 +58,7 @@ class Architecture:
 
 
 SORTED = "sorted: `data.packing: auto` sorts instead, packed rows are not proven for this family on this backend"
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 WINDOW = "mlx-lm alone applies no window in this family"
 ARCHITECTURES = (
     Architecture("Llama 2", "llama", {"num_key_value_heads": 4}),
@@ -66,6 +68,9 @@ ARCHITECTURES = (
     Architecture("Mistral", "mistral", {"sliding_window": None, "head_dim": 32}),
     Architecture("Qwen 2", "qwen2"),
     Architecture("Qwen 3", "qwen3", {"head_dim": 32}),
+    Architecture("Mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Architecture("Qwen 2 MoE", "qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 64}),
+    Architecture("Qwen 3 MoE", "qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
     Architecture("Phi 3", "phi3", {"sliding_window": None}),
     Architecture("Granite", "granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
     Architecture("Cohere", "cohere", {"use_qk_norm": True, "logit_scale": 0.25}),
@@ -281,7 +286,7 @@ def told(found: bool | str) -> str:
 def as_on_the_hub(folder: Path) -> Path:
     """Write the rope settings under the older keys too, which folders on the hub have and mlx-lm reads."""
     file = folder / "config.json"
-    file.write_text(json.dumps(with_old_rope_keys(json.loads(file.read_text()))))
+    file.write_text(json.dumps(with_old_keys(json.loads(file.read_text()))))
     return folder
 
 
@@ -323,8 +328,10 @@ def written() -> dict[str, dict[str, dict[str, str]]]:
 
 
 def main() -> None:
-    """Write the table into the page."""
-    found = {architecture.title: examine(architecture) for architecture in ARCHITECTURES}
+    """Write the table into the page; arguments: the titles to examine, all where there are none."""
+    chosen = [one for one in ARCHITECTURES if not sys.argv[1:] or one.title in sys.argv[1:]]
+    new = written() | {architecture.title: examine(architecture) for architecture in chosen}
+    found = {one.title: new[one.title] for one in ARCHITECTURES if one.title in new}
     before, _, rest = PAGE.read_text().partition(START)
     PAGE.write_text(before + START + "\n" + table(found) + "\n" + END + rest.partition(END)[2])
 

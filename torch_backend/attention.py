@@ -20,7 +20,8 @@ from shared.families import CHECKED
 NAME = "mlxlora"
 WIDEST = 192  # head width for which flash attention has gradients on every GPU; it has to be a multiple of 8
 PACKABLE = CHECKED | {
-    "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "phi3", "qwen3", "smollm3", "starcoder2",
+    "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "granite", "mixtral", "olmo2", "phi3",
+    "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
 }  # proven exact by tests/parity/test_packing.py  # fmt: skip
 
 

@@ -18,10 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from shared.adapters.spec import ADAPTER_LEAVES, layer_of, within_layers
 from shared.errors import ModelError
+from shared.experts import is_router, num_experts, stacked_shapes, stored_names
 from shared.families import (
     CHECKED,
     GATED,
     KEEPS_SCHEME,
+    PROVEN,
     UNVERIFIED,
     check_logits,
     config_fault,
@@ -149,11 +151,10 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     if device == "cuda" and any(schemes_of(zoo)) and not has_triton():
         notes = (*notes, PLAIN_DECODE)
     head = objectives.Head(zoo.get_output_embeddings(), head_facts(folder.config))
-    verified = folder.family in CHECKED
-    notes = notes if verified else (*notes, UNVERIFIED.format(family=folder.family))
+    notes = notes if folder.family in PROVEN else (*notes, UNVERIFIED.format(family=folder.family))
     model = TorchModel(zoo, head, describe(zoo, folder, notes), device=torch.device(device))
     model.recompute = recompute
-    if not verified:
+    if folder.family not in CHECKED:
         check_head(model, folder)
     return model
 
@@ -198,6 +199,8 @@ def fill(
     held, skipped = packed_keys(zoo), folder.packed_names
     expected = {name: tuple(value.shape) for name, value in zoo.state_dict().items() if name not in held}
     found = {name: entry.shape for name, entry in folder.entries.items() if name not in skipped}
+    sources = {name: found_as for name in expected if (found_as := stored_names(folder.config, name)) is not None}
+    found = stacked_shapes(found, sources)
     check_tensors(folder.path, expected=expected, found=found, tied=("lm_head.weight",) if tied else ())
     notes: tuple[str, ...] = ()
     if quantization is not None:
@@ -206,9 +209,24 @@ def fill(
         zoo.set_output_embeddings(nn.Identity())  # made anew by `tie_head` when the embedding is on its device
     held = packed_keys(zoo)
     names = [name for name in zoo.state_dict() if name not in held and name in found]
-    values = {name: to_torch(folder.value(name)).to(dtype) for name in names}
+    values = {name: read_value(folder, name, sources.get(name), shape=found[name], dtype=dtype) for name in names}
     zoo.load_state_dict(values, strict=False, assign=True)
     return notes
+
+
+def read_value(
+    folder: ModelFolder, name: str, source: list[list[str]] | None, *, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return a tensor of the folder in `dtype`, or the experts' tensors stacked, one at a time in memory beside it."""
+    if source is None:
+        return to_torch(folder.value(name)).to(dtype)
+    if len(shape) < 3:
+        return to_torch(folder.value(source[0][0])).to(dtype)
+    stack = torch.empty(shape, dtype=dtype)
+    for expert, names in zip(stack, source, strict=True):
+        for part, stored in zip(expert.chunk(len(names)), names, strict=True):
+            part.copy_(to_torch(folder.value(stored)))
+    return stack
 
 
 def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> None:
@@ -245,7 +263,7 @@ def quantize_layers(zoo: nn.Module, folder: ModelFolder, scheme: Scheme) -> tupl
     quantizer = find_quantizer(scheme)
     left: list[str] = []
     for name, module in list(zoo.named_modules()):
-        if not isinstance(module, nn.Linear) or layer_of(name) is None:
+        if not isinstance(module, nn.Linear) or layer_of(name) is None or is_router(folder.family, name):
             continue
         if not quantizer.fits((module.out_features, module.in_features)):
             left.append(name)
@@ -253,7 +271,7 @@ def quantize_layers(zoo: nn.Module, folder: ModelFolder, scheme: Scheme) -> tupl
         parent, _, leaf = name.rpartition(".")
         packed = quantizer.quantize(folder.value(f"{name}.weight"))
         setattr(zoo.get_submodule(parent), leaf, QuantizedLinear(packed, module.bias))
-    return left_out(left, scheme)
+    return left_out(left, scheme, folder.config)
 
 
 def tie_head(zoo: Any) -> None:
@@ -290,7 +308,9 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
     linears = {
         name: (int(module.out_features), int(module.in_features))
         for name, module in zoo.named_modules()
-        if isinstance(module, nn.Linear | QuantizedLinear) and layer_of(name) is not None
+        if isinstance(module, nn.Linear | QuantizedLinear)
+        and layer_of(name) is not None
+        and not is_router(folder.family, name)
     }
     return ModelInfo(
         family=folder.family,
@@ -309,6 +329,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         },
         is_tied=folder.is_tied,
         can_batch=generation.can_batch(zoo),
+        num_experts=num_experts(folder.config),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.errors import ConfigError, did_you_mean
+from shared.errors import CapabilityError, ConfigError, did_you_mean
 from shared.seeds import normal, uniform
 from shared.tensors import to_float32
 from shared.types import AdapterSpec, ModelInfo, Tensor
@@ -34,6 +34,12 @@ LAYER = re.compile(r"\.(\d+)\.")
 def resolve(config: AdapterConfig, info: ModelInfo) -> AdapterSpec:
     """Return the spec of a config for a model; raises ConfigError where a target or layer matches nothing."""
     if config.type == "none":
+        if info.num_experts > 1:
+            raise CapabilityError(
+                f"adapter.type: none of a {info.family} model: the zoos keep its {info.num_experts} experts as "
+                "different tensors, a checkpoint would fit one backend only",
+                expected="adapter.type: lora, rslora or dora",
+            )
         return AdapterSpec("none", rank=1, alpha=1.0, dropout=0.0, modules=())
     layers = chosen_layers(config, info)
     every = sorted(info.linears, key=natural)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shared.errors import CapabilityError
-from shared.families import config_fault, config_faults, with_old_rope_keys
+from shared.families import config_fault, config_faults, with_old_keys
 from shared.folder import ModelFolder
 
 SILU, GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
@@ -87,7 +87,7 @@ def whole_config(folder: ModelFolder) -> dict[str, Any]:
         filled = AutoConfig.for_model(**own).to_dict()
     except config_faults() as error:
         raise config_fault(folder.path, error) from None
-    return with_old_rope_keys(filled)
+    return with_old_keys(filled)
 
 
 def check_computed(family: Family, config: Mapping[str, Any], *, head_dim: int) -> None:

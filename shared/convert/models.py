@@ -17,7 +17,7 @@ from shared.convert.target import ADAPTER, check_target, new_folder
 from shared.convert.weights import copy_changed, write_plain
 from shared.durable import write_json
 from shared.errors import CapabilityError, ConfigError, did_you_mean
-from shared.families import with_old_rope_keys
+from shared.families import with_old_keys
 from shared.folder import ModelFolder, find_folder, open_folder, read_json
 
 TARGETS = ("hf", "mlx", "gguf", "ollama")
@@ -127,7 +127,7 @@ def write_mlx(folder: ModelFolder, staged: Path, *, dtype: str) -> None:
 def add_old_rope_keys(staged: Path) -> None:
     """Let config.json say the rotary settings under the names that mlx-lm 0.32 reads."""
     config = read_json(staged / "config.json")
-    known = with_old_rope_keys(config)
+    known = with_old_keys(config)
     if known != config:
         write_json(staged / "config.json", known)
 

@@ -20,7 +20,8 @@ from shared.convert.shards import SINGLE, row_blocks, write_index
 from shared.convert.source import check_whole
 from shared.convert.target import new_folder
 from shared.durable import write_json
-from shared.errors import ConfigError, ModelError, did_you_mean
+from shared.errors import CapabilityError, ConfigError, ModelError, did_you_mean
+from shared.experts import num_experts
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.protocols import Quantizer
 from shared.registry import find_quantizer
@@ -99,6 +100,11 @@ def make_plan(model: str, *, scheme: str, overrides: Sequence[str], base3: bool)
             f"{folder.path} is quantized already ({held})", code="E309", fix="quantize the model it was made from"
         )
     shapes = find_modules(folder)
+    if num_experts(folder.config) > 1:
+        raise CapabilityError(
+            f"{folder.path}: the experts of a {folder.family} model are not quantized by this version",
+            fix="use the float folder; `quantization:` of a recipe quantizes all but the experts",
+        )
     if not shapes:
         raise ModelError(f"{folder.path} holds no float matrices that could be quantized", code="E309")
     for pattern, _ in rules:

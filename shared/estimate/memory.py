@@ -21,6 +21,7 @@ from typing import Any
 from shared.adapters.spec import is_embedding, layer_of, natural, resolve, short_name
 from shared.config import RunConfig, parse_scheme
 from shared.estimate.costs import Costs, Rows, find_costs, is_measured
+from shared.experts import is_expert, is_router
 from shared.families import GATED
 from shared.folder import COMPUTED, ModelFolder
 from shared.optimizers import method_of, num_bytes
@@ -159,7 +160,9 @@ def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
     linears = {
         module: (shapes[module][0], shapes[module][1])
         for module in sorted(shapes, key=natural)
-        if len(shapes[module]) == 2 and layer_of(module) is not None
+        if len(shapes[module]) == 2
+        and layer_of(module) is not None
+        and not (is_expert(module) or is_router(folder.family, module))
     }
     tables = {module: shape for module, shape in shapes.items() if is_embedding(module) and layer_of(module) is None}
     ends = {module: (shape[1], shape[0]) for module, shape in tables.items()}

@@ -10,7 +10,7 @@ import pytest
 
 from mlxlora import convert, fuse
 from shared.errors import AdapterError, ConfigError
-from shared.families import with_old_rope_keys
+from shared.families import with_old_keys
 from shared.jobs.parity import parity
 from shared.jobs.train import train
 from shared.tensors import load_file, save_file
@@ -34,7 +34,7 @@ def base(tmp_path_factory):
         if case not in BASES:
             BASES[case] = save(tmp_path_factory.mktemp("base") / "model", *FAMILIES[case])
             file = BASES[case] / "config.json"
-            file.write_text(json.dumps(with_old_rope_keys(json.loads(file.read_text()))))
+            file.write_text(json.dumps(with_old_keys(json.loads(file.read_text()))))
         return BASES[case]
 
     return make

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
+from shared.adapters.spec import resolve
+from shared.config import AdapterConfig, parse_scheme
 from shared.data.batch import make_batch
 from shared.errors import CapabilityError, ModelError
+from shared.families import PROVEN
 from shared.folder import open_folder
 from shared.registry import BACKENDS
 from shared.strict import check_length
+from shared.tensors import read_header, read_tensor, save_file
 from tests import tolerances
-from tests.architectures import ARCHITECTURES, LLAMA3_ROPE, examine, load, save, wanted_log_probs, written
+from tests.architectures import ARCHITECTURES, EXPERTS, LLAMA3_ROPE, examine, load, save, wanted_log_probs, written
 
 CASES = {
     "llama bias": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -35,6 +41,10 @@ def test_the_table_of_architectures_says_what_is_found_by_trying(architecture):
     found = examine(architecture)
     assert "no" not in {verdict for cells in found.values() for verdict in cells.values()}  # without a reason
     assert found == written()[architecture.title]
+
+
+def test_families_without_a_note_are_those_of_the_table():
+    assert {architecture.family for architecture in ARCHITECTURES} == PROVEN
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -72,8 +82,6 @@ def test_mlx_lm_folders_of_other_families_compute_alike(tmp_path, make_examples,
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_quantized_base_does_not_depend_on_what_the_run_computes_in(tmp_path, tiny_model_folder, dtype):
-    from shared.config import parse_scheme
-
     scheme = parse_scheme("affine-4bit-g64")
     models = [load(backend, tiny_model_folder(), dtype=dtype, quantization=scheme) for backend in sorted(BACKENDS)]
     reference = dict(load("torch", tiny_model_folder(), quantization=scheme).tensors("base"))
@@ -83,13 +91,51 @@ def test_quantized_base_does_not_depend_on_what_the_run_computes_in(tmp_path, ti
                 assert np.array_equal(tensor.data, reference[name].data), name
 
 
-def test_mixture_of_experts_is_refused_by_name(tmp_path):
-    folder = save(tmp_path / "model", "llama", {})
-    config = (
-        (folder / "config.json")
-        .read_text()
-        .replace('"model_type": "llama"', '"model_type": "mixtral", "num_local_experts": 8')
-    )
-    (folder / "config.json").write_text(config)
-    with pytest.raises(CapabilityError, match="Mixture-of-Experts"):
-        open_folder(folder)
+def mixture(folder, **changes):
+    """Write a small Mixtral, then change its config."""
+    save(folder, "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2})
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return folder
+
+
+def test_mixtures_of_a_family_without_a_known_layout_are_refused_by_name(tmp_path):
+    with pytest.raises(CapabilityError, match=r'"olmoe" is a Mixture-of-Experts model \(4 experts\)'):
+        open_folder(mixture(tmp_path / "model", model_type="olmoe"))
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_missing_expert_is_named(tmp_path, backend):
+    file = mixture(tmp_path / "model") / "model.safetensors"
+    tensors = {name: read_tensor(entry) for name, entry in read_header(file).items() if "experts.2.w3" not in name}
+    save_file(file, tensors.items(), metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="is missing") as caught:
+        load(backend, file.parent)
+    assert "experts" in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_experts_and_router_of_a_mixture_stay_as_they_are(tmp_path, backend):
+    model = load(backend, mixture(tmp_path / "model"), quantization=parse_scheme("affine-4bit-g64"))
+    assert {name.rpartition(".")[2] for name in model.info.linears} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert set(model.info.quantized) == set(model.info.linears)
+    assert any("not quantized: the experts" in note for note in model.info.notes)
+    with pytest.raises(CapabilityError, match="keep its 4 experts as different tensors"):
+        resolve(AdapterConfig(type="none"), model.info)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "what"),
+    [
+        ("qwen2_moe", {**EXPERTS, "norm_topk_prob": True}, "norm_topk_prob"),
+        ("qwen3_moe", {**EXPERTS, "rope_parameters": LLAMA3_ROPE}, "rope scaling of type llama3"),
+        ("olmo2", {"rope_parameters": LLAMA3_ROPE}, None),
+    ],
+)
+def test_settings_that_mlx_lm_leaves_out_are_refused_on_mlx(tmp_path, family, settings, what):
+    folder = save(tmp_path / "model", family, settings)
+    if what is None:
+        load("mlx", folder)
+        return
+    with pytest.raises(CapabilityError, match=what):
+        load("mlx", folder)

@@ -18,7 +18,7 @@ from shared.registry import BACKENDS, find_backend
 from shared.tensors import to_float32
 from shared.types import AdapterSpec, Batch, Example, Method, ModelInfo, Tensor
 from tests import tolerances
-from tests.architectures import LLAMA3_ROPE, load, save, wanted_log_probs
+from tests.architectures import EXPERTS, LLAMA3_ROPE, load, save, wanted_log_probs
 from torch_backend import attention as on_torch
 
 LENGTHS = [5, 19, 8, 31, 12, 12, 3, 27, 2]
@@ -45,13 +45,16 @@ OTHERS = {
     ),
     "gemma3, window": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 8, "sliding_window": 10}),
     "granite": ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.5}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmo2": ("olmo2", {}),
     "phi3, window": ("phi3", {"sliding_window": 10}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen2_moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 64}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "starcoder2": ("starcoder2", {"sliding_window": None}),
 }
-ON_MLX = ("gemma", "granite", "qwen3", "smollm3", "starcoder2")
+ON_MLX = ("gemma", "granite", "mixtral", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2")
 WINDOW = ("mistral", {"sliding_window": 10})
 OPTIONS = {
     "dropout": {"dropout": 0.1},

@@ -37,6 +37,7 @@ FIRST = {
     "schedules",
     "tensors",
     "folder",
+    "experts",
     "families",
     "hub",
     "strict",

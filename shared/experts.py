@@ -1,0 +1,107 @@
+"""Mixtures of experts: where a folder stores the experts of a layer, and what both zoos make of them.
+
+On disk every expert has matrices of its own. transformers 5 stacks them as `experts.gate_up_proj` (E, 2 I, D), gate
+above up, and `experts.down_proj` (E, D, I); mlx-lm as three stacks under `switch_mlp`.
+Legend: E experts, I width of an expert, D model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.errors import CapabilityError
+
+# Family -> the block that holds the experts on disk, and the names of gate, up and down in each of them.
+MIXTURES: Mapping[str, tuple[str, tuple[str, str, str]]] = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen2_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+}
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+ROUTERS = (".block_sparse_moe.gate", ".mlp.gate", ".mlp.shared_expert_gate")
+BLOCK = "mlp"  # of transformers 5, in every family
+EXPERT = re.compile(r"\.experts\.\d+\.")
+FLOAT_EXPERTS = "not quantized: the experts of the {family} model; a float copy of all of them stays in memory"
+
+
+def num_experts(config: Mapping[str, Any]) -> int:
+    """Return how many experts a layer has; 1 for a dense model."""
+    return max((config[key] for key in COUNTS if isinstance(config.get(key), int)), default=1)
+
+
+def check_mixture(path: Path, config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse experts whose layout, in the family or in this folder, is not known."""
+    family, number = str(config.get("model_type")), num_experts(config)
+    if number > 1 and family not in MIXTURES:
+        raise CapabilityError(
+            f'"{family}" is a Mixture-of-Experts model ({number} experts) of a family that this version does not know',
+            expected=", ".join(sorted(MIXTURES)), fix="use a dense model, or one of these families",
+        )  # fmt: skip
+    stacked = next((name for name in names if ".switch_mlp." in name or ".experts.gate_up_proj" in name), None)
+    if number > 1 and stacked:
+        raise CapabilityError(
+            f'{path}: the experts are stacked ("{stacked}"), which this version does not read',
+            expected="one tensor per expert, as on the hub", fix="use the original folder",
+        )  # fmt: skip
+
+
+def is_router(family: str, module: str) -> bool:
+    """Return whether a module only chooses or weighs experts; it stays as it is.
+
+    >>> is_router("qwen2_moe", "model.layers.0.mlp.shared_expert_gate"), is_router("llama", "model.layers.0.mlp.gate")
+    (True, False)
+    """
+    return family in MIXTURES and module.endswith(ROUTERS)
+
+
+def is_expert(module: str) -> bool:
+    """Return whether a stored module is one of many experts.
+
+    >>> is_expert("model.layers.0.mlp.experts.7.up_proj"), is_expert("model.layers.0.mlp.shared_expert.up_proj")
+    (True, False)
+    """
+    return EXPERT.search(module + ".") is not None
+
+
+def stored_names(config: Mapping[str, Any], name: str) -> list[list[str]] | None:
+    """Return which stored tensors make up transformers' tensor `name`, where they have other names; else None.
+
+    A list per expert, whose tensors stand one above the other; a router is a list of one.
+
+    >>> config = {"model_type": "mixtral", "num_local_experts": 2}
+    >>> stored_names(config, "model.layers.0.mlp.experts.down_proj")
+    [['model.layers.0.block_sparse_moe.experts.0.w2.weight'], ['model.layers.0.block_sparse_moe.experts.1.w2.weight']]
+    """
+    if config.get("model_type") not in MIXTURES:
+        return None
+    block, (gate, up, down) = MIXTURES[config["model_type"]]
+    layer, _, part = name.partition(f".{BLOCK}.")
+    parts = {"experts.gate_up_proj": (gate, up), "experts.down_proj": (down,)}.get(part)
+    if parts is None:
+        return [[f"{layer}.{block}.{part}"]] if block != BLOCK and part else None
+    prefix = f"{layer}.{block}.experts"
+    return [[f"{prefix}.{number}.{leaf}.weight" for leaf in parts] for number in range(num_experts(config))]
+
+
+def stacked_shapes(
+    found: Mapping[str, tuple[int, ...]], sources: Mapping[str, list[list[str]]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a folder's tensors by transformers' names; sources: `stored_names` of those that differ.
+
+    An incomplete stack is left as it is stored, so that the check of names tells what is missing.
+    """
+    shapes = dict(found)
+    for name, experts in sources.items():
+        parts = [stored for expert in experts for stored in expert]
+        sizes = {tuple(found[stored] for stored in expert if stored in found) for expert in experts}
+        if not all(stored in found for stored in parts) or len(sizes) != 1:
+            continue
+        (size,) = sizes
+        rows = (sum(shape[0] for shape in size), *size[0][1:])
+        shapes[name] = (len(experts), *rows) if name.rpartition(".")[0].endswith(".experts") else rows
+        for stored in parts:
+            del shapes[stored]
+    return shapes
