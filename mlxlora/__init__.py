@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shared.callbacks import Callback
+    from shared.chat import Chat
     from shared.config import RunConfig
     from shared.convert.adapters import Converted
     from shared.convert.merge import Merged
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
     from shared.jobs.runs import Comparison, RunFacts
     from shared.jobs.train import TrainResult
     from shared.measuring.bench import BenchResult
+    from shared.sessions import Session
 
 __version__ = "0.1.0"
 __all__ = [
-    "bench", "compare", "convert", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "merge",
-    "parity", "preview", "quantize", "quickstart", "runs", "schema", "train",
+    "bench", "chat", "compare", "convert", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "merge",
+    "parity", "preview", "quantize", "quickstart", "runs", "schema", "stream", "train",
 ]  # fmt: skip
 
 Adapters = str | Path | Sequence[str] | None  # a folder, or several as "folder=weight": their weighted sum
@@ -129,33 +131,63 @@ def evaluate(model: str, *, data: str, adapter: Adapters = None, backend: str = 
 
 
 def generate(
-    model: str, prompt: str, *, adapter: Adapters = None, max_tokens: int = 128, temperature: float = 0.0,
-    seed: int = 0, backend: str = "auto", chat: bool | None = None, **options: Any,
-) -> str:  # fmt: skip
-    """Return the text that follows a prompt; temperature 0 is greedy.
+    model: str, prompt: str | Sequence[str], *, adapter: Adapters = None, backend: str = "auto",
+    chat: bool | None = None, **options: Any,
+) -> Any:  # fmt: skip
+    """Return the text that follows a prompt; of several prompts, computed together, a list of texts.
 
-    options: dtype, quantization, device.
+    options: max_tokens (128), temperature (0: greedy), top_k, top_p, min_p, repetition_penalty, stop, seed, batch_size;
+    dtype, quantization, device. chat: wrap prompts in the chat template; None: if the adapter learned from messages.
     """
-    return "".join(
-        stream(
-            model, prompt, adapter=adapter, max_tokens=max_tokens, temperature=temperature, seed=seed,
-            backend=backend, chat=chat, **options,
-        )
-    )  # fmt: skip
+    from shared import sessions
+
+    session, settings = _open(model, adapter=adapter, backend=backend, options=options)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    ids = [sessions.prompt_ids(session, text, chat=chat) for text in prompts]
+    texts = [found.text for found in sessions.complete_all(session, ids, sessions.sampling_for(session, **settings))]
+    return texts[0] if isinstance(prompt, str) else texts
 
 
 def stream(
-    model: str, prompt: str, *, adapter: Adapters = None, max_tokens: int = 128, temperature: float = 0.0,
-    seed: int = 0, backend: str = "auto", chat: bool | None = None, **options: Any,
-) -> Iterator[str]:  # fmt: skip
-    """Yield the text that follows a prompt, piece by piece."""
+    model: str,
+    prompt: str,
+    *,
+    adapter: Adapters = None,
+    backend: str = "auto",
+    chat: bool | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """Yield the text that follows a prompt, piece by piece; options as `generate` has them."""
     from shared import sessions
 
-    session = sessions.open_session(str(model), adapter=adapter, backend=backend, **options)
+    session, settings = _open(model, adapter=adapter, backend=backend, options=options)
     ids = sessions.prompt_ids(session, prompt, chat=chat)
-    sampling = sessions.sampling_for(session, max_tokens=max_tokens, temperature=temperature, seed=seed)
-    for piece, _ in sessions.stream(session, ids, sampling):
+    for piece, _ in sessions.stream(session, ids, sessions.sampling_for(session, **settings)):
         yield piece
+
+
+def chat(
+    model: str, *, system: str | None = None, adapter: Adapters = None, backend: str = "auto", **options: Any
+) -> Chat:
+    """Return a conversation: `.say(text)` gives the next answer, `.stream(text)` its pieces, `.messages` the history.
+
+    options: as `generate` has them; max_tokens 1024, temperature 0.7 and top_p 0.95 by default.
+    """
+    from shared.chat import Chat, chat_sampling
+
+    session, settings = _open(model, adapter=adapter, backend=backend, options=options)
+    return Chat(session, chat_sampling(session, **settings), system)
+
+
+def _open(model: str, *, adapter: Adapters, backend: str, options: dict[str, Any]) -> tuple[Session, dict[str, Any]]:
+    """Return a session, and the options that are settings of generation, checked before anything is loaded."""
+    from shared.generation_config import read_settings
+    from shared.sessions import open_session
+
+    opened = {key: options[key] for key in ("dtype", "quantization", "device") if key in options}
+    settings = {key: value for key, value in options.items() if key not in opened}
+    read_settings(settings)
+    return open_session(str(model), adapter=adapter, backend=backend, **opened), settings
 
 
 def convert(

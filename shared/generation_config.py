@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from shared.config import describe, pick_problems
+from shared.errors import ConfigError, did_you_mean
 from shared.sections import Count, Name, NotNegative, Positive, Section, Share
 
 
@@ -31,6 +32,10 @@ WITHOUT_EFFECT = ("top_k", "top_p", "min_p")  # at temperature 0
 def read_settings(values: dict[str, Any]) -> GenerationConfig:
     """Return checked settings; None is a default. Raises ConfigError with the first problem."""
     given = {key: value for key, value in values.items() if value is not None}
+    for key in given.keys() - GenerationConfig.model_fields.keys():
+        raise ConfigError(
+            f'generation: unknown setting "{key}"', code="E201", fix=did_you_mean(key, GenerationConfig.model_fields)
+        )
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)
     try:

@@ -12,6 +12,7 @@ from shared.answers import Answer, Completion
 from shared.config import parse_scheme
 from shared.convert.merge import read_weighted
 from shared.data.layout import choose_layout
+from shared.data.prompts import Prompt
 from shared.data.rows import Row, find_data, read_rows, split_files
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
 from shared.errors import ConfigError, DataError
@@ -122,11 +123,18 @@ def evaluate_rows(
     return evaluate_examples(session.model, examples, layout)
 
 
-def prompt_ids(session: Session, prompt: str, *, chat: bool | None, note: Note = lambda text: None) -> list[int]:
+def prompt_ids(
+    session: Session, prompt: str | Prompt, *, chat: bool | None, note: Note = lambda text: None
+) -> list[int]:
     """Return the ids of a prompt.
 
-    chat: wrap it as a user's message in the chat template; None: if the adapter was trained on messages.
+    chat: wrap it as a user's message in the chat template; None: if the adapter was trained on messages. A conversation
+    always is.
     """
+    if isinstance(prompt, Prompt) and prompt.messages:
+        text = session.tokenizer.chat_prompt(list(prompt.messages), tools=prompt.tools)
+        return session.tokenizer.encode(text, special=False)
+    prompt = prompt.text if isinstance(prompt, Prompt) else prompt
     if chat is None:
         chat = bool(session.adapter and session.adapter.notes.get("rows") == "messages")
         if chat:

@@ -153,49 +153,6 @@ def evaluate(
 
 
 @app.command()
-def generate(
-    model: ModelPath,
-    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to go on from.")],
-    adapter: AdapterPath = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="At most so many tokens.")] = 128,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0: the likeliest token each time.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text.")] = 0,
-    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="Wrap the prompt in the chat template, or not.")
-    ] = None,
-    backend: BackendName = "auto",
-    dtype: Dtype = "auto",
-    quantization: Quantization = "auto",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Text that follows a prompt."""
-    from shared import sessions
-
-    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
-    check_backend(backend)
-    check_finite("--temperature", temperature)
-    session = sessions.open_session(
-        model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization, note=say
-    )
-    ids = sessions.prompt_ids(session, prompt, chat=chat, note=say)
-    sampling = sessions.sampling_for(session, max_tokens=max_tokens, temperature=temperature, seed=seed)
-    if stream:
-        for piece, _ in sessions.stream(session, ids, sampling):
-            print(piece, end="", flush=True)
-        print()
-        return
-    found = sessions.complete(session, ids, sampling)
-    if as_json:
-        emit(found, backend=session.backend.name)
-    else:
-        print(found.text)
-
-
-@app.command()
 def parity(
     config: Annotated[Path, typer.Argument(help="YAML file of a run.")],
     updates: Annotated[

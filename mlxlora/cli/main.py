@@ -15,8 +15,10 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from mlxlora.cli.app import app
+from mlxlora.cli.chatting import chat
 from mlxlora.cli.converting import convert
 from mlxlora.cli.fusing import fuse
+from mlxlora.cli.generating import generate
 from mlxlora.cli.measuring import bench
 from mlxlora.cli.merging import merge
 from mlxlora.cli.planning import estimate
@@ -26,11 +28,13 @@ from mlxlora.cli.running import runs
 from shared.watching.display import Sturdy
 
 app.command()(bench)
+app.command()(chat)
 app.command()(convert)
 app.command()(estimate)
 app.command()(preview)
 app.command()(quantize)
 app.command()(fuse)
+app.command()(generate)
 app.command()(merge)
 app.add_typer(runs)
 

@@ -103,15 +103,15 @@ class Tokenizer:
         """Return a conversation's text and its assistant spans; raises DataError without a template."""
         return render_chat(self._template(), messages=messages, tools=tools, **self._special_texts())
 
-    def chat_prompt(self, messages: list[dict[str, Any]]) -> str:
+    def chat_prompt(self, messages: list[dict[str, Any]], *, tools: Any = None) -> str:
         """Return the text that asks the assistant to speak next."""
         source = self._template()
-        return run_template(source, messages=messages, add_generation_prompt=True, tools=None, **self._special_texts())
+        return run_template(source, messages=messages, add_generation_prompt=True, tools=tools, **self._special_texts())
 
     def _template(self) -> str:
         if self.template is None:
             raise DataError(
-                f"{self.folder.name} has no chat template, which rows with messages need",
+                f"{self.folder.name} has no chat template, which messages need",
                 code="E214",
                 fix="use the instruct version of the model, or rows with prompt and completion",
             )

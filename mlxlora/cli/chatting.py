@@ -1,0 +1,154 @@
+"""`mlxlora chat`: a conversation in the terminal, or with the lines of a pipe."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlxlora.cli.app import AdapterPath, BackendName, Debug, Dtype, Json, ModelPath, Quantization, emit_object, say
+from mlxlora.cli.generating import MinP, Penalty, Seed, Stop, TopK, TopP, check_settings, open_checked
+
+if TYPE_CHECKING:
+    from shared.chat import Chat
+
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="What the model is told beforehand.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", min=1, help="Tokens of an answer, at most. [default: 1024]")
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", min=0.0, help="0: the likeliest token each time. [default: 0.7]")
+]
+COMMANDS = """/reset          forget what was said
+/system TEXT    another system prompt, without TEXT none; begins anew
+/exit           leave, as Ctrl-D does
+\"\"\"             begins and ends a message of several lines
+Ctrl-C          breaks an answer off"""
+UNSEEN = dict.fromkeys([n for n in range(32) if chr(n) not in "\n\t"] + [127])  # no model moves the cursor
+
+
+def chat(
+    model: ModelPath,
+    adapter: AdapterPath = None,
+    system: System = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    stop: Stop = None,
+    seed: Seed = None,
+    backend: BackendName = "auto",
+    dtype: Dtype = "auto",
+    quantization: Quantization = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Talk with a model; lines come from the terminal or from a pipe."""
+    from shared.chat import Chat, chat_sampling
+    from shared.generation_config import CHAT
+
+    settings = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "stop": stop or None, "seed": seed,
+    }  # fmt: skip
+    settings = {**settings, **{key: value for key, value in CHAT.items() if settings[key] is None}}
+    check_settings(settings)
+    session = open_checked(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization)
+    talk = Chat(session, chat_sampling(session, **settings), system)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (arrows and history for input())
+
+        print(f"{session.folder.name} on {session.backend.name}; /help lists the commands", file=sys.stderr)
+    converse(talk)
+    if as_json:
+        emit_object({"messages": talk.messages, "system": talk.system, "backend": session.backend.name})
+
+
+def converse(talk: Chat) -> None:
+    """Read messages and commands and answer them, until the end of the input or /exit."""
+    while (line := read_message()) is not None:
+        if not line.strip():
+            continue
+        if not line.startswith("/") or "\n" in line:
+            answer(talk, line)
+        elif obey(talk, line.strip()):
+            return
+
+
+def read_message() -> str | None:
+    """Return the next message, None at the end: a line, or the lines between two that hold three quotes."""
+    line = read_line("> ")
+    if line is None or line.strip() != '"""':
+        return line
+    lines: list[str] = []
+    while (line := read_line(". ")) is not None and line.strip() != '"""':
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def read_line(sign: str) -> str | None:
+    """Return the next line, None at the end; the sign is shown on a terminal. Ctrl-C begins the line anew."""
+    while True:
+        try:
+            if sys.stdin.isatty():
+                return input(sign)
+            line = sys.stdin.readline()
+            return line.rstrip("\r\n") if line else None
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print("\nCtrl-D or /exit leaves", file=sys.stderr)
+        except EOFError:
+            print()
+            return None
+        except UnicodeDecodeError:
+            print("that line is not UTF-8", file=sys.stderr)
+
+
+def obey(talk: Chat, line: str) -> bool:
+    """Do what a command says; return whether to leave."""
+    from shared.errors import DataError, did_you_mean
+
+    name, _, rest = line.partition(" ")
+    if name in ("/exit", "/quit", "/bye"):
+        return True
+    if name == "/reset":
+        talk.reset()
+        say("begun anew")
+    elif name == "/system":
+        try:
+            talk.set_system(rest.strip() or None)
+            say("begun anew with that system prompt" if rest.strip() else "begun anew without a system prompt")
+        except DataError as error:
+            print(f"error {error.code}: {error}", file=sys.stderr)
+    elif name in ("/help", "/?"):
+        print(COMMANDS, file=sys.stderr)
+    else:
+        known = ("/reset", "/system", "/exit", "/help")
+        print(f"unknown command {name}; {did_you_mean(name, known)}", file=sys.stderr)
+    return False
+
+
+def answer(talk: Chat, message: str) -> None:
+    """Print the answer to a message as it comes; Ctrl-C breaks it off."""
+    from shared.errors import DataError
+
+    end = "\n"
+    try:
+        with closing(talk.stream(message)) as pieces:
+            for piece in pieces:
+                print(piece.translate(UNSEEN), end="", flush=True)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        end = " [broken off]\n"
+    except DataError as error:
+        if not sys.stdin.isatty():
+            raise
+        print(f"error {error.code}: {error}", file=sys.stderr)
+        return
+    print(end, end="", flush=True)

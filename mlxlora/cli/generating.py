@@ -1,0 +1,197 @@
+"""`mlxlora generate`: texts that follow prompts, of options or of a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxlora.cli.app import (
+    AdapterPath,
+    BackendName,
+    Debug,
+    Dtype,
+    Json,
+    ModelPath,
+    Quantization,
+    check_backend,
+    check_choice,
+    check_finite,
+    emit,
+    emit_object,
+    say,
+)
+
+if TYPE_CHECKING:
+    from shared.answers import Completion
+    from shared.data.prompts import Prompt
+    from shared.sessions import Session
+    from shared.types import Sampling
+
+# Without a number the default stands in shared/generation_config.py, which needs pydantic.
+TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="Only the K likeliest tokens; 0: all.")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Only the likeliest that sum to this probability.")
+]
+MinP = Annotated[
+    float | None, typer.Option("--min-p", min=0.0, max=1.0, help="Only tokens with this share of the likeliest one's.")
+]
+Penalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", min=0.0, help="Above 1: what was said is less likely.")
+]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends an answer; may stand several times.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same text. [default: 0]")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="At most so many tokens. [default: 128]")]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", min=0.0, help="0: the likeliest token each time. [default: 0]")
+]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Prompts computed together. [default: 8]")]
+Prompts = Annotated[
+    list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to go on from; may stand several times.")
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts: .txt by lines, or rows as for training.")
+]
+Wrap = Annotated[bool | None, typer.Option("--chat/--raw", help="Wrap prompts in the chat template, or not.")]
+Output = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write answers as JSON lines to a file.")]
+
+
+def generate(
+    model: ModelPath,
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    adapter: AdapterPath = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    stop: Stop = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
+    chat: Wrap = None,
+    output: Output = None,
+    backend: BackendName = "auto",
+    dtype: Dtype = "auto",
+    quantization: Quantization = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Texts that follow prompts."""
+    settings = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "stop": stop or None, "seed": seed, "batch_size": batch_size,
+    }  # fmt: skip
+    check_settings(settings)
+    asked = find_prompts(prompt or [], prompts, stream=stream)
+    session = open_checked(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization)
+    answer_prompts(session, asked, settings, chat=chat, stream=stream, output=output, as_json=as_json)
+
+
+def find_prompts(texts: Sequence[str], file: Path | None, *, stream: bool) -> list[Prompt]:
+    """Return the prompts of the options; raises ConfigError where there is none."""
+    from shared.data.prompts import Prompt, read_prompts
+    from shared.errors import ConfigError
+
+    found = [*(Prompt(text) for text in texts), *(read_prompts(file.expanduser()) if file is not None else ())]
+    if not found:
+        raise ConfigError("no prompt", fix='--prompt "...", or --prompts FILE; mlxlora generate --help lists more')
+    if stream and len(found) > 1:
+        raise ConfigError(f"--stream with {len(found)} prompts", expected="one, whose text comes token by token")
+    return found
+
+
+def answer_prompts(
+    session: Session, asked: list[Prompt], settings: dict[str, Any], *, chat: bool | None, stream: bool,
+    output: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Print the answers to prompts, or one JSON object with them."""
+    from shared import sessions
+    from shared.answers import Answer
+
+    sampling = sessions.sampling_for(session, **settings)
+    first, *others = asked
+    prompts = [sessions.prompt_ids(session, first, chat=chat, note=say)]
+    prompts += [sessions.prompt_ids(session, one, chat=chat) for one in others]
+    if stream:
+        answer = Answer(session.tokenizer.decode, sampling, len(prompts[0]))
+        for _, piece, _ in sessions.follow(session, [answer], prompts, sampling):
+            print(piece, end="", flush=True)
+        print()
+        found = [answer.completion()]
+    else:
+        found = complete_noted(session, prompts, sampling)
+    if output is not None:
+        write_answers(output, asked, found)
+    show(session, asked, found, as_json=as_json, printed=stream or output is not None)
+
+
+def complete_noted(session: Session, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+    """Return all answers; where there are many, say on stderr how many are done."""
+    from shared.sessions import complete_all
+
+    total, count = len(prompts), 0
+    if total > 1 and sampling.batch_size > 1 and not session.model.info.can_batch:
+        say(f"one prompt after the other: the family {session.model.info.family} cannot be continued in batches here")
+
+    def tell(number: int, found: Completion) -> None:
+        nonlocal count
+        count += 1
+        if total > sampling.batch_size and sys.stderr.isatty():
+            print(f"\r{count} of {total} answered", end="" if count < total else "\n", file=sys.stderr, flush=True)
+
+    return complete_all(session, prompts, sampling, tell)
+
+
+def write_answers(output: Path, asked: list[Prompt], found: list[Completion]) -> None:
+    """Write one JSON object per prompt, in order."""
+    from shared.durable import write_whole
+
+    rows = ({"prompt": one.messages or one.text, **asdict(answer)} for one, answer in zip(asked, found, strict=True))
+    write_whole(output.expanduser(), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    say(f"{len(found)} answers in {output}")
+
+
+def show(session: Session, asked: list[Prompt], found: list[Completion], *, as_json: bool, printed: bool) -> None:
+    """Print texts, of several prompts each under its number, or the JSON object: of one prompt its answer's fields."""
+    if as_json and len(found) == 1:
+        emit(found[0], backend=session.backend.name)
+    elif as_json:
+        emit_object({"completions": [asdict(answer) for answer in found], "backend": session.backend.name})
+    elif not printed and len(found) == 1:
+        print(found[0].text)
+    elif not printed:
+        for number, (one, answer) in enumerate(zip(asked, found, strict=True), start=1):
+            begun = " ".join(one.last.split())
+            print(f"[{number}] {begun if len(begun) <= 70 else begun[:67] + '...'}\n{answer.text}\n")
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise ConfigError for what no generation can use, before a model is loaded; note what has no effect."""
+    for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        if settings[key] is not None:
+            check_finite(f"--{key.replace('_', '-')}", settings[key])
+    from shared.generation_config import WITHOUT_EFFECT, read_settings
+
+    greedy = read_settings(settings).temperature == 0
+    idle = [f"--{key.replace('_', '-')}" for key in WITHOUT_EFFECT if settings[key]]
+    if idle and greedy:
+        say(f"{idle[0]} changes nothing at temperature 0, which takes the likeliest token; --temperature 1 draws")
+
+
+def open_checked(model: str, *, adapter: list[str] | None, backend: str, dtype: str, quantization: str) -> Session:
+    """Return a session; what is misspelt is said before anything is loaded."""
+    from shared.sessions import open_session
+
+    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    check_backend(backend)
+    return open_session(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization, note=say)

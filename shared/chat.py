@@ -1,0 +1,97 @@
+"""A conversation with a model: its history, and answers that are streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from shared.answers import Answer, Completion
+from shared.errors import DataError
+from shared.generation_config import CHAT
+from shared.sessions import Session, follow, sampling_for
+from shared.types import Sampling
+
+Message = dict[str, Any]
+
+
+@dataclass
+class Chat:
+    """What was said so far. `stream` and `say` add a message and its answer."""
+
+    session: Session
+    sampling: Sampling
+    system: str | None = None
+    messages: list[Message] = field(default_factory=list[Message])  # without the system prompt
+    last: Completion | None = None  # the last answer with its facts
+
+    def __post_init__(self) -> None:
+        if self.session.tokenizer.template is None:
+            raise DataError(
+                f"{self.session.folder.name} has no chat template, which a chat needs",
+                code="E214",
+                fix="use the instruct version of the model, or mlxlora generate",
+            )
+        self.set_system(self.system)
+
+    def reset(self) -> None:
+        """Forget what was said; the system prompt stays."""
+        self.messages, self.last = [], None
+
+    def set_system(self, text: str | None) -> None:
+        """Take another system prompt, None for none, and begin anew; raises DataError where the template has none."""
+        self.ids([*system_message(text), {"role": "user", "content": "?"}])
+        self.system = text
+        self.reset()
+
+    def say(self, text: str) -> Completion:
+        """Return the answer to a message."""
+        for _ in self.stream(text):
+            pass
+        assert self.last is not None
+        return self.last
+
+    def stream(self, text: str) -> Iterator[str]:
+        """Yield the answer to a message, piece by piece; of one that is broken off, what was yielded is kept."""
+        asked = {"role": "user", "content": text}
+        ids = self.ids([*system_message(self.system), *self.messages, asked])
+        sampling = replace(self.sampling, max_tokens=self.room(len(ids)))
+        answer = Answer(self.session.tokenizer.decode, sampling, len(ids))
+        try:
+            for _, piece, _ in follow(self.session, [answer], [ids], sampling):
+                if piece:
+                    yield piece
+        finally:
+            if not answer.finish_reason:
+                answer.text = answer.text[: answer.shown]
+            self.last = answer.completion()
+            if answer.finish_reason or answer.text:
+                self.messages += [asked, {"role": "assistant", "content": answer.text}]
+
+    def ids(self, messages: list[Message]) -> list[int]:
+        """Return the ids of a conversation that the assistant is to answer; raises DataError."""
+        return self.session.tokenizer.encode(self.session.tokenizer.chat_prompt(messages), special=False)
+
+    def room(self, tokens: int) -> int:
+        """Return how many tokens an answer may have behind so many; raises DataError where none fits."""
+        info = self.session.model.info
+        most = min((limit for limit in (info.max_positions, info.max_tokens) if limit is not None), default=None)
+        if most is None:
+            return self.sampling.max_tokens
+        if tokens >= most:
+            raise DataError(
+                f"the conversation has {tokens} tokens, and the model takes {most}",
+                fix="begin anew (/reset), or say less at once",
+            )
+        return min(self.sampling.max_tokens, most - tokens)
+
+
+def chat_sampling(session: Session, **values: Any) -> Sampling:
+    """Return the sampling of a chat: settings of GenerationConfig, with a chat's own defaults."""
+    given = {key: value for key, value in values.items() if value is not None}
+    return sampling_for(session, **{**CHAT, **given})
+
+
+def system_message(text: str | None) -> list[Message]:
+    """Return the message of a system prompt, none without."""
+    return [{"role": "system", "content": text}] if text else []
