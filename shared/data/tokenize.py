@@ -188,11 +188,12 @@ def mark_prompt(question: Question, encoded: list[Encoded], row: Row, tokenizer:
     Where the prompt alone gives the first ids (nearly always), the rest is the completion. Where a token
     spans both, it carries the completion's first characters and is supervised.
     """
-    alone, ids = encoded[0].ids, encoded[1].ids
-    if ids[: len(alone)] == alone:
-        mask = [False] * len(alone) + [True] * (len(ids) - len(alone))
-    else:
-        mask = [end > len(question.texts[0]) for _, end in encoded[1].offsets]
+    alone, ids, offsets = encoded[0].ids, encoded[1].ids, encoded[1].offsets
+    common = next((n for n, pair in enumerate(zip(alone, ids, strict=False)) if pair[0] != pair[1]), len(alone))
+    if common < len(alone) and max((end for _, end in offsets), default=0) == len(question.texts[1]):
+        mask = [end > len(question.texts[0]) for _, end in offsets]
+    else:  # offsets that miss the end of the text are wrong: some tokenizers lose count behind unknown characters
+        mask = [False] * common + [True] * (len(ids) - common)
     ended = with_end(ids, tokenizer)
     mask += [True] * (len(ended) - len(mask))
     if ended == ids and ids and ids[-1] == tokenizer.eos:

@@ -381,3 +381,15 @@ def test_a_config_of_an_unknown_family_gives_no_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("unknown", ["\u202eevil\u202c", "z\u0338\u0321a\u0335", "日本語 🤖", "שלום"])
+@pytest.mark.parametrize("name", ["TinyStories-656K", "stories260K"])
+def test_a_tokenizer_that_loses_count_behind_unknown_characters_still_supervises_the_completion(
+    stored_model, name, unknown
+):
+    tokenizer = load_tokenizer(stored_model(name))
+    example = encode(prompt_row(f"Review: {unknown} 22\nLabel:", " positive"), tokenizer)
+    said = tokenizer.decode(example.tokens[example.supervised].tolist())
+    assert said.strip(": ").startswith("positive")
+    assert "Label" not in said
