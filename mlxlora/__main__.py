@@ -1,6 +1,6 @@
 """`python -m mlxlora` is `mlxlora`."""
 
-from mlxlora.cli.main import main
+from mlxlora.cli.start import main
 
 if __name__ == "__main__":
     main()

@@ -80,9 +80,14 @@ def differences(adapter: Adapter | None, base: ModelFolder, *, dtype: str) -> It
     trained = adapter.notes.get("dtype", dtype)
     if trained != dtype:
         yield f"the adapter was trained in {trained}, this is {dtype}; --dtype {trained} gives the training's numbers"
+    if sum(file.stat().st_size for file in base.files) <= HASHED_BYTES:
+        yield from other_base(adapter, base)
+
+
+def other_base(adapter: Adapter, base: ModelFolder) -> Iterator[str]:
+    """Yield that a base is another than the adapter was trained on, as far as its notes say; reads the whole base."""
     files = [*base.files, base.path / "config.json"]
-    known = "base" in adapter.notes and sum(file.stat().st_size for file in files) <= HASHED_BYTES
-    if known and joint_hash(hash_files(files).result()) != adapter.notes["base"]:
+    if "base" in adapter.notes and joint_hash(hash_files(files).result()) != adapter.notes["base"]:
         yield "this is not the base that the adapter was trained on: its files differ"
 
 

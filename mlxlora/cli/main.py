@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import wraps
 from typing import Annotated, Any, TextIO, cast
 
 import typer
@@ -67,19 +68,33 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
-        return fail("stopped", 130, as_json, "E800")
+        return fail("stopped", 130, as_json, "E800", quiet=True)
     except Exception as error:
         return answer(error, debug=debug, as_json=as_json)
 
 
 def commands() -> Any:
-    """Return the tree of commands, each of which takes --offline."""
+    """Return the tree of commands, each of which takes --offline and answers Ctrl-C."""
     tree: Any = get_command(app)
     source = typer.Typer(add_completion=False)
     source.command()(offline_option)
     for command in leaves(tree):
         command.params.extend(param for param in get_command(source).params if param.name == "offline")
+        command.callback = answering(command.callback)
     return tree
+
+
+def answering(command: Any) -> Any:
+    """Return a command that says when it was stopped: typer would end without a word."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            return fail("stopped", 130, bool(kwargs.get("as_json")), "E800", quiet=True)
+
+    return run
 
 
 def leaves(tree: Any) -> Iterator[Any]:

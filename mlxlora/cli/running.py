@@ -12,7 +12,7 @@ from mlxlora.cli.app import BackendName, Debug, Json, check_backend, emit, emit_
 
 runs = typer.Typer(name="runs", help="Runs that were made: list, look, compare.", no_args_is_help=True)
 
-RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder, or the name of one in runs/, as `ls` prints it.")]
 
 
 @runs.command()

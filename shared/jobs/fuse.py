@@ -22,7 +22,7 @@ from shared.data.rows import Row
 from shared.data.tokenize import tokenize_rows
 from shared.errors import AdapterError, ConfigError, MlxloraError, did_you_mean
 from shared.folder import find_folder, open_folder
-from shared.sessions import find_rows, open_session
+from shared.sessions import find_rows, open_session, other_base
 from shared.types import Example
 
 KEPT = 0.9  # cosine between the wanted and the written change below which fusing is refused
@@ -83,6 +83,8 @@ def fuse(
     check_untied(ends_of(found.spec.modules), tied=folder.is_tied)
     check_copies(found, folder)
     changes = find_changes(found, weights)
+    for text in other_base(found, folder):
+        note(text)
     trained = str(found.notes.get("quantization", "none"))
     if trained != "none" and not folder.schemes:
         note(f"the adapter was trained on the base quantized to {trained}; here it joins the base as it is stored")

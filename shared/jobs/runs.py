@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,18 @@ from shared.evaluate import evaluate_each
 from shared.running.lock import FILE as LOCK
 from shared.sessions import find_rows, open_session
 from shared.types import Example
-from shared.watching.report import Curve, chart, escape, flatten, page, points, read_manifest, read_settings, thin
+from shared.watching.report import Point, chart, flatten, noisy, page, points, read_manifest, read_settings
+from shared.watching.words import escape
 
+RUNS = Path("runs")  # where runs are that are called by their names
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 48  # of a curve in text
 RESAMPLES = 2000
 CURVES = {"loss": "loss", "valid": "eval_loss"}  # as text: name -> key of metrics.jsonl
 LEVEL = 0.95
+FORMS = {1000: ",.0f", 100: ".1f", 0.1: ".4f", 0: ".4g"}  # of numbers from a size on
+FACTS = ("state", "step", "updates", "backend", "model", "created")  # of both runs, on the page
+Rows = Sequence[Mapping[str, Any]]
 PLACES = ("output", "backend", "device", "log", "checkpoint")  # settings that decide nothing about the result
 FINAL = {  # of the comparison: name -> key of metrics.jsonl, which of its values, and whether less is better
     "training loss": ("loss", "last"),
@@ -109,7 +115,7 @@ def list_runs(folder: Path) -> list[RunFacts]:
 def read_run(folder: Path) -> RunFacts:
     """Return the facts of a run folder; raises CheckpointError where it is none."""
     if not (folder / "manifest.json").is_file():
-        near = [path.parent.name for path in folder.parent.glob("*/manifest.json")] if folder.parent.is_dir() else []
+        near = [path.parent.name for place in (folder.parent, RUNS) for path in place.glob("*/manifest.json")]
         hint = did_you_mean(folder.name, near) if near else "mlxlora runs ls DIR lists runs"
         raise CheckpointError(f"{folder} is not the folder of a run", expected="manifest.json in it", fix=hint)
     rows, manifest = Metrics(folder / "metrics.jsonl").read(), read_manifest(folder / "manifest.json")
@@ -126,6 +132,12 @@ def read_run(folder: Path) -> RunFacts:
     )
 
 
+def find_run(folder: Path) -> Path:
+    """Return a run folder, or where there is none, that of its name in runs/."""
+    named = RUNS / folder
+    return named if not folder.exists() and (named / "manifest.json").is_file() else folder
+
+
 def is_held(folder: Path) -> bool:
     """Return whether a process trains in a run folder."""
     try:
@@ -138,7 +150,7 @@ def is_held(folder: Path) -> bool:
     return False
 
 
-def last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+def last(rows: Rows, key: str) -> float | None:
     """Return the last finite value of a key."""
     found = points(rows, key)
     return found[-1][1] if found else None
@@ -146,6 +158,7 @@ def last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 def describe(folder: Path) -> RunDetails:
     """Return one run in full."""
+    folder = find_run(folder)
     facts, rows = read_run(folder), Metrics(folder / "metrics.jsonl").read()
     defaults = flatten(build_config({"model": "-", "data": {"path": "-"}}).model_dump(mode="json"))
     found = read_manifest(folder / "manifest.json").get("command")
@@ -159,7 +172,7 @@ def describe(folder: Path) -> RunDetails:
     )
 
 
-def final_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def final_numbers(rows: Rows) -> dict[str, float | None]:
     """Return the numbers that sum a run up, None where there is none."""
     take: dict[str, Callable[[list[float]], float]] = {
         "last": lambda ys: ys[-1], "min": min, "max": max, "median": lambda ys: float(np.median(ys)),
@@ -171,20 +184,46 @@ def final_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return found
 
 
-def sparkline(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+def sparkline(rows: Rows, key: str) -> str:
     """Return a curve as bars of equal steps, from its lowest to its highest value; empty without two points.
 
-    >>> sparkline([{"step": n, "loss": 4.0 - n} for n in range(4)], "loss")[:4]
+    >>> sparkline([{"step": n, "loss": 4.0 - n} for n in range(4)], "loss")
     '█▆▃▁'
     """
-    ys = [y for _, y in points(rows, key)]
-    if len(ys) < 2:
-        return ""
-    groups = [group for group in np.array_split(np.asarray(ys), min(WIDTH, len(ys))) if len(group)]
-    heights = np.array([group.mean() for group in groups])
-    spread = float(heights.max() - heights.min()) or 1.0
-    levels = np.rint((heights - heights.min()) / spread * (len(BARS) - 1)).astype(int)
-    return "".join(BARS[level] for level in levels)
+    return sparklines([rows], key)[0]
+
+
+def sparklines(runs: Sequence[Rows], key: str) -> list[str]:
+    """Return curves as bars on one scale, so that the same height and the same place mean the same for all.
+
+    >>> falling = [{"step": n, "loss": 4.0 - n} for n in range(4)]
+    >>> sparklines([falling, [{"step": n, "loss": 2.0} for n in range(2)]], "loss")
+    ['█▆▃▁', '▃▃']
+    """
+    curves = [points(rows, key) for rows in runs]
+    known = [point for curve in curves if len(curve) > 1 for point in curve]
+    if not known:
+        return ["" for _ in curves]
+    first, end = min(x for x, _ in known), max(x for x, _ in known)
+    width = min(WIDTH, max(map(len, curves)))
+    heights = [means(curve, first=first, end=end, width=width) if len(curve) > 1 else [] for curve in curves]
+    low, high = min(min(ys) for ys in heights if ys), max(max(ys) for ys in heights if ys)
+    return ["".join(BARS[round((y - low) / ((high - low) or 1.0) * (len(BARS) - 1))] for y in ys) for ys in heights]
+
+
+def means(curve: Sequence[Point], *, first: float, end: float, width: int) -> list[float]:
+    """Return the mean of the values in each of `width` equal parts of the steps, up to the curve's last one.
+
+    A part without values has that of the one before.
+    """
+    places = [min(int((x - first) / ((end - first) or 1.0) * width), width - 1) for x, _ in curve]
+    groups: dict[int, list[float]] = {}
+    for place, (_, y) in zip(places, curve, strict=True):
+        groups.setdefault(place, []).append(y)
+    found: list[float] = []
+    for place in range(places[-1] + 1):
+        found.append(fmean(groups[place]) if place in groups else (found[-1] if found else curve[0][1]))
+    return found
 
 
 def compare(one: Path, two: Path, *, data: str | None = None, html: Path | None = None, **options: Any) -> Comparison:
@@ -192,6 +231,7 @@ def compare(one: Path, two: Path, *, data: str | None = None, html: Path | None 
 
     html: a page to write it to. options: backend, note.
     """
+    one, two = find_run(one), find_run(two)
     a, b = read_run(one), read_run(two)
     rows = [Metrics(folder / "metrics.jsonl").read() for folder in (one, two)]
     ours, theirs = read_settings(one), read_settings(two)
@@ -202,7 +242,7 @@ def compare(one: Path, two: Path, *, data: str | None = None, html: Path | None 
         b=b,
         settings={key: (ours.get(key), theirs.get(key)) for key in keys},
         final={name: (numbers[0][name], numbers[1][name]) for name in FINAL},
-        curves={name: (sparkline(rows[0], key), sparkline(rows[1], key)) for name, key in CURVES.items()},
+        curves={name: (lines[0], lines[1]) for name, key in CURVES.items() if (lines := sparklines(rows, key))},
         paired=None if data is None else evaluate_both(a, b, data=data, **options),
     )  # fmt: skip
     if html is not None:
@@ -253,7 +293,7 @@ def paired_bootstrap(a_E: np.ndarray, b_E: np.ndarray, weights_E: np.ndarray, *,
     return Paired(rows, one, two, two - one, float(low), float(high), LEVEL)
 
 
-def write_page(found: Comparison, rows: Sequence[Sequence[Mapping[str, Any]]], file: Path) -> None:
+def write_page(found: Comparison, rows: Sequence[Rows], file: Path) -> None:
     """Write a comparison as one page without scripts; raises StorageError."""
     title = f"{found.a.name} (a) and {found.b.name} (b)"
     try:
@@ -262,23 +302,30 @@ def write_page(found: Comparison, rows: Sequence[Sequence[Mapping[str, Any]]], f
         raise StorageError(f"cannot write {file}: {error.strerror}", fix="choose another --html") from None
 
 
-def page_parts(found: Comparison, rows: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+def page_parts(found: Comparison, rows: Sequence[Rows]) -> Iterator[str]:
     """Yield the parts of the page: verdict, curves of both in one chart, tables."""
     if found.paired:
-        yield f"<p>{escape(paired_line(found.paired))}</p>"
+        yield f'<p class="card">{escape(paired_line(found.paired))}</p>'
     steps = max(found.a.step, found.b.step)
     charts = []
     for title, key in (("Training loss", "loss"), ("Validation loss", "eval_loss"), ("Speed", "tokens_per_s")):
-        lines = [Curve(name, thin(points(part, key)), name) for name, part in zip("ab", rows, strict=True)]
+        lines = [line for name, part in zip("ab", rows, strict=True) for line in noisy(part, key, name, style=name)]
         unit = "tokens per second" if title == "Speed" else "nats per supervised token"
         charts.append(chart(title, unit, *lines, last_step=steps, from_zero=title == "Speed"))
     yield f'<h2>Curves</h2><div class="grid">{"".join(charts)}</div>'
-    for title, pairs in (("Last numbers", found.final), ("Settings that differ", found.settings)):
-        lines = [
-            f"<tr><th>{escape(name)}</th><td>{escape(number_text(x))}</td><td>{escape(number_text(y))}</td></tr>"
-            for name, (x, y) in pairs.items()
-        ]
-        yield f'<h2>{title}</h2><table class="card"><tr><th></th><td>a</td><td>b</td></tr>{"".join(lines)}</table>'
+    yield table("Last numbers", found.final)
+    yield table("Settings that differ", found.settings)
+    yield table("Runs", {name: (getattr(found.a, name), getattr(found.b, name)) for name in FACTS})
+
+
+def table(title: str, pairs: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return a table of both runs, empty where there is nothing in it."""
+    lines = [
+        f"<tr><th>{escape(name)}</th><td>{escape(number_text(x))}</td><td>{escape(number_text(y))}</td></tr>"
+        for name, (x, y) in pairs.items()
+    ]
+    head = "<tr><th></th><td>a</td><td>b</td></tr>"
+    return f'<h2>{title}</h2><div class="card"><table>{head}{"".join(lines)}</table></div>' if lines else ""
 
 
 def paired_line(paired: Paired) -> str:
@@ -293,11 +340,12 @@ def paired_line(paired: Paired) -> str:
 def number_text(value: Any) -> str:
     """Return a value for people.
 
-    >>> number_text(None), number_text(1234.5), number_text(2.0), number_text("cosine")
-    ('-', '1,234', '2.0000', 'cosine')
+    >>> number_text(None), number_text(1234.5), number_text(416.43), number_text(2.0), number_text(3e-3)
+    ('-', '1,234', '416.4', '2.0000', '0.003')
     """
     if value is None:
         return "-"
     if isinstance(value, float) and math.isfinite(value):
-        return f"{value:,.0f}" if abs(value) >= 1000 else (f"{value:.4f}" if abs(value) >= 1e-3 else f"{value:.3g}")
+        form = next(form for limit, form in FORMS.items() if abs(value) >= limit)
+        return f"{value:{form}}"
     return str(value)

@@ -147,6 +147,20 @@ def test_no_framework_is_loaded_to_say_what_there_is(words):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("after_s", "words"), [(0.1, ["doctor"]), (1.0, ["doctor", "--json"])], ids=["loading", "running"]
+)
+def test_ctrl_c_while_a_command_starts_is_one_line_and_130(after_s, words):
+    code = (
+        "import signal, sys, threading\nfrom mlxlora.cli.start import main\n"
+        f"sys.argv = ['mlxlora', *{words}]\n"
+        f"threading.Timer({after_s}, signal.raise_signal, [signal.SIGINT]).start()\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+    assert not done.stdout or json.loads(done.stdout)["exit_code"] == 130
+
+
 def test_every_command_is_listed_and_explains_itself(capsys):
     listed = call(capsys, "--help")
     for name in ("train", "estimate", "evaluate", "generate", "parity", "doctor", "quickstart", "schema", "version"):

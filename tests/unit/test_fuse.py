@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import mlxlora
+from shared.config_file import build_config
 from shared.convert.change import Change
 from shared.convert.shards import row_blocks
 from shared.convert.source import open_rows, plain_weights
@@ -18,6 +19,7 @@ from shared.convert.weights import Survival
 from shared.errors import AdapterError, CapabilityError, ConfigError, ModelError
 from shared.folder import open_folder, sha256
 from shared.jobs.fuse import KEPT, FuseResult, Lost, TextChange, check_survival, fuse
+from shared.jobs.train import train
 from shared.quant.affine import unpack
 from shared.tensors import from_float32, load_file, save_file, to_float32
 from shared.types import Tensor
@@ -287,6 +289,16 @@ def test_an_adapter_of_another_base_is_refused(tiny_model_folder, tmp_path):
     narrow = changed(deep, lambda tensors: tensors.update({key: Tensor("F32", np.zeros((4, 32), np.float32))}))
     with pytest.raises(AdapterError, match=r"q_proj\.lora_A\" has shape \(4, 32\)"):
         fuse(str(tiny_model_folder()), adapter=str(narrow), output=str(tmp_path / "out"))
+
+
+def test_another_base_of_the_same_shape_is_named(tiny_model_folder, tmp_path, write_jsonl):
+    base, data = tiny_model_folder(), write_jsonl({"text": "hello world"})
+    values = {"model": str(base), "data": {"path": str(data)}, "output": str(tmp_path / "run"), "backend": "torch"}
+    adapter = train(build_config({**values, "train": {"updates": 1, "dtype": "float32"}})).adapter
+    notes: list[str] = []
+    for number, model in enumerate((base, tiny_model_folder(seed=1))):
+        fuse(str(model), adapter=str(adapter), output=str(tmp_path / str(number)), note=notes.append)
+    assert notes == ["this is not the base that the adapter was trained on: its files differ"]
 
 
 def test_an_adapter_on_a_tied_embedding_is_refused_and_on_an_own_one_fused(tiny_model_folder, tmp_path):

@@ -99,6 +99,21 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path):
         read_run(tmp_path)
 
 
+def test_two_curves_as_text_have_one_scale(two):
+    """Losses 4, 3, 2, 1 of four updates, and 3, 2 of two: the same height is the same loss in both."""
+    assert compare(*two).curves["loss"] == ("█▆▃▁", "▆▃")
+
+
+@pytest.mark.parametrize("words", [["show", "early"], ["compare", "early", "late"]])
+def test_a_run_goes_by_the_name_that_ls_prints(two, tmp_path, monkeypatch, capsys, words):
+    (tmp_path / "runs").mkdir()
+    for folder in two:
+        shutil.move(folder, tmp_path / "runs" / folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert run(["runs", *words]) == 0
+    assert "early" in capsys.readouterr().out
+
+
 def test_a_sparkline_is_as_wide_as_its_points_up_to_a_limit():
     rows = [{"step": n, "loss": float(n)} for n in range(500)]
     assert len(sparkline(rows, "loss")) == 48
