@@ -68,6 +68,12 @@ class DataConfig(Section):
         Literal["auto", "packed", "none"],
         Field(description="packed: examples end to end, none: sorted by length and padded; never changes the result"),
     ] = "auto"
+    streaming: Annotated[
+        Literal["auto"] | bool,
+        Field(
+            description="read rows when they are due, not all before; auto: a gigabyte of .jsonl or more; same result"
+        ),
+    ] = "auto"
     cache: Annotated[bool, Field(strict=True, description="keep tokenized rows between runs; never changes them")] = (
         True
     )

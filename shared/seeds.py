@@ -35,10 +35,19 @@ def generator(*parts: object) -> np.random.Generator:
 
 @lru_cache(maxsize=2)  # every update of an epoch asks for it: 20 ms each at a million rows
 def row_order(*, seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """Return the order of rows in an epoch, (num_rows,) int64, read-only."""
-    order = generator(seed, "rows", epoch).permutation(num_rows)
+    """Return the order of rows in an epoch, (num_rows,) int32 or int64, read-only."""
+    order = permutation(generator(seed, "rows", epoch), num_rows)
     order.setflags(write=False)
     return order
+
+
+def permutation(random: np.random.Generator, size: int) -> np.ndarray:
+    """Return what `random.permutation(size)` does in half its memory: four bytes per number where they suffice.
+
+    >>> bool((permutation(generator(0), 9) == generator(0).permutation(9)).all())
+    True
+    """
+    return random.permutation(np.arange(size, dtype=np.int32 if size < 2**31 else np.int64))
 
 
 def uniform(*, seed: int, name: str, shape: tuple[int, ...], bound: float) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from shared.data.dialects import translate
 from shared.data.formats import read_values
 from shared.data.rows import Row, content_hash, find_data, make_row, split_files
 from shared.errors import ConfigError, DataError
-from shared.seeds import generator, row_order
+from shared.seeds import generator, permutation, row_order
 from shared.types import Example
 
 if TYPE_CHECKING:
@@ -44,11 +44,7 @@ def load_rows(data: DataConfig, *, valid_too: bool = True) -> Rows:
     dropped: dict[str, int] = dict.fromkeys(data.drop, 0)
     seen: set[str] = set()
     roots = tuple(find_data(source.path) for source in data.sources)
-    for root in roots:
-        folder = root if root.is_dir() else root.parent
-        prefix = f"{folder.name}/" if len(data.sources) > 1 else ""
-        if prefix and any(name.startswith(prefix) for name in files):
-            prefix = f"{folder.name}-{len(counts) + 1}/"  # two folders of one name
+    for root, prefix in zip(roots, name_sources(roots), strict=True):
         before = len(train)
         for split, rows in (("train", train), ("valid", valid)):
             found = split_files(root, split) if split == "train" or valid_too else []
@@ -64,6 +60,18 @@ def load_rows(data: DataConfig, *, valid_too: bool = True) -> Rows:
         train[before:], valid = kept, valid + parted
         counts.append(len(kept))
     return Rows(train, valid, tuple(counts), roots, files, dropped)
+
+
+def name_sources(roots: Sequence[Path]) -> list[str]:
+    """Return what stands before a file's name in errors: nothing, of several sources their folders.
+
+    >>> name_sources([Path("x.csv")]), name_sources([Path("a/x.csv"), Path("b/x.csv"), Path("c/a/x.csv")])
+    ([''], ['a/', 'b/', 'a-3/'])
+    """
+    folders = [(root if root.is_dir() else root.parent).name for root in roots]
+    if len(roots) == 1:
+        return [""]
+    return [f"{name}-{n + 1}/" if name in folders[:n] else f"{name}/" for n, name in enumerate(folders)]
 
 
 def check_valid(found: list[Path], split: str, data: DataConfig) -> None:
@@ -124,11 +132,20 @@ def part(rows: list[Row], *, share: float | None) -> tuple[list[Row], list[Row]]
     """Return rows in two, about `share` of them in the second; content decides, so equal rows stay together."""
     if share is None:
         return rows, []
-    second = [int(content_hash([row])[:16], 16) < share * 2**64 for row in rows]
+    second = [is_parted(content_hash([row]), share) for row in rows]
     return (
         [row for row, out in zip(rows, second, strict=True) if not out],
         [row for row, out in zip(rows, second, strict=True) if out],
     )
+
+
+def is_parted(key: str, share: float) -> bool:
+    """Return whether a row of this content hash is parted off to evaluate on.
+
+    >>> is_parted("0" * 64, 0.1), is_parted("f" * 64, 0.1)
+    (True, False)
+    """
+    return int(key[:16], 16) < share * 2**64
 
 
 def drop_long(examples: list[Example], counts: tuple[int, ...], *, most: int) -> tuple[list[Example], tuple[int, ...]]:
@@ -159,7 +176,7 @@ def num_drawn(weights: Weights) -> list[int]:
 
 @lru_cache(maxsize=2)  # every update of an epoch asks for it
 def epoch_rows(weights: Weights, *, seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """Return the row numbers of an epoch in its order, (num_rows,) int64.
+    """Return the row numbers of an epoch in its order, (num_rows,) integers.
 
     A source of weight 0.5 gives one half of its rows in one epoch and the other in the next; of weight 2 each twice.
     """
@@ -168,7 +185,7 @@ def epoch_rows(weights: Weights, *, seed: int, epoch: int, num_rows: int) -> np.
         return order
     first, drawn = 0, []
     for number, ((rows, _), count) in enumerate(zip(weights, num_drawn(weights), strict=True)):
-        turn = generator(seed, "source", number).permutation(rows)
+        turn = permutation(generator(seed, "source", number), rows)
         drawn.append(first + turn[np.arange(epoch * count, (epoch + 1) * count) % rows])
         first += rows
     return np.concatenate(drawn)[order]

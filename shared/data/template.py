@@ -124,9 +124,12 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def memory_limit(num_bytes: int) -> Iterator[None]:
-    """Raise MemoryError in the block where the process grows by more; only Linux can tell and limit its size."""
+    """Raise MemoryError in the block where the process grows by more; only Linux can tell and limit its size.
+
+    The limit is the whole process's, so another thread, beside which a model may be training, does without.
+    """
     statm = Path("/proc/self/statm")
-    if not statm.is_file():
+    if not statm.is_file() or threading.current_thread() is not threading.main_thread():
         yield
         return
     import resource

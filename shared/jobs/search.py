@@ -10,10 +10,12 @@ from shared.adapters.start import start_values
 from shared.config import RunConfig
 from shared.data.batch import micro_batches
 from shared.data.layout import Layout, choose_layout
+from shared.data.stream import sample_of
 from shared.errors import OutOfMemory
 from shared.estimate.plan import COMFORT
 from shared.estimate.report import decide_run
-from shared.jobs.train import load_trainable, prepare
+from shared.jobs.prepare import prepare
+from shared.jobs.train import load_trainable
 from shared.loop import build_update
 from shared.optimizers import method_of
 from shared.protocols import Trainer
@@ -47,13 +49,13 @@ def search_micro_tokens(config: RunConfig, *, tell: Callable[[Tried], None] = la
     growth of the last, would not fit, where memory does run out, or where an update has no more rows.
     """
     prepared, backend = prepare(config), find_backend(config.backend)
-    chosen = decide_run(config, prepared.base, prepared.train, backend=backend)
+    chosen = decide_run(config, prepared.base, sample_of(prepared.train), backend=backend)
     model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
     if spec.kind != "none":
         model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
     trainer = backend.trainer(model, objective="sft", optimizer=method_of(config))
     packing = config.data.packing
-    rows = sorted(prepared.train, key=lambda example: -len(example.tokens))[: config.train.batch_size]
+    rows = sorted(sample_of(prepared.train), key=lambda example: -len(example.tokens))[: config.train.batch_size]
     tried: list[Tried] = []
     micro, most = len(rows[0].tokens), len(rows) * len(rows[0].tokens)
     while True:

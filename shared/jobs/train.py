@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,22 +16,17 @@ from shared.adapters.spec import resolve
 from shared.adapters.start import start_values
 from shared.adapters.writing import write_adapter
 from shared.callbacks import Callback, tell
-from shared.config import DataConfig, RunConfig, parse_scheme
+from shared.config import RunConfig, parse_scheme
 from shared.convergence import convergence_checks
-from shared.data.batch import Plan
-from shared.data.cache import tokenize_cached
 from shared.data.layout import training_layout
-from shared.data.rows import Row, content_hash
-from shared.data.sources import Weights, drop_long, load_rows, num_drawn, weigh
-from shared.data.tokenize import Tokenizer, tokenize_rows
+from shared.data.stream import Stream, sample_of
 from shared.durable import put_in_place, sync
 from shared.errors import ModelError, OutOfMemory, StorageError
 from shared.estimate.plan import with_settings
 from shared.estimate.report import decide_run, what_fits
 from shared.export import write_model
-from shared.folder import ModelFolder, find_folder, open_folder, sha256
 from shared.gradients import gradient_checks
-from shared.hub import pinned
+from shared.jobs.prepare import Prepared, prepare
 from shared.loop import fit
 from shared.optimizers import method_of
 from shared.profiling import tracing
@@ -63,26 +56,9 @@ from shared.running.run_folder import (
 )
 from shared.running.samples import take_samples
 from shared.strict import check_length
-from shared.types import AdapterSpec, Capability, Example, Recompute
+from shared.types import AdapterSpec, Capability, Recompute
 from shared.watching.report import write_report
 from shared.watching.sinks import check_sinks, sinks
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything a run needs that can be checked before the model is loaded."""
-
-    config: RunConfig
-    base: ModelFolder
-    tokenizer: Tokenizer
-    train: list[Example]
-    valid: list[Example]
-    plan: Plan
-    dropped: dict[str, int]  # why -> rows that the config leaves out
-    kind: str  # of the first row: text, prompt or messages
-    data_hash: str
-    data_files: dict[str, str]
-    leaks: int  # validation rows that are training rows too
 
 
 @dataclass(frozen=True)
@@ -157,7 +133,7 @@ def train_once(
             except LateOutOfMemory:
                 raise
             except OutOfMemory as error:
-                fix = what_fits(config, prepared.base, prepared.train, backend=backend)
+                fix = what_fits(config, prepared.base, sample_of(prepared.train), backend=backend)
                 raise OutOfMemory(error.what, fix=fix or error.fix) from None
 
 
@@ -196,84 +172,11 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
         yield f"{prepared.leaks} of {len(prepared.valid)} validation rows also stand in the training rows"
     if not prepared.valid and run.config.evaluation.every is not None:
         yield "no valid.jsonl, so nothing is evaluated during the run"
-    longest, most = max(len(example.tokens) for example in prepared.train), run.model.info.max_positions
+    longest, most = max(len(example.tokens) for example in sample_of(prepared.train)), run.model.info.max_positions
     if isinstance(most, int) and longest > most:
         yield f"rows of up to {longest} tokens, but the model was made for {most}; data.max_length: {most} cuts them"
     if capability.name == "mlx" and capability.device == "cpu" and run.config.train.dtype != "float32":
         yield f"{run.config.train.dtype} is slow in MLX on a CPU; --set train.dtype=float32 is faster"
-
-
-def prepare(config: RunConfig) -> Prepared:
-    """Read and check everything small: the base's headers, the rows, the tokenizer."""
-    parse_scheme(config.quantization)
-    found = load_rows(config.data, valid_too=config.evaluation.every is not None)
-    rows, valid_rows = found.train, found.valid if config.evaluation.every is not None else []
-    if config.evaluation.batches != "all":
-        valid_rows = valid_rows[: config.evaluation.batches * config.train.batch_size]
-    seen = {content_hash([row]) for row in rows} if valid_rows else set()
-    base = open_folder(find_folder(config.model))
-    tokenizer = Tokenizer(base.path)
-    train, valid = (make_examples(some, tokenizer, config.data) for some in (rows, valid_rows))
-    counts, dropped = found.counts, found.dropped
-    if "too_long" in dropped:
-        whole = len(train) + len(valid)
-        train, counts = drop_long(train, counts, most=config.data.max_length)
-        valid, _ = drop_long(valid, (len(valid),), most=config.data.max_length)
-        dropped = {**dropped, "too_long": whole - len(train) - len(valid)}
-    weights = weigh(config.data.sources, counts)
-    check_vocabulary(base, [*train, *valid])
-    return Prepared(
-        config=pin(config, model=base.path, data=found.roots),
-        base=base,
-        tokenizer=tokenizer,
-        train=train,
-        plan=Plan(sum(num_drawn(weights)) or len(train), config.train.batch_size, config.train.seed, weights),
-        dropped=dropped,
-        valid=valid,
-        kind=rows[0].kind,
-        data_hash=examples_hash(train, weights),
-        data_files={name: sha256(file) for name, file in found.files.items()},
-        leaks=sum(content_hash([row]) in seen for row in valid_rows),
-    )
-
-
-def pin(config: RunConfig, *, model: Path, data: Sequence[Path]) -> RunConfig:
-    """Return the config with the commits of what came from the hub: org/name@commit."""
-    pairs = zip(config.data.sources, data, strict=True)
-    sources = [source.model_copy(update={"path": pinned(source.path, root)}) for source, root in pairs]
-    return config.model_copy(update={"model": pinned(config.model, model), "data": config.data.with_sources(sources)})
-
-
-def make_examples(rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> list[Example]:
-    """Return the rows' examples, from the cache where it has them; then the tokenizer is not even loaded."""
-    most = sys.maxsize if "too_long" in data.drop else data.max_length
-    options: dict[str, Any] = {"train_on": data.train_on, "max_length": most}
-
-    def make() -> list[Example]:
-        return tokenize_rows(rows, tokenizer, **options)
-
-    return tokenize_cached(rows, model=tokenizer.folder, make=make, **options) if data.cache else make()
-
-
-def check_vocabulary(base: ModelFolder, examples: Sequence[Example]) -> None:
-    """Raise ModelError where the tokenizer makes ids that the model has no embedding for."""
-    size = base.config.get("vocab_size")
-    largest = max(examples, key=lambda example: int(example.tokens.max()))
-    if isinstance(size, int) and int(largest.tokens.max()) >= size:
-        raise ModelError(
-            f"{base.path}: the tokenizer gives id {int(largest.tokens.max())} ({largest.source}), the model has {size}",
-            code="E307",
-            fix="model and tokenizer must belong together; download the folder again",
-        )
-
-
-def examples_hash(examples: Sequence[Example], weights: Weights) -> str:
-    """Return the SHA-256 of all tokens and masks, in order: what rows, template and tokenizer make together."""
-    digest = hashlib.sha256(repr(weights).encode() if weights else b"")
-    for example in examples:
-        digest.update(len(example.tokens).to_bytes(8, "little"))
-        digest.update(example.tokens.tobytes() + example.supervised.tobytes())
-    return digest.hexdigest()
 
 
 def make_identity(prepared: Prepared, hashes: Future[dict[str, str]]) -> Identity:
@@ -289,7 +192,7 @@ def build_run(
     config = prepared.config
     if found is None and config.adapter.start is not None:
         read_adapter(Path(config.adapter.start).expanduser())  # refused here rather than behind the model's loading
-    chosen = decide_run(config, prepared.base, prepared.train, backend=backend)
+    chosen = decide_run(config, prepared.base, sample_of(prepared.train), backend=backend)
     model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
     free = "auto" in (config.train.micro_tokens, config.train.recompute)
     for text in (*model.info.notes, *([chosen.note] if free else [])):
@@ -325,8 +228,10 @@ def load_trainable(
         recompute=config.train.recompute is True if recompute is None else recompute,
         device=None if config.device == "auto" else config.device,
     )
-    longest = max([*prepared.train, *prepared.valid], key=lambda example: len(example.tokens))
+    longest = max([*sample_of(prepared.train), *prepared.valid], key=lambda example: len(example.tokens))
     check_length(model.info, len(longest.tokens), what=longest.source)
+    if isinstance(prepared.train, Stream):  # nobody knows its longest row
+        check_length(model.info, config.data.max_length, what="rows of data.max_length")
     spec = resolve(config.adapter, model.info)
     model.attach(spec)
     return model, spec
@@ -355,14 +260,24 @@ def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:
         "trained_parameters": trained,
         "rows": {"train": len(prepared.train), "valid": len(prepared.valid), "kind": prepared.kind},
         **({"dropped": prepared.dropped} if prepared.dropped else {}),
-        "tokens": {
-            "train": int(sum(len(example.tokens) for example in prepared.train)),
-            "supervised": int(sum(example.supervised.sum() for example in prepared.train)),
-            "cut_at_max_length": sum(len(example.tokens) >= run.config.data.max_length for example in prepared.train),
-        },
+        **count_tokens(prepared),
         "updates": run.updates,
         "updates_per_epoch": run.plan.updates_per_epoch,
         "micro_tokens": run.layout.micro_tokens,
+    }
+
+
+def count_tokens(prepared: Prepared) -> dict[str, Any]:
+    """Return how many tokens the training rows have; of streamed ones nobody knows before they are read."""
+    if isinstance(prepared.train, Stream):
+        return {"streamed": True}
+    most = prepared.config.data.max_length
+    return {
+        "tokens": {
+            "train": int(sum(len(example.tokens) for example in prepared.train)),
+            "supervised": int(sum(example.supervised.sum() for example in prepared.train)),
+            "cut_at_max_length": sum(len(example.tokens) >= most for example in prepared.train),
+        }
     }
 
 

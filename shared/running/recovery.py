@@ -10,6 +10,7 @@ from typing import NoReturn
 from shared import faults
 from shared.callbacks import tell
 from shared.data.cut import halve
+from shared.data.stream import sample_of, source_of
 from shared.errors import DivergedError, OutOfMemory, is_out_of_memory
 from shared.evaluate import evaluate_examples
 from shared.protocols import Pending
@@ -59,7 +60,7 @@ def raise_late(run: Run, error: Exception) -> NoReturn:
     """Raise LateOutOfMemory, or OutOfMemory where no smaller piece is left; an error of another kind as it is."""
     if not is_out_of_memory(error):
         raise error
-    what, longest = f"out of memory: {str(error)[:200]}", max(len(example.tokens) for example in run.train)
+    what, longest = f"out of memory: {str(error)[:200]}", max(len(example.tokens) for example in sample_of(run.train))
     if run.layout.micro_tokens <= longest:
         fix = "a lower data.max_length, train.recompute: true, or a smaller model"
         raise OutOfMemory(f"{what}, with a single row of {longest} tokens in a micro-batch", fix=fix) from None
@@ -68,7 +69,7 @@ def raise_late(run: Run, error: Exception) -> NoReturn:
 
 def judge(run: Run, *, step: int, stats: StepStats) -> None:
     """Count and report an update that was skipped, or a spike; raises DivergedError after three without numbers."""
-    state, rows = run.state, name_some([run.train[row].source for row in run.plan.rows(step)])
+    state, rows = run.state, name_some([source_of(run.train, row) for row in run.plan.rows(step).tolist()])
     watch_loss(run, step=step, stats=stats, rows=rows)
     if stats.overflowed:
         state.overflows += 1

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shared.adapters.spec import first_values
+from shared.data.stream import sample_of
 from shared.data.tokenize import Tokenizer
 from shared.folder import end_tokens
 from shared.running.run import Run
@@ -22,7 +23,7 @@ def take_samples(run: Run, tokenizer: Tokenizer) -> list[Sample]:
     """Return greedy answers to the first rows' prompts; after full fine-tuning there is no "before" to ask."""
     if run.spec.kind == "none":
         return []
-    rows = [row for row in (run.valid or run.train) if len(row.tokens) <= MAX_PROMPT][:PROMPTS]
+    rows = [row for row in (run.valid or sample_of(run.train)) if len(row.tokens) <= MAX_PROMPT][:PROMPTS]
     prompts = [row.tokens[: prompt_length(row)].tolist() for row in rows]
     after = answer(run, prompts, tokenizer)
     trained = dict(run.model.tensors("adapter"))

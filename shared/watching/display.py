@@ -44,15 +44,21 @@ class Sturdy:
 
 def start_line(facts: Row) -> str:
     """Return one line on what is about to run."""
-    rows, tokens = facts["rows"], facts["tokens"]
     what = "full fine-tuning" if facts["adapter"] == "none" else f"LoRA on {facts['modules']} modules"
-    cut = f", {tokens['cut_at_max_length']} rows cut at max_length" if tokens["cut_at_max_length"] else ""
-    share = tokens["supervised"] / tokens["train"]
     return (
         f"{facts['family']} on {facts['backend']} ({facts['device']}): {what}, "
-        f"{facts['trained_parameters']:,} trained parameters; {rows['train']} rows, {tokens['train']:,} tokens, "
-        f"{share:.0%} supervised{cut}; {facts['updates']} updates"
+        f"{facts['trained_parameters']:,} trained parameters; {facts['rows']['train']} rows, {of_tokens(facts)}; "
+        f"{facts['updates']} updates"
     )
+
+
+def of_tokens(facts: Row) -> str:
+    """Return what is known of the rows' tokens before the first update."""
+    if facts.get("streamed"):
+        return "streamed from their files"
+    tokens = facts["tokens"]
+    cut = f", {tokens['cut_at_max_length']} rows cut at max_length" if tokens["cut_at_max_length"] else ""
+    return f"{tokens['train']:,} tokens, {tokens['supervised'] / tokens['train']:.0%} supervised{cut}"
 
 
 def first_update(step: int) -> str:

@@ -1,0 +1,188 @@
+"""Training rows that are read and tokenized when an update takes them: the same rows and tokens as in memory.
+
+An epoch's order is the same permutation as ever, a function of (seed, epoch), and an index finds any row by its number.
+So a run that streams is the run that does not, bit for bit, and a resume needs to know nothing but the update's number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+
+from shared.data.index import Index, Part, open_index
+from shared.data.rows import Row, content_hash, find_data, split_files
+from shared.data.sources import Weights, check_valid, label, name_sources, read
+from shared.data.tokenize import Tokenizer, tokenize_row
+from shared.errors import ConfigError, DataError, ModelError
+from shared.types import Example
+
+if TYPE_CHECKING:
+    from shared.config import DataConfig, RunConfig  # pydantic, which a plain script on a GPU server may lack
+
+STREAM_BYTES = 10**9  # of the training files together: in memory, rows and tokens take several times that
+EVEN = 200  # rows of a sample, besides the longest
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become examples."""
+
+    tokenizer: Tokenizer
+    train_on: str
+    max_length: int
+    vocabulary: int | None  # ids from here on have no embedding; None: not known
+
+
+class Stream(Sequence[Example]):
+    """The training examples, each made when it is asked for; raises DataError or ModelError with file:line then."""
+
+    def __init__(self, index: Index, encoding: Encoding) -> None:
+        self.rows, self.encoding = index, encoding
+
+    def __len__(self) -> int:
+        return self.rows.num_train
+
+    @overload
+    def __getitem__(self, at: int) -> Example: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Example]: ...
+    def __getitem__(self, at: int | slice) -> Example | list[Example]:
+        if isinstance(at, slice):
+            return [self[number] for number in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        how = self.encoding
+        row = self.rows.row(int(at) % len(self))
+        example = tokenize_row(row, how.tokenizer, train_on=how.train_on, max_length=how.max_length)
+        check_ids(example, how.vocabulary, folder=how.tokenizer.folder)
+        return example
+
+    @cached_property
+    def sample(self) -> list[Example]:
+        """Return some of the examples: an even choice, and those of the longest rows."""
+        even = np.linspace(0, len(self) - 1, min(EVEN, len(self)), dtype=int).tolist()
+        return [self[number] for number in dict.fromkeys([*even, *self.rows.found.longest])]
+
+    def digest(self, weights: Weights) -> str:
+        """Return the SHA-256 of the files, of what is taken of them, and of the sample's tokens and masks."""
+        found = self.rows.found
+        facts = [list(found.sha256.values()), found.counts, found.num_valid, found.empty, weights]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for example in self.sample:
+            digest.update(example.tokens.tobytes() + example.supervised.tobytes())
+        return digest.hexdigest()
+
+
+def check_ids(example: Example, vocabulary: int | None, *, folder: Path) -> None:
+    """Raise ModelError where an example has an id that the model has no embedding for."""
+    largest = int(example.tokens.max())
+    if vocabulary is not None and largest >= vocabulary:
+        raise ModelError(
+            f"{folder}: the tokenizer gives id {largest} ({example.source}), the model has {vocabulary}",
+            code="E307",
+            fix="model and tokenizer must belong together; download the folder again",
+        )
+
+
+def sample_of(examples: Sequence[Example]) -> Sequence[Example]:
+    """Return examples, some of them where they are not in memory: for lengths, never for the loss."""
+    return examples.sample if isinstance(examples, Stream) else examples
+
+
+def source_of(examples: Sequence[Example], number: int) -> str:
+    """Return where an example stands, "train.jsonl:3", without making it."""
+    return examples.rows.source(number) if isinstance(examples, Stream) else examples[number].source
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The rows of both splits where those to train on stay in their files."""
+
+    index: Index
+    valid: list[Row]
+    roots: tuple[Path, ...]
+    files: dict[str, Path]
+    dropped: dict[str, int]
+
+
+def against_streaming(config: RunConfig) -> str | None:
+    """Return the setting that needs all rows before the first update, and why; None: nothing does."""
+    if config.train.compile is True:
+        return "train.compile true: its shapes come from the lengths of all rows"
+    if "duplicate" in config.data.drop:
+        return "data.drop duplicate: every row would have to be remembered"
+    if "too_long" in config.data.drop:
+        return "data.drop too_long: every row would have to be tokenized first"
+    return None
+
+
+def streams(config: RunConfig, *, least: int = STREAM_BYTES) -> bool:
+    """Return whether training rows are to be streamed; raises ConfigError where they cannot be but are to.
+
+    least: bytes from which on files are streamed where the config says auto.
+    """
+    data, against = config.data, against_streaming(config)
+    if data.streaming is True and against is not None:
+        raise ConfigError(f"data.streaming true with {against}", fix="set data.streaming: false")
+    if data.streaming is False or against is not None:
+        return False
+    files = [file for source in data.sources for file in split_files(find_data(source.path), "train")]
+    other = next((file for file in files if file.suffix != ".jsonl"), None)
+    if other is not None and data.streaming is True:
+        raise ConfigError(
+            f"data.streaming true, but {other.name} has no lines to be read one by one",
+            expected=".jsonl", fix="write the rows as .jsonl, or set data.streaming: false",
+        )  # fmt: skip
+    return other is None and (data.streaming is True or sum(file.stat().st_size for file in files) >= least)
+
+
+def open_stream(data: DataConfig, *, valid_too: bool = True, most_valid: int | None = None) -> Streamed:
+    """Return where the rows are that a config names, all of them checked; raises DataError with file:line.
+
+    most_valid: rows to evaluate on that are wanted at most.
+    """
+    valid: list[Row] = []
+    parts: list[Part] = []
+    files: dict[str, Path] = {}
+    dropped: dict[str, int] = dict.fromkeys(data.drop, 0)
+    roots = tuple(find_data(source.path) for source in data.sources)
+    for number, (root, prefix) in enumerate(zip(roots, name_sources(roots), strict=True)):
+        for split in ("train", "valid") if valid_too else ("train",):
+            found = split_files(root, split)
+            check_valid(found, split, data)
+            files |= {prefix + label(file, root): file for file in found}
+            if split == "train":
+                parts += [Part(file, number, prefix, prefix + label(file, root)) for file in found]
+            elif found:
+                valid += some(read(found, data, dropped, prefix=prefix), found[0], prefix)
+    index = open_index(parts, data, valid={content_hash([row]) for row in valid})
+    check_counts(index, data, roots)
+    if "empty" in dropped:
+        dropped["empty"] += index.found.empty
+    parted = range(index.num_train, index.num_train + index.found.num_valid)
+    valid += [index.row(number) for number in (parted[:most_valid] if valid_too else ())]
+    return Streamed(index, valid, roots, files, dropped)
+
+
+def some(rows: Iterator[Row], file: Path, prefix: str) -> list[Row]:
+    """Return rows; raises DataError where there are none."""
+    found = list(rows)
+    if not found:
+        raise DataError(f"{prefix}{file.name} has no rows", expected="one JSON object per line")
+    return found
+
+
+def check_counts(index: Index, data: DataConfig, roots: Sequence[Path]) -> None:
+    """Raise DataError for a source that has no row to train on."""
+    for root, count in zip(roots, index.found.counts, strict=True):
+        if count == 0 and data.valid_split is not None:
+            raise DataError(f"data.valid_split leaves no row of {root} to train on", fix="a smaller one, or more rows")
+        if count == 0:
+            raise DataError(f"{root.name} has no rows", expected="one JSON object per line")

@@ -1,0 +1,244 @@
+"""Rows that stay in their files are the same rows: same tokens, order, names and counts, whatever is asked of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from shared.config_file import build_config
+from shared.data.batch import update_batches
+from shared.data.layout import Layout
+from shared.data.stream import Stream, streams
+from shared.errors import ConfigError, DataError
+from shared.jobs.prepare import prepare
+from shared.jobs.train import train
+
+ROWS = [{"prompt": f"what is {n}? ", "completion": f"hello {'x' * (n % 7)} {n}"} for n in range(61)]
+
+
+def write(folder, rows, name="train.jsonl"):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture
+def base(tiny_model_folder):
+    return tiny_model_folder()
+
+
+def both(base, data, **settings):
+    """Return what is prepared in memory and streamed."""
+    data = data if isinstance(data, dict) else {"path": data}
+    values = {"model": str(base), "train": {"batch_size": 7, "epochs": 2}, **settings}
+    return [prepare(build_config({**values, "data": {**data, "streaming": on}})) for on in (False, True)]
+
+
+def assert_same(memory, streamed):
+    assert isinstance(streamed.train, Stream)
+    assert memory.plan == streamed.plan
+    assert (memory.kind, memory.dropped, memory.leaks) == (streamed.kind, streamed.dropped, streamed.leaks)
+    assert memory.data_files == streamed.data_files
+    assert len(memory.valid) == len(streamed.valid)
+    for one, other in [
+        *zip(memory.train, streamed.train, strict=True),
+        *zip(memory.valid, streamed.valid, strict=True),
+    ]:
+        assert one.source == other.source
+        assert np.array_equal(one.tokens, other.tokens)
+        assert np.array_equal(one.supervised, other.supervised)
+
+
+def test_streamed_rows_are_the_rows_and_every_update_takes_the_same(base, tmp_path):
+    memory, streamed = both(base, write(tmp_path / "d", ROWS))
+    assert_same(memory, streamed)
+    for step in range(1, 2 * memory.plan.updates_per_epoch + 1):
+        pair = (update_batches(one.train, one.plan, step, Layout(64)) for one in (memory, streamed))
+        for one, other in zip(*pair, strict=True):
+            assert np.array_equal(one.tokens_BT, other.tokens_BT)
+            assert np.array_equal(one.positions_N, other.positions_N)
+
+
+def test_sources_weights_parts_blank_lines_and_marks_of_the_file_are_as_in_memory(base, tmp_path):
+    one = write(tmp_path / "a", ROWS[:20], "train-00000.jsonl")
+    write(tmp_path / "a", ROWS[20:30], "train-00001.jsonl")
+    write(tmp_path / "a", ROWS[3:5], "valid.jsonl")
+    two = tmp_path / "b.jsonl"
+    two.write_bytes(b"\xef\xbb\xbf" + b"\n\r\n".join(json.dumps(row).encode() for row in ROWS[30:]))  # no last newline
+    memory, streamed = both(base, {"path": [{"path": one, "weight": 0.5}, {"path": str(two), "weight": 2}]})
+    assert_same(memory, streamed)
+    assert list(memory.leaks.values() if isinstance(memory.leaks, dict) else [memory.leaks]) == [2]
+
+
+def test_what_is_dropped_and_parted_is_as_in_memory(base, tmp_path):
+    rows = [*ROWS, {"prompt": "q", "completion": "  "}, {"prompt": "q", "completion": None}]
+    data = {"path": write(tmp_path / "d", rows), "drop": ["empty"], "valid_split": 0.3}
+    memory, streamed = both(base, data)
+    assert_same(memory, streamed)
+    assert streamed.dropped == {"empty": 2}
+    assert 5 < len(streamed.valid) < 40
+    memory, streamed = both(base, data, evaluation={"batches": 1})
+    assert_same(memory, streamed)
+
+
+def test_other_formats_of_rows_and_columns_are_as_in_memory(base, tmp_path):
+    chats = [
+        {"conversations": [{"from": "human", "value": f"q{n}"}, {"from": "gpt", "value": f"a {n}"}]} for n in range(5)
+    ]
+    assert_same(*both(base, write(tmp_path / "chats", chats)))
+    renamed = [{"question": row["prompt"], "answer": row["completion"]} for row in ROWS]
+    columns = {"prompt": "question", "completion": "answer"}
+    assert_same(*both(base, {"path": write(tmp_path / "renamed", renamed), "columns": columns}))
+
+
+def test_an_index_is_kept_and_made_again_where_the_file_changed(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
+    folder = write(tmp_path / "d", ROWS)
+    first = both(base, folder)[1]
+    kept = sorted((file.name, file.stat().st_ino) for file in (tmp_path / "cache/rows").iterdir())
+    assert both(base, folder)[1].data_hash == first.data_hash
+    assert sorted((file.name, file.stat().st_ino) for file in (tmp_path / "cache/rows").iterdir()) == kept
+    write(tmp_path / "d", [*ROWS, ROWS[0]])
+    again = both(base, folder)[1]
+    assert (len(again.train), again.data_hash == first.data_hash) == (62, False)
+    for file in (tmp_path / "cache/rows").glob("*.rows"):
+        file.write_bytes(file.read_bytes()[:-1])  # cut off
+    assert len(both(base, folder)[1].train) == 62
+
+
+def test_without_a_cache_nothing_stays(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = write(tmp_path / "d", ROWS)
+    assert_same(*both(base, {"path": folder, "cache": False}))
+    assert [item.name for item in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_file_that_changes_while_the_run_reads_it_is_an_error(base, tmp_path):
+    folder = write(tmp_path / "d", ROWS)
+    rows = both(base, folder)[1].train
+    write(tmp_path / "d", [*ROWS, ROWS[0]])
+    with pytest.raises(DataError, match=r"train\.jsonl was changed while the run reads it"):
+        rows[0]
+
+
+def test_a_file_put_in_the_place_of_the_old_one_does_not_get_into_the_run(base, tmp_path):
+    rows = both(base, write(tmp_path / "d", ROWS))[1].train
+    before = rows[5].tokens
+    write(tmp_path / "new", ROWS[::-1])
+    os.replace(tmp_path / "new/train.jsonl", tmp_path / "d/train.jsonl")
+    assert np.array_equal(rows[5].tokens, before)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', r"train\.jsonl:62: not JSON"),
+        ('{"promt": "a", "completion": "b"}', r'train\.jsonl:62: "prompt" is null or missing'),
+        ('{"completion": "b", "prompt": 3}', r'train\.jsonl:62: "prompt" is a int'),
+    ],
+)
+def test_a_bad_row_is_named_before_the_run(base, tmp_path, line, message):
+    folder = write(tmp_path / "d", ROWS)
+    with (tmp_path / "d/train.jsonl").open("a") as out:
+        out.write(line + "\n")
+    config = build_config({"model": str(base), "data": {"path": folder, "streaming": True}})
+    with pytest.raises(DataError, match=message):
+        prepare(config)
+
+
+def test_a_row_without_a_supervised_token_is_an_error_when_it_is_due(base, tmp_path):
+    rows = [*ROWS, {"prompt": "long" * 9, "completion": "a"}]
+    train = both(base, write(tmp_path / "d", rows))[1].train
+    short = replace(train.encoding, max_length=24)
+    with pytest.raises(DataError, match=r"train\.jsonl:62: no supervised token within data.max_length 24"):
+        Stream(train.rows, short)[61]
+    assert Stream(train.rows, short)[60].supervised.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": {"drop": ["duplicate"]}}, "data.drop duplicate: every row would have to be remembered"),
+        ({"data": {"drop": ["too_long"]}}, "data.drop too_long"),
+        ({"train": {"compile": True}}, "train.compile true: its shapes come from the lengths of all rows"),
+    ],
+)
+def test_what_needs_all_rows_first_is_refused_by_name_and_auto_does_without(
+    base, tmp_path, monkeypatch, settings, message
+):
+    data = {"path": write(tmp_path / "d", ROWS), **settings.get("data", {})}
+    values = {"model": str(base), **{key: value for key, value in settings.items() if key != "data"}}
+    with pytest.raises(ConfigError, match=message):
+        prepare(build_config({**values, "data": {**data, "streaming": True}}))
+    assert not streams(build_config({**values, "data": data}), least=0)
+
+
+def test_a_file_without_lines_is_refused_by_name_and_auto_takes_jsonl_of_a_gigabyte(base, tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,completion\nq,a\n")
+    with pytest.raises(ConfigError, match=r"rows\.csv has no lines to be read one by one"):
+        prepare(build_config({"model": str(base), "data": {"path": str(table), "streaming": True}}))
+    folder = write(tmp_path / "d", ROWS)
+    values = {"model": str(base), "data": {"path": folder}}
+    assert isinstance(prepare(build_config(values)).train, list)
+    size = (tmp_path / "d/train.jsonl").stat().st_size
+    assert [streams(build_config(values), least=least) for least in (size, size + 1)] == [True, False]
+
+
+def test_rows_are_read_rightly_from_two_threads(base, tmp_path):
+    memory, streamed = both(base, write(tmp_path / "d", ROWS))
+    wrong: list[int] = []
+
+    def compare():
+        for number, example in enumerate(memory.train):
+            if not np.array_equal(streamed.train[number].tokens, example.tokens):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=compare) for _ in range(2)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert wrong == []
+
+
+class Break(Exception):
+    """What ends a run without a word."""
+
+
+class Breaker:
+    """Ends a run behind an update."""
+
+    def on_update(self, step):
+        if step == 7:
+            raise Break
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_a_streamed_run_that_breaks_ends_with_the_bytes_of_one_in_memory(base, tmp_path, backend):
+    folder = write(tmp_path / "d", ROWS)
+
+    def config(output, *, on):
+        values = {"model": str(base), "data": {"path": folder, "streaming": on}, "output": str(tmp_path / output)}
+        settings = {"updates": 12, "batch_size": 8, "dtype": "float32"}
+        return build_config(
+            {**values, "backend": backend, "device": "cpu", "train": settings, "checkpoint": {"every": 4}}
+        )
+
+    whole = train(config("whole", on=False))
+    with pytest.raises(Break):
+        train(config("broken", on=True), callbacks=[Breaker()])
+    again = train(config("broken", on=True))
+    assert [one["step"] for one in json_lines(again.output / "metrics.jsonl")] == [10, 12]
+    results = [(one.adapter / "adapter_model.safetensors").read_bytes() for one in (whole, again)]
+    assert results[0] == results[1]
+
+
+def json_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
