@@ -6,7 +6,7 @@ The formulae are those of shared/optimizers.py; here are the sums, clipping, the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,34 +70,44 @@ class Optimizer:
         return self.loss_scale.get("value")
 
     def step(
-        self, parameters: Arrays, grads: Mapping[str, mx.array], update: Update, *, loss: mx.array,
-        weight: float | mx.array,
-    ) -> tuple[Arrays, PendingStats]:  # fmt: skip
-        """Divide the summed gradients by `weight`, clip, update.
+        self, parameters: Arrays, grads: Arrays, update: Update, *, loss: mx.array, weight: float | mx.array,
+        put: Callable[[Arrays], None],
+    ) -> PendingStats:  # fmt: skip
+        """Divide the summed gradients by `weight`, clip, update; `put` the next parameters, group by group.
 
-        Returns the next parameters, and numbers that need not be waited for: norms before clipping, and whether the
-        loss scale alone was in the way. A non-finite gradient, or a loss that is not below its limit, leaves parameters
-        and moments as they are.
+        One group's old and new values are in memory together, no more: both dicts are emptied on the way. Returns
+        numbers that need not be waited for: norms before clipping, and whether the loss scale alone was in the way. A
+        non-finite gradient, or a loss that is not below its limit, leaves parameters and moments as they are.
         """
-        joined = [join(group, grads) for group in self.groups]
+        joined, names = [join(group, grads) for group in self.groups], tuple(grads)
         norm = mx.sqrt(sum((sum_of_squares(grad) for grad in joined), start=mx.zeros(()))) / weight
         norms = norms_of(grads) / weight if update.by_module else None
+        grads.clear()
         low = loss < update.max_loss * weight  # false for NaN and infinity too
         ok = mx.isfinite(norm) & low
         clip = mx.array(1.0)
         if update.max_grad_norm is not None:
             clip = mx.minimum(update.max_grad_norm / (norm + 1e-6), 1.0)
-        olds, divisor = {**parameters, **self.master}, weight / clip
-        for number, (group, grad) in enumerate(zip(self.groups, joined, strict=True)):
-            old, held = join(group, olds), self.moments[number]
-            value, kept = group.rule.step(old, grad / divisor, unpack(held), group.numbers(update))
-            self.moments[number] = pack(kept, held, ok=ok)
-            for name, array in split(group, mx.where(ok, value, old)).items():
-                parameters[name] = array.astype(self.dtypes[name])
-                if name in self.master:
-                    self.master[name] = array
-        overflowed = self.adapt_scale(ok, low)
-        return parameters, PendingStats(loss / weight, norm, ok, overflowed, norms, tuple(grads))
+        divisor = weight / clip
+        found = PendingStats(loss / weight, norm, ok, self.adapt_scale(ok, low), norms, names)
+        mx.async_eval(found.arrays(), divisor)
+        for number in range(len(self.groups)):
+            values = self.step_group(number, parameters, joined.pop(0), update, divisor=divisor, ok=ok)
+            mx.async_eval(self.moments[number], values)
+            put(values)
+        return found
+
+    def step_group(
+        self, number: int, parameters: Arrays, grad: mx.array, update: Update, *, divisor: mx.array, ok: mx.array
+    ) -> Arrays:
+        """Replace a group's moments and masters, and return its next parameters, all in the making."""
+        group, held = self.groups[number], self.moments[number]
+        old = join(group, {name: self.master.get(name, parameters.pop(name)) for name in group.shapes})
+        go = advance_in_pieces if not group.rule.whole and group.size > GROUP else advance
+        value, self.moments[number] = go(group, old, grad, held, group.numbers(update), divisor=divisor, ok=ok)
+        values = split(group, value)
+        self.master |= {name: value for name, value in values.items() if name in self.master}
+        return {name: value.astype(self.dtypes[name]) for name, value in values.items()}
 
     def adapt_scale(self, ok: mx.array, low: mx.array) -> mx.array:
         """Change the loss scale as an update asks for; return whether it was too large."""
@@ -197,6 +207,32 @@ def pack(moments: Arrays, held: Arrays, *, ok: mx.array) -> Arrays:
     """Return moments as they were held; those of a skipped update stay."""
     news = moments if moments.keys() == held.keys() else coded(moments)
     return {name: mx.where(ok, new, held[name]) for name, new in news.items()}
+
+
+def advance(
+    group: Group, old: mx.array, grad: mx.array, held: Arrays, numbers: Update, *, divisor: mx.array, ok: mx.array
+) -> tuple[mx.array, Arrays]:
+    """Return the next values and moments of a group, in the making; those of a skipped update stay."""
+    value, kept = group.rule.step(old, grad / divisor, unpack(held), numbers)
+    return mx.where(ok, value, old), pack(kept, held, ok=ok)
+
+
+def advance_in_pieces(
+    group: Group, old: mx.array, grad: mx.array, held: Arrays, numbers: Update, *, divisor: mx.array, ok: mx.array
+) -> tuple[mx.array, Arrays]:
+    """Do the same piece by piece, moments in place: MLX keeps some ten intermediates, here of a piece's size."""
+    values = mx.zeros(group.size)
+    for start in range(0, group.size, GROUP):
+        span = slice(start, min(start + GROUP, group.size))
+        places = {name: blocks_of(span) if name.endswith("absmax") else span for name in held}
+        olds = {name: array[places[name]] for name, array in held.items()}
+        values[span], news = advance(group, old[span], grad[span], olds, numbers, divisor=divisor, ok=ok)
+        del olds
+        mx.eval(news)  # so that nothing but `held` has the old moments, and they are written over
+        for name, array in news.items():
+            held[name][places[name]] = array
+        mx.eval(values, held)
+    return values, held
 
 
 def sum_of_squares(x: mx.array) -> mx.array:

@@ -34,22 +34,27 @@ class MLXTrainer:
         weight = float(sum(batch.weights_N.sum(dtype="float64") for batch in micro))
         scale = self.optimizer.scale
         factor, divisor = (1.0, weight) if scale is None else (scale / weight, scale)  # float16: mean loss times scale
-        total, grads = mx.zeros(()), None
         try:
-            for batch in micro:
-                loss, grad = self.accumulate(batch, update, factor)
-                total = total + loss
-                grads = grad if grads is None else tree_map(mx.add, grads, grad)
-                self.compute(total, grads)  # frees the graph before the next one, or the optimizer's, is built
+            total, grads = self.sums(micro, update, factor)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise OutOfMemory(f"MLX has no memory left: {str(error)[:200]}") from None
             raise
-        named = {self.model.canonical(name): grad for name, grad in flatten(grads)}
-        parameters, found = self.optimizer.step(self.model.parameters, named, update, loss=total, weight=divisor)
-        self.model.put_parameters(parameters)
-        mx.async_eval(self.model.zoo.trainable_parameters(), self.optimizer.arrays(), found.arrays())
+        found = self.optimizer.step(
+            self.model.parameters, grads, update, loss=total, weight=divisor, put=self.model.put_parameters
+        )
+        mx.async_eval(self.optimizer.arrays())
         return found
+
+    def sums(self, micro: Sequence[Batch], update: Update, factor: float | mx.array) -> tuple[mx.array, Arrays]:
+        """Return the micro-batches' summed loss, and the gradient of that by canonical name; both are there."""
+        total, sums = mx.zeros(()), None
+        for batch in micro:
+            loss, grads = self.accumulate(batch, update, factor)
+            total = total + loss
+            sums = grads if sums is None else tree_map(mx.add, sums, grads)
+            self.compute(total, sums)  # frees the graph before the next one, or the optimizer's, is built
+        return total, {self.model.canonical(name): grad for name, grad in flatten(sums)}
 
     def compute(self, total: mx.array, grads: dict) -> None:
         """Have the sums computed; with recompute from the last layer to the first, so that each is done with in turn.

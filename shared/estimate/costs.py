@@ -7,6 +7,7 @@ and `benchmarks/memory.py` after it, which compares the estimate with runs that 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 
@@ -39,6 +40,7 @@ class Costs:
     load: float  # bytes per element of the largest tensor while it is read
     quantizing: float  # bytes per element of the largest weight while it is quantized at load
     framework: int  # bytes of the process before a model is loaded, where the device counts them
+    update_most: float = math.inf  # words during the update beside the largest tensor, however many are trained
 
 
 NOTHING = Costs(
@@ -73,6 +75,8 @@ MEASURED: dict[tuple[str, str, bool], Costs] = {
         update=2.24, load=0, quantizing=0, framework=0,
     ),
 }  # fmt: skip
+# MLX's optimizer goes group by group, a group having 2^20 values; some twenty arrays of that size are in memory.
+MLX_UPDATE = 22.0 * 2**20
 # Measured in part (what layers keep without recompute), the rest is taken over from above; to be calibrated next.
 ASSUMED: dict[tuple[str, str, bool], Costs] = {
     ("torch-cpu", "bfloat16", False): Costs(
@@ -98,7 +102,7 @@ ASSUMED: dict[tuple[str, str, bool], Costs] = {
         kept_inputs=Rows(hidden=4.22, keys=1.93, mlp=3.9),
         recomputed=Rows(hidden=4.73, attention=10.35, keys=5.02, mlp=7.99, scores=5.18),
         dropout=0, logits=3.9, queued=5.9, head=1, decodes=0,
-        update=1.2, load=2.95, quantizing=0, framework=0,
+        update=3.0, load=2.95, quantizing=0, framework=0, update_most=MLX_UPDATE,
     ),
 }  # fmt: skip
 # A GPU runs the same layers as the CPU, so it borrows the factors until they are measured there. What differs: the

@@ -112,7 +112,7 @@ def estimate(config: RunConfig, shape: Shape, work: Work, *, place: str, recompu
     standing = standing_bytes(config, shape, spec, costs)
     moments = {
         **running_bytes(config, shape, spec, work, costs, place=place, recompute=recompute),
-        "update": {"update": WORD * costs.update * num_trained(shape, spec)},
+        "update": {"update": update_bytes(shape, spec, costs)},
     }
     loading = loading_bytes(config, shape, costs)
     highest = max(moments, key=lambda name: sum(moments[name].values()))
@@ -230,6 +230,12 @@ def running_bytes(
         "backward": {**activations, "decode": decode, "head gradient": held},
         "loss": {"held activations": before, "loss": loss, "head": head, "head work": trained_head},
     }
+
+
+def update_bytes(shape: Shape, spec: AdapterSpec, costs: Costs) -> float:
+    """Return the bytes of the optimizer's temporaries and of new values beside old ones."""
+    sizes = [math.prod(sizes) for sizes in trained_shapes(shape, spec).values()]
+    return WORD * min(costs.update * sum(sizes), costs.update_most + max(sizes))
 
 
 def layer_bytes(rows: Rows, shape: Shape, work: Work, *, rank: float, size: int) -> float:
