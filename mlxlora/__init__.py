@@ -41,6 +41,7 @@ __all__ = [
 
 Adapters = str | Path | Sequence[str] | None  # a folder, or several as "folder=weight": their weighted sum
 DEMO = Path(__file__).parent / "demo"
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def _check_siblings() -> None:

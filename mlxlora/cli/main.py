@@ -25,6 +25,7 @@ from mlxlora.cli.merging import merge
 from mlxlora.cli.planning import estimate
 from mlxlora.cli.previewing import preview
 from mlxlora.cli.quantizing import quantize
+from mlxlora.cli.recipes import recipes
 from mlxlora.cli.running import runs
 from shared.watching.display import Sturdy
 
@@ -38,6 +39,7 @@ app.command()(fuse)
 app.command()(generate)
 app.command()(merge)
 app.add_typer(runs)
+app.add_typer(recipes)
 
 
 def main() -> None:
