@@ -43,6 +43,7 @@ class Answer:
     decode: Callable[[Sequence[int]], str]
     sampling: Sampling
     prompt_tokens: int
+    live: bool = True  # false: nobody asks for pieces, and text is made once, at the end, where nothing else needs it
     tokens: list[int] = field(default_factory=list[int])
     log_probs: list[float] = field(default_factory=list[float])
     text: str = ""
@@ -53,17 +54,19 @@ class Answer:
     def take(self, token: Token) -> str:
         """Return the text that a token adds and that is certain by now."""
         self.log_probs.append(token.log_prob)
-        if token.stopped:
-            return self.finish("stop")
-        self.tokens.append(token.token)
+        if not token.stopped:
+            self.tokens.append(token.token)
+        last = token.stopped or len(self.tokens) >= self.sampling.max_tokens
+        if not (last or self.live or self.sampling.stop_strings):
+            return ""
         self.text = self.decode(self.tokens)
         found = find_stop(self.text, self.sampling.stop_strings, start=self.shown)
         if found is not None:
             at, self.stop_string = found
             self.text = self.text[:at]
             return self.finish("stop_string")
-        if len(self.tokens) >= self.sampling.max_tokens:
-            return self.finish("length")
+        if last:
+            return self.finish("stop" if token.stopped else "length")
         return self.show(certain(self.text, self.sampling.stop_strings))
 
     def finish(self, reason: str) -> str:

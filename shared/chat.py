@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,7 +51,7 @@ class Chat:
         assert self.last is not None
         return self.last
 
-    def stream(self, text: str) -> Iterator[str]:
+    def stream(self, text: str) -> Generator[str, None, None]:
         """Yield the answer to a message, piece by piece; of one that is broken off, what was yielded is kept."""
         asked = {"role": "user", "content": text}
         ids = self.ids([*system_message(self.system), *self.messages, asked])

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from shared.seeds import generator
+from shared.seeds import gumbel, key64
 from shared.types import Sampling
 
 
@@ -18,8 +18,8 @@ def pick(
 ) -> tuple[int, float]:
     """Return token n of a prompt and its log-probability (nats; at temperature 1, with nothing filtered or penalized).
 
-    Temperature 0 takes the largest logit, the lowest id on a tie. Else: Gumbel-max with noise that is a
-    function of (seed, prompt, n). Source: Gumbel 1954; argmax(logits / T + noise) is an exact sample.
+    Temperature 0 takes the largest logit, the lowest id on a tie. Else: Gumbel-max; the noise of a token is a function
+    of (seed, prompt, n, id), whatever is filtered. Source: Gumbel 1954; argmax(logits / T + noise) is an exact sample.
     prompt: the number or key of the prompt. seen: ids of the text so far, for the repetition penalty.
 
     >>> greedy = Sampling(max_tokens=1, temperature=0.0, seed=0, stop_tokens=())
@@ -30,9 +30,12 @@ def pick(
     top = wide_V.max()
     norm = top + np.log(np.exp(wide_V - top).sum())
     scores_V = shape(wide_V, sampling, seen=seen)
-    if sampling.temperature > 0:
-        scores_V = scores_V + generator(sampling.seed, "sample", prompt, n).gumbel(size=len(wide_V))
-    token = int(np.argmax(scores_V))
+    if sampling.temperature == 0:
+        token = int(np.argmax(scores_V))
+    else:
+        kept_K = np.flatnonzero(scores_V > -np.inf)
+        noise_K = gumbel(kept_K, key=key64(sampling.seed, "sample", prompt, n))
+        token = int(kept_K[np.argmax(scores_V[kept_K] + noise_K)])
     return token, float(wide_V[token] - norm)
 
 
@@ -73,10 +76,13 @@ def nucleus(scores_V: np.ndarray, *, share: float) -> float:
 
     Source: Holtzman et al. 2020, section 3.1.
     """
-    falling_V = np.sort(scores_V[np.isfinite(scores_V)])[::-1]
-    p_V = np.exp(falling_V - falling_V[0])
-    likelier_V = (np.cumsum(p_V) - p_V) / p_V.sum()  # the sum over all in front of each
-    return float(falling_V[max(np.count_nonzero(likelier_V < share), 1) - 1])
+    p_V = np.exp(scores_V - scores_V.max())
+    total = p_V.sum()
+    # What is below (1 - share) / V sums to less than 1 - share: none of it is needed, and few tokens are left to sort.
+    falling_K = np.sort(scores_V[p_V >= (1 - share) * total / len(p_V)])[::-1]
+    p_K = np.exp(falling_K - falling_K[0])
+    likelier_K = (np.cumsum(p_K) - p_K) / total  # the sum over all in front of each
+    return float(falling_K[max(np.count_nonzero(likelier_K < share), 1) - 1])
 
 
 def cut_below(scores_V: np.ndarray, least: float) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Randomness as a pure function of (seed, step, name): the same on every backend and after a resume.
 
-Three users: the order of rows, the initial adapter, and dropout masks. The dropout hash is plain 32-bit
-integer arithmetic, so that a GPU can make a mask where it needs it; `dropout_mask` is its specification.
+Four users: the order of rows, the initial adapter, dropout masks, and the tokens that are drawn. The dropout hash is
+plain 32-bit integer arithmetic, so that a GPU can make a mask where it needs it; `dropout_mask` is its specification.
 """
 
 from __future__ import annotations
@@ -59,6 +59,18 @@ def uniform(*, seed: int, name: str, shape: tuple[int, ...], bound: float) -> np
 def normal(*, seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return float32 values from N(0, 1), a function of (seed, name, shape)."""
     return generator(seed, "init", name).standard_normal(shape, dtype=np.float32)
+
+
+def gumbel(ids_K: np.ndarray, *, key: int) -> np.ndarray:
+    """Return (K,) float64 Gumbel noise of tokens, each a function of (key, id): -log(-log(u)), u of 53 bits in (0, 1).
+
+    key: 64 bits, of `key64`.
+    """
+    ids_K, low, high = ids_K.astype(np.uint32), np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
+    upper_K = mix32(mix32(ids_K ^ low) ^ high)
+    lower_K = mix32(mix32(ids_K + high) ^ low ^ np.uint32(SLOT_STRIDE))
+    unit_K = (upper_K * 2.0**21 + (lower_K >> np.uint32(11)) + 0.5) * 2.0**-53
+    return -np.log(-np.log(unit_K))
 
 
 def mix32(x: np.ndarray) -> np.ndarray:

@@ -193,7 +193,7 @@ def complete_all(
 
     done: called with a prompt's number and its continuation as soon as it is whole, in any order.
     """
-    answers = [Answer(session.tokenizer.decode, sampling, len(ids)) for ids in prompts]
+    answers = [Answer(session.tokenizer.decode, sampling, len(ids), live=False) for ids in prompts]
     for answer, _, token in follow(session, answers, prompts, sampling):
         if answer.finish_reason:
             done(token.prompt, answer.completion())

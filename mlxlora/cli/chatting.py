@@ -152,3 +152,5 @@ def answer(talk: Chat, message: str) -> None:
         print(f"error {error.code}: {error}", file=sys.stderr)
         return
     print(end, end="", flush=True)
+    if talk.last and talk.last.finish_reason == "length":
+        say(f"cut off behind {len(talk.last.tokens)} tokens; --max-tokens allows for more")
