@@ -78,6 +78,35 @@ def packing(attention_class: type) -> type:
     return Packing
 
 
+@lru_cache(maxsize=16)
+def windowed(attention_class: type, positions: int) -> type:
+    """Return the class of an attention layer whose positions see no further back than `positions`, itself included.
+
+    It narrows the mask that the zoo hands to the layer, for families whose models apply no window.
+    """
+
+    class Windowed(attention_class):
+        window = positions
+
+        def __call__(self, x_BTD: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+            if not isinstance(cache, Segments):
+                mask = narrowed(mask, positions, new=x_BTD.shape[1], cached=cache)
+            return super().__call__(x_BTD, mask, cache)
+
+    Windowed.__name__ = Windowed.__qualname__ = f"Windowed{attention_class.__name__}"
+    return Windowed
+
+
+def narrowed(mask: Any, window: int, *, new: int, cached: Any) -> Any:
+    """Return a mask of (..., T, S) bool that hides what lies behind the window; as it is where nothing does."""
+    total = mask.shape[-1] if isinstance(mask, mx.array) else new + (0 if cached is None else cached.offset)
+    if total <= window:
+        return mask
+    here, there = mx.arange(total - new, total)[:, None], mx.arange(total)[None]
+    seen_TS = (there <= here) & (there > here - window)
+    return mask & seen_TS if isinstance(mask, mx.array) else seen_TS
+
+
 def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, count: int) -> mx.array:
     """Return (B * count, T, H, K): in every row of q, k and v stand `count` examples of one length, side by side."""
 
@@ -87,7 +116,8 @@ def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, count: int) -> 
 
     query_heads, key_heads = heads_of(layer)
     q, k, v = heads(q, query_heads, layer.get("q_norm")), heads(k, key_heads, layer.get("k_norm")), heads(v, key_heads)
-    return causal(layer.rope(q), layer.rope(k), v, scale=layer.scale).transpose(0, 2, 1, 3)
+    window = getattr(layer, "window", None)
+    return causal(layer.rope(q), layer.rope(k), v, scale=layer.scale, window=window).transpose(0, 2, 1, 3)
 
 
 def heads_of(layer: Any) -> tuple[int, int]:
@@ -96,18 +126,20 @@ def heads_of(layer: Any) -> tuple[int, int]:
     return (layer.n_heads, layer.n_kv_heads) if plain else (layer.num_heads, layer.num_key_value_heads)
 
 
-def causal(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
-    """Return (B, H, T, K): each position attends to itself and what stands before it."""
-    if on_gpu():
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+def causal(q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None = None) -> mx.array:
+    """Return (B, H, T, K): each position attends to itself and what stands before it, `window` positions at most."""
     B, H, T, K = q.shape
+    window = None if window is None or window >= T else window
+    if on_gpu():
+        mask = "causal" if window is None else narrowed(None, window, new=T, cached=None)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     groups = H // k.shape[1]
     wide = [q.reshape(B, -1, groups, T, K), k[:, :, None], v[:, :, None]]
-    return blockwise(scale)(*wide)[0].reshape(B, H, T, K)
+    return blockwise(scale, window)(*wide)[0].reshape(B, H, T, K)
 
 
 @lru_cache(maxsize=16)
-def blockwise(scale: float) -> Callable[..., list[mx.array]]:
+def blockwise(scale: float, window: int | None = None) -> Callable[..., list[mx.array]]:
     """Return attention of q (B, H/G, G, T, K) over k and v (B, H/G, 1, T, K), gradients written by hand.
 
     Of the (T, T) probabilities nothing is kept but the log-sum-exp of each row. Source: Dao et al. 2022, appendix B.
@@ -115,23 +147,23 @@ def blockwise(scale: float) -> Callable[..., list[mx.array]]:
 
     @mx.custom_function
     def attention(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
-        return forward(q, k, v, scale=scale)
+        return forward(q, k, v, scale=scale, window=window)
 
     @attention.vjp
     def backward(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
-        return gradients(primals, cotangents[0], outputs, scale=scale)
+        return gradients(primals, cotangents[0], outputs, scale=scale, window=window)
 
     return cast(Callable[..., list[mx.array]], attention)
 
 
-def forward(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> list[mx.array]:
+def forward(q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None) -> list[mx.array]:
     """Return the output and the log-sum-exp of every row's scores."""
     dtype, outputs, norms = q.dtype, [], []
     q, k, v = wide(q, k, v)
     for start, stop in blocks(q.shape[-2]):
-        s = scores(q, k, start, stop, scale=scale)
+        s = scores(q, k, start, stop, scale=scale, window=window)
         top = s.max(axis=-1, keepdims=True)
-        p = exp(s - top) * kept(start, stop, q.dtype)
+        p = exp(s - top) * kept(start, stop, q.dtype, window=window)
         total = p.sum(axis=-1, keepdims=True)
         outputs.append(((p @ v[..., :stop, :]) / total).astype(dtype))
         norms.append(top + mx.log(total))
@@ -139,7 +171,7 @@ def forward(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> list[mx.a
 
 
 def gradients(
-    primals: Sequence[mx.array], dout: mx.array, outputs: Sequence[mx.array], *, scale: float
+    primals: Sequence[mx.array], dout: mx.array, outputs: Sequence[mx.array], *, scale: float, window: int | None
 ) -> list[mx.array]:
     """Return the gradients of q, k and v; the probabilities are computed again."""
     q, k, v, dout, out, norm = wide(*primals, dout, *outputs)
@@ -147,7 +179,9 @@ def gradients(
     dq, dk, dv = [], mx.zeros_like(k), mx.zeros_like(v)
     for start, stop in blocks(q.shape[-2]):
         at = (..., slice(start, stop), slice(None))
-        p = exp(scores(q, k, start, stop, scale=scale) - norm[at]) * kept(start, stop, q.dtype)
+        p = exp(scores(q, k, start, stop, scale=scale, window=window) - norm[at]) * kept(
+            start, stop, q.dtype, window=window
+        )
         ds = p * (dout[at] @ v[..., :stop, :].swapaxes(-1, -2) - delta[at]) * scale
         dq.append(ds @ k[..., :stop, :])
         dk = dk.at[..., :stop, :].add((ds.swapaxes(-1, -2) @ q[at]).sum(axis=2, keepdims=True))
@@ -160,15 +194,17 @@ def wide(*arrays: mx.array) -> list[mx.array]:
     return [array.astype(mx.float32) for array in arrays]
 
 
-def scores(q: mx.array, k: mx.array, start: int, stop: int, *, scale: float) -> mx.array:
+def scores(q: mx.array, k: mx.array, start: int, stop: int, *, scale: float, window: int | None) -> mx.array:
     """Return the scores of rows [start, stop) over columns [0, stop)."""
-    later = (1 - kept(start, stop, q.dtype)) * MASKED
+    later = (1 - kept(start, stop, q.dtype, window=window)) * MASKED
     return (q[..., start:stop, :] * scale) @ k[..., :stop, :].swapaxes(-1, -2) + later
 
 
-def kept(start: int, stop: int, dtype: mx.Dtype) -> mx.array:
-    """Return (stop - start, stop): 1 where a row sees a column, 0 behind it."""
-    return (mx.arange(stop)[None] <= mx.arange(start, stop)[:, None]).astype(dtype)
+def kept(start: int, stop: int, dtype: mx.Dtype, *, window: int | None) -> mx.array:
+    """Return (stop - start, stop): 1 where a row sees a column, 0 behind it and before its window."""
+    here, there = mx.arange(start, stop)[:, None], mx.arange(stop)[None]
+    seen = there <= here
+    return (seen if window is None else seen & (there > here - window)).astype(dtype)
 
 
 def blocks(length: int) -> Iterator[tuple[int, int]]:

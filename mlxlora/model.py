@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora import generation, objectives
 from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
-from mlxlora.attention import PACKABLE, Segments, packing
+from mlxlora.attention import PACKABLE, Segments, packing, windowed
 from mlxlora.decoders import find_decoder
 from mlxlora.dora import attach_dora, magnitudes
 from mlxlora.ends import attach_ends
@@ -43,6 +43,7 @@ from shared.families import (
     unapplied,
     unapplied_window,
     unknown_layout,
+    windows_of,
     with_old_keys,
 )
 from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder
@@ -160,6 +161,9 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     if can_pack(zoo, folder):
         for layer in zoo.model.layers:
             layer.self_attn.__class__ = packing(type(layer.self_attn))
+    for layer, window in zip(zoo.model.layers, windows_of(folder.config), strict=True):
+        if window is not None:
+            layer.self_attn.__class__ = windowed(type(layer.self_attn), window)
     for layer in zoo.model.layers if folder.family in GATED else ():
         layer.mlp.__class__ = gating(type(layer.mlp))
     if recompute:
@@ -179,7 +183,7 @@ def build_empty(folder: ModelFolder) -> Any:
     try:
         module = importlib.import_module(f"mlx_lm.models.{module_name(folder.family)}")
         args_class, model_class = module.ModelArgs, module.Model
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, SystemExit):  # olmo.py leaves where a package of its own is missing
         raise ModelError(
             f'unknown architecture "{folder.family}" in {folder.path.name}',
             code="E303",
@@ -372,7 +376,7 @@ def check_head(model: MLXModel, folder: ModelFolder) -> None:
     tokens_BT = mx.arange(4)[None] % model.info.vocab_size
     try:
         theirs, ours = model.zoo(tokens_BT), model.head.logits(model.decoder(tokens_BT)[0])
-    except (TypeError, AttributeError, ValueError):
+    except (TypeError, AttributeError, ValueError, IndexError):
         raise unknown_layout(folder.family) from None
     gap = float(mx.abs(theirs[0].astype(mx.float32) - ours).max() / mx.abs(theirs).max())
     check_logits(folder.family, gap=gap, exact=theirs.dtype == mx.float32)

@@ -19,9 +19,14 @@ CHECKED = frozenset({"llama", "mistral", "qwen2"})
 GATED = CHECKED | {"cohere", "granite", "olmo2", "qwen3", "smollm3"}
 
 # Families of the table in docs/architectures.md, every cell of which a test tries.
-PROVEN = CHECKED | {"cohere", "granite", "mixtral", "olmo2", "phi3", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
+PROVEN = CHECKED | {
+    "cohere", "cohere2", "gemma2", "gemma3_text", "granite", "mixtral", "olmo2", "olmo3", "phi3", "qwen2_moe", "qwen3",
+    "qwen3_moe", "smollm3",
+}  # fmt: skip
 
-WINDOWS_APPLIED = frozenset({"gemma3", "gemma3_text"})  # by mlx-lm 0.32, compared with transformers
+WINDOWS_APPLIED = frozenset({"cohere2", "gemma3", "gemma3_text", "olmo3"})  # by mlx-lm 0.32, compared with transformers
+UNIFORM = frozenset({"mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"})  # every layer has the config's window
+WINDOWED = UNIFORM | {"gemma2", "qwen2", "qwen2_moe", "qwen3"}  # by us on MLX, where mlx-lm applies none
 UNVERIFIED = "{family} is not among the families proven by tests; `mlxlora parity` compares both backends on your data"
 KEEPS_SCHEME = ("the folder is quantized already; its own scheme is kept",)
 CONFIG_FAULTS = (
@@ -103,25 +108,48 @@ def unapplied(config: Mapping[str, Any], what: str) -> CapabilityError:
     )
 
 
+def windows_of(config: Mapping[str, Any]) -> list[int | None]:
+    """Return the sliding window of every layer, None where it has none, in families where mlx-lm applies none.
+
+    Source: transformers 5, whose configs list the kinds of layers; older ones leave them to each family's rule.
+
+    >>> windows_of({"model_type": "mistral", "sliding_window": 4096, "num_hidden_layers": 2})
+    [4096, 4096]
+    >>> windows_of({"model_type": "gemma2", "sliding_window": 4096, "num_hidden_layers": 2})
+    [4096, None]
+    """
+    family, window, layers = str(config.get("model_type")), config.get("sliding_window"), config["num_hidden_layers"]
+    optional = family.startswith(("qwen", "smollm"))
+    if family not in WINDOWED or not isinstance(window, int) or not config.get("use_sliding_window", not optional):
+        return [None] * layers
+    kinds = config.get("layer_types")
+    if family in UNIFORM or not isinstance(kinds, list):
+        first = config.get("max_window_layers", 28) if family in ("qwen2", "qwen3") else 0
+        last = config.get("max_window_layers", 28) if family == "qwen2_moe" else layers
+        every = 2 if family in ("gemma2", "qwen2_moe") else 1
+        return [window if first <= number < last and number % every == 0 else None for number in range(layers)]
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
 def unapplied_window(config: Mapping[str, Any]) -> int | None:
-    """Return the sliding window of a config that mlx-lm's model does not apply, None where it does or has none.
+    """Return the sliding window of a config that neither mlx-lm's model nor we apply on MLX, None where there is none.
 
     Up to that many tokens a window changes nothing, so shorter rows are exact.
 
-    >>> unapplied_window({"model_type": "mistral", "sliding_window": 4096})
+    >>> unapplied_window({"model_type": "phimoe", "sliding_window": 4096})
     4096
     >>> unapplied_window({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False})
     """
     window, kinds = config.get("sliding_window"), config.get("layer_types")
     family = str(config.get("model_type"))
-    if not isinstance(window, int) or family in WINDOWS_APPLIED:
+    if not isinstance(window, int) or family in WINDOWS_APPLIED or family in WINDOWED:
         return None
     if not config.get("use_sliding_window", not family.startswith("qwen")):
         return None
     if isinstance(kinds, list) and "sliding_attention" not in kinds:
         return None
     mixed = isinstance(kinds, list) and len(set(kinds)) > 1
-    return None if mixed and family in ("llama", "mistral") else window
+    return None if mixed and family == "llama" else window
 
 
 def check_logits(family: str, *, gap: float, exact: bool) -> None:

@@ -79,6 +79,15 @@ def test_blockwise_attention_and_its_gradients_are_those_of_the_reference(length
         assert gap(ours, exact) <= tolerances.ATTENTION * loud**2  # as the scores grow
 
 
+@pytest.mark.parametrize(("length", "window"), [(1, 1), (127, 5), (300, 130), (300, 300), (129, 1)])
+def test_blockwise_attention_within_a_window_is_that_of_the_reference(length, window):
+    drawn = draw(length, heads=4, kv_heads=2)
+    found = run_mlx(lambda q, k, v: on_mlx.causal(q, k, v, scale=SCALE, window=window), *drawn)
+    exact = [reference(*drawn[:3], window=window), *gradients(*drawn, window=window)]
+    for ours, theirs in zip(found, exact, strict=True):
+        assert gap(ours, theirs) <= tolerances.ATTENTION
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 def test_blockwise_attention_is_as_exact_in_bfloat16_as_mlx_s_own(length):
     drawn = [np.array(mx.array(x).astype(mx.bfloat16).astype(mx.float32)) for x in draw(length, heads=4, kv_heads=2)]

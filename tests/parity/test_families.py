@@ -11,13 +11,24 @@ from shared.adapters.spec import resolve
 from shared.config import AdapterConfig, parse_scheme
 from shared.data.batch import make_batch
 from shared.errors import CapabilityError, ModelError
-from shared.families import PROVEN
+from shared.families import PROVEN, UNIFORM, windows_of
 from shared.folder import open_folder
 from shared.registry import BACKENDS
 from shared.strict import check_length
 from shared.tensors import read_header, read_tensor, save_file
+from shared.types import Sampling
 from tests import tolerances
-from tests.architectures import ARCHITECTURES, EXPERTS, LLAMA3_ROPE, examine, load, save, wanted_log_probs, written
+from tests.architectures import (
+    ARCHITECTURES,
+    EXPERTS,
+    LLAMA3_ROPE,
+    USUAL,
+    examine,
+    load,
+    save,
+    wanted_log_probs,
+    written,
+)
 
 CASES = {
     "llama bias": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -56,17 +67,59 @@ def test_log_probs_are_those_of_transformers(tmp_path, make_examples, backend, c
     np.testing.assert_allclose(found, wanted_log_probs(folder, examples), atol=2 * tolerances.LOGITS)
 
 
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
 @pytest.mark.parametrize("case", ["mistral window", "gemma2"])
-def test_rows_beyond_a_window_are_exact_on_torch_and_refused_on_mlx(tmp_path, make_examples, case):
+def test_rows_beyond_a_window_are_exact(tmp_path, make_examples, backend, case):
     folder = save(tmp_path / "model", *CASES[case])
-    examples = make_examples([90])
-    found = load("torch", folder).log_probs(make_batch(examples, [0]))
+    examples = make_examples([90, 300])  # MLX computes rows of more than 256 tokens by another function
+    model = load(backend, folder)
+    check_length(model.info, 300, what="train.jsonl:1")
+    found = np.concatenate([model.log_probs(make_batch([example], [0])) for example in examples])
     np.testing.assert_allclose(found, wanted_log_probs(folder, examples), atol=2 * tolerances.LOGITS)
-    model = load("mlx", folder)
+
+
+@pytest.mark.parametrize("case", ["mistral window", "gemma2"])
+def test_tokens_generated_beyond_a_window_are_those_of_transformers(tmp_path, case):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, prompt = save(tmp_path / "model", *CASES[case]), list(range(3, 40))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    wanted = plain.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    sampling = Sampling(max_tokens=20, temperature=0.0, seed=0, stop_tokens=())
+    for backend in sorted(BACKENDS):
+        found = [token.token for token in load(backend, folder).generate([prompt], sampling)]
+        assert found == wanted[0, len(prompt) :].tolist()
+
+
+def test_rows_beyond_a_window_that_nobody_applies_are_refused_on_mlx(tmp_path):
+    kinds = {"layer_types": ["sliding_attention", "sliding_attention"], "sliding_window": 40}
+    config = json.loads((save(tmp_path / "model", "seed_oss", {"head_dim": 16}) / "config.json").read_text()) | kinds
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    model = load("mlx", tmp_path / "model")
     with pytest.raises(ModelError, match="sliding window of 40 tokens"):
         check_length(model.info, 90, what="train.jsonl:1")
     check_length(model.info, 40, what="train.jsonl:1")
-    check_length(load("torch", folder).info, 90, what="train.jsonl:1")
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3"])
+@pytest.mark.parametrize("listed", [True, False], ids=["layer_types", "older config"])
+def test_windows_of_every_layer_are_those_of_transformers(name, listed):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {
+        **USUAL,
+        "num_hidden_layers": 4,
+        "sliding_window": 7,
+        "use_sliding_window": True,
+        "max_window_layers": 3,
+    }
+    config = AutoConfig.for_model(name, **settings, **(EXPERTS if "moe" in name else {"head_dim": 16}))
+    layers = AutoModelForCausalLM.from_config(config).get_decoder().layers
+    own = None if name in UNIFORM else lambda layer: getattr(layer.self_attn, "sliding_window", None)
+    wanted = [config.sliding_window if own is None else own(layer) or None for layer in layers]
+    written = config.to_dict() | ({} if listed else {"layer_types": None})
+    assert windows_of(written | {"use_sliding_window": getattr(config, "use_sliding_window", True)}) == wanted
 
 
 @pytest.mark.parametrize("case", ["gemma2", "llama bias", "qwen3"])

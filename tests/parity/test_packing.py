@@ -172,8 +172,9 @@ def test_rows_longer_than_a_block_of_attention_give_the_same_update(folder, make
 
 
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"type": "none"}], ids=str)
-def test_examples_longer_than_a_window_give_the_same_update_on_torch(folder, make_examples, make_update, options):
-    check("torch", folder("window"), make_examples(LENGTHS), make_update, **options)
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_examples_longer_than_a_window_give_the_same_update(folder, make_examples, make_update, backend, options):
+    check(backend, folder("window"), make_examples(LENGTHS), make_update, **options)
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
