@@ -73,7 +73,13 @@ def log(run: Run) -> None:
     }
     state.tokens = state.supervised_tokens = state.positions = 0
     write(run, row)
-    tell(run.callbacks, "on_step", {**row, "updates": run.updates})
+    tell(run.callbacks, "on_step", {**row, "updates": run.updates, "next_save": next_save(run)})
+
+
+def next_save(run: Run) -> int:
+    """Return the update behind which a checkpoint is saved next; the end is always saved."""
+    every = run.config.checkpoint.every or run.updates
+    return min((run.state.step // every + 1) * every, run.updates)
 
 
 class Stopped(Exception):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, TextIO, cast
 
 from shared.callbacks import Callback
 from shared.machine import process_age
+from shared.watching.words import duration
 
 Row = Mapping[str, Any]
-WIDE = 110  # columns from which there is room for speed and memory
+WIDE, NARROW = 110, 60  # columns from which a bar is long, and below which there is none
+BAR = {WIDE: 24, NARROW: 10}  # its length from so many columns on
 
 
 def make_display(stream: TextIO | None = None) -> Callback:
@@ -75,12 +79,53 @@ def megabytes(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
+@dataclass
+class Pace:
+    """How long the rest of a run takes, by how long it took so far, evaluations and checkpoints included."""
+
+    step: int
+    began: float = field(default_factory=time.perf_counter)
+
+    def left(self, step: int, *, updates: int) -> str:
+        """Return in words how long the updates after `step` take, empty where there are none."""
+        done, took = step - self.step, time.perf_counter() - self.began
+        return f"  {duration(took / done * (updates - step))} left" if done > 0 and step < updates else ""
+
+
+def numbers_of(row: Row, *, eval_loss: float | None) -> list[str]:
+    """Return what to show of a logged update, the most important first."""
+    save = row.get("next_save")
+    return [
+        f"loss {row.get('loss', math.nan):.4f}",
+        *([f"valid {eval_loss:.4f}"] if eval_loss is not None else []),
+        f"{row['tokens_per_s']:,.0f} tokens/s",
+        megabytes(row["peak_memory_bytes"]),
+        *([f"save at {save:,}"] if save is not None else []),
+    ]
+
+
+def fitting(parts: Sequence[str], *, room: int) -> str:
+    """Return the first parts that fit into so many columns.
+
+    >>> fitting(["loss 1.0000", "9 tokens/s", "1 MiB"], room=24)
+    'loss 1.0000  9 tokens/s'
+    """
+    text = ""
+    for part in parts:
+        longer = f"{text}  {part}" if text else part
+        if len(longer) > room:
+            break
+        text = longer
+    return text
+
+
 class PlainDisplay:
     """One line per event."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.started = False
+        self.pace = Pace(0)
 
     def say(self, text: str) -> None:
         """Write a line; a reader that has gone, or a full disk, does not stop the run."""
@@ -92,6 +137,7 @@ class PlainDisplay:
         self.say(start_line(facts))
         if facts["from"]:
             self.say(f"going on after update {facts['from']}")
+        self.pace = Pace(facts["from"])
 
     def on_update(self, step: int) -> None:
         """Say how long the first one took to come; a line per logged update is enough for the others."""
@@ -104,6 +150,7 @@ class PlainDisplay:
         self.say(
             f"update {row['step']}/{row['updates']}  loss {row.get('loss', math.nan):.4f}  lr {row['lr']:.2e}  "
             f"{row['tokens_per_s']:,.0f} tokens/s  peak {megabytes(row['peak_memory_bytes'])}"
+            f"{self.pace.left(row['step'], updates=row['updates'])}"
         )
 
     def on_evaluate(self, row: Row) -> None:
@@ -120,24 +167,18 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A bar with loss, tokens/s, time left and memory."""
+    """A bar with time left, loss, tokens/s, memory and the next checkpoint, as far as there is room."""
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console = Console(file=stream, highlight=False)
+        self.length = next((length for width, length in BAR.items() if self.console.width >= width), 0)
+        front = [BarColumn(bar_width=self.length)] if self.length else []
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=self.console, refresh_per_second=4,
+            *front, MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("left"),
+            TextColumn("{task.fields[numbers]}", markup=False), console=self.console, refresh_per_second=4,
         )  # fmt: skip
         self.task: Any = None
         self.started = False
@@ -162,10 +203,9 @@ class LiveDisplay:
 
     def on_step(self, row: Row) -> None:
         """Show the numbers of a logged update."""
-        valid = f"  valid {self.eval_loss:.4f}" if self.eval_loss is not None else ""
-        numbers = f"loss [bold]{row.get('loss', math.nan):.4f}[/]{valid}"
-        if self.console.width >= WIDE:
-            numbers += f"  {row['tokens_per_s']:,.0f} tokens/s  {megabytes(row['peak_memory_bytes'])}"
+        taken = self.length + 2 * len(str(row["updates"])) + len(" / 0:00:00 left ")
+        parts = numbers_of(row, eval_loss=self.eval_loss)
+        numbers = fitting(parts, room=self.console.width - taken)
         self.bar.update(self.task, completed=row["step"], numbers=numbers)
 
     def on_evaluate(self, row: Row) -> None:
