@@ -23,7 +23,8 @@ from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import build_config
 from shared.data.batch import make_batch
-from shared.jobs.train import Prepared, prepare, train
+from shared.jobs.prepare import Prepared, prepare
+from shared.jobs.train import train
 from shared.schedules import build_schedule
 from shared.seeds import uniform
 from shared.types import Example

@@ -32,7 +32,8 @@ from shared.config import RunConfig
 from shared.config_file import build_config, load_config
 from shared.data.batch import Plan, update_batches
 from shared.data.layout import Layout, training_layout
-from shared.jobs.train import load_trainable, prepare
+from shared.jobs.prepare import prepare
+from shared.jobs.train import load_trainable
 from shared.loop import build_update
 from shared.measuring.measure import load, recipe
 from shared.measuring.synthetic import Shape, make_rows, write_llama

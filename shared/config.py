@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     Field,
     ValidationError,
@@ -20,6 +19,7 @@ from pydantic import (
 )  # fmt: skip
 
 from shared.errors import ConfigError, did_you_mean
+from shared.problems import Places, describe, keys_of
 from shared.sections import (
     Count,
     Name,
@@ -34,7 +34,6 @@ from shared.sections import (
 from shared.types import FIXED, TERNARY_RULES, MomentFormat, Scheme, Spikes
 
 DOUBLED = ("nf4", "fp4")  # formats whose scales may be quantized too
-Places = dict[tuple[Any, ...], str]  # key path -> where it was set: "run.yaml:3", "--set"
 
 
 class SourceConfig(Section):
@@ -219,13 +218,65 @@ class TrainConfig(Section):
         return values
 
 
+METRICS = {"loss": "min", "exact_match": "max", "token_f1": "max", "rouge_l": "max"}  # and which way is better
+
+
 class EvaluationConfig(Section):
     every: Count | None = 100
     batches: Annotated[
         Literal["all"] | Count, Field(description="all of valid.jsonl, or its first N x batch_size rows")
     ] = "all"
-    patience: Annotated[Count | None, Field(description="stop after so many evaluations without a better loss")] = None
+    sets: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], Name],
+        Field(description="more rows to evaluate on, {NAME: file, folder or hub data set}: eval_NAME_loss"),
+    ] = {}
+    generate: Annotated[
+        Literal["all"] | Count | None,
+        Field(description="answer the first N prompts of each set, greedily: eval_exact_match, _token_f1, _rouge_l"),
+    ] = None
+    max_tokens: Annotated[Count, Field(description="of an answer at most")] = 128
+    patience: Annotated[Count | None, Field(description="stop after so many evaluations without a better metric")] = (
+        None
+    )
+    metric: Annotated[str, Field(description="what patience and the best checkpoint go by, a key of metrics.jsonl")] = (
+        "eval_loss"
+    )
+    mode: Annotated[
+        Literal["auto", "min", "max"], Field(description="whether less or more is better; auto: less of a loss")
+    ] = "auto"
+    min_delta: Annotated[NotNegative, Field(description="a smaller change for the better does not count")] = 0.0
+    restore_best: Annotated[
+        Literal["auto"] | bool,
+        Field(description="keep the best checkpoint and make it the result; auto: where patience is set"),
+    ] = "auto"
     convergence: Annotated[bool, Field(strict=True, description="say whether the training loss still falls")] = False
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Return the keys that rows of evaluations may have."""
+        measured = METRICS if self.generate else ("loss",)
+        return tuple(
+            f"eval_{name}{metric}" for name in ("", *(f"{name}_" for name in self.sets)) for metric in measured
+        )
+
+    @property
+    def better(self) -> Literal["min", "max"]:
+        """Return which way the metric is better."""
+        if self.mode != "auto":
+            return self.mode
+        return "min" if self.metric.endswith("loss") else "max"
+
+    @property
+    def keeps_best(self) -> bool:
+        """Return whether the best checkpoint is kept, and is the result."""
+        return self.patience is not None if self.restore_best == "auto" else self.restore_best
+
+    @model_validator(mode="after")
+    def _measured(self) -> EvaluationConfig:
+        if self.metric not in self.metrics:
+            needed = " with evaluation.generate" if self.metric.endswith(tuple(METRICS)[1:]) else ""
+            raise ValueError(f"a metric that is measured{needed}: {', '.join(self.metrics)}")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -319,7 +370,7 @@ def validate(values: Any, *, place: str = "config", places: Places | None = None
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise describe(pick_problems(error), place=place, places=places or {}) from None
+        raise describe(RunConfig, error, place=place, places=places or {}) from None
     parse_scheme(config.quantization)
     if config.train.compile is True and config.data.packing == "packed":
         raise ConfigError(
@@ -339,76 +390,9 @@ def validate(values: Any, *, place: str = "config", places: Places | None = None
     return config
 
 
-def pick_problems(error: ValidationError) -> list[dict[str, Any]]:
-    """Return the problems of one key, unknown keys first: a typo also leaves its key missing."""
-    problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
-    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    path = key_path(first)
-    return [first, *(other for other in problems if other is not first and key_path(other)[: len(path)] == path)]
-
-
-def key_path(problem: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the keys that lead to a problem, without what pydantic puts in to name a branch of a union."""
-    if problem["type"] == "extra_forbidden":
-        return tuple(problem["loc"])
-    return tuple(part for part in problem["loc"] if not is_union_label(part))
-
-
-def describe(problems: list[dict[str, Any]], *, place: str, places: Places) -> ConfigError:
-    """Return a ConfigError with the place, the key, what was found and what was expected."""
-    first, path = problems[0], key_path(problems[0])
-    key = ".".join(str(part) for part in path) or "the top level"
-    where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), place)
-    if first["type"] == "extra_forbidden":
-        return ConfigError(
-            f'{where}: unknown key "{key}"', code="E201", fix=did_you_mean(str(path[-1]), known_keys(path[:-1]))
-        )
-    if first["type"] == "missing" and isinstance(path[-1], int):
-        whole = ".".join(str(part) for part in path[:-1])
-        return ConfigError(f"{where}: {whole} is too short", code="E202", expected=f"{path[-1] + 1} values at least")
-    if first["type"] == "missing":
-        return ConfigError(
-            f'{where}: key "{key}" is missing', code="E202", fix=f"add {key} to the config, or --set {key}=..."
-        )
-    found = first.get("input")
-    shown = "" if isinstance(found, dict) else f", found {shorten(found)}"
-    wanted = dict.fromkeys(expectation(problem) for problem in problems)
-    return ConfigError(f"{where}: {key}{shown}", code="E202", expected=" or ".join(wanted))
-
-
-def expectation(problem: dict[str, Any]) -> str:
-    """Return what a problem's key should hold.
-
-    >>> expectation({"type": "greater_than", "msg": "Input should be greater than 0", "loc": ("optimizer", "lr")})
-    'greater than 0'
-    """
-    if problem["type"] == "model_type":
-        return f"a section with keys such as {', '.join(known_keys(key_path(problem))[:3])}"
-    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return message[0].lower() + message[1:]
-
-
-def is_union_label(part: Any) -> bool:
-    """Return whether pydantic put this into the path to name a branch of a union, not a key."""
-    if not isinstance(part, str):
-        return False
-    return part in {"int", "float", "str", "bool"} or "[" in part or "-" in part
-
-
-def shorten(value: Any) -> str:
-    """Return a value's repr, cut to 60 characters."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def known_keys(path: tuple[Any, ...]) -> list[str]:
     """Return the keys that the section at this path has."""
-    section: Any = RunConfig
-    for part in path:
-        section = getattr(section.model_fields.get(part), "annotation", None)
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return []
-    return list(section.model_fields)
+    return keys_of(RunConfig, path)
 
 
 def schema() -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from shared.config import describe, pick_problems
 from shared.errors import ConfigError, did_you_mean
+from shared.problems import describe
 from shared.sections import Count, Name, NotNegative, Positive, Section, Share
 
 
@@ -41,4 +41,4 @@ def read_settings(values: dict[str, Any]) -> GenerationConfig:
     try:
         return GenerationConfig.model_validate(given)
     except ValidationError as error:
-        raise describe(pick_problems(error), place="generation", places={}) from None
+        raise describe(GenerationConfig, error, place="generation", places={}) from None

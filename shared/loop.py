@@ -17,17 +17,8 @@ from shared.config import RunConfig
 from shared.data.ahead import Ahead
 from shared.data.batch import update_batches
 from shared.errors import Interrupted
-from shared.running.record import (
-    checkpoint,
-    drain,
-    evaluate,
-    has_row,
-    log,
-    max_loss,
-    save_or_go_on,
-    stopped_early,
-    wants_norms,
-)
+from shared.running.deciding import evaluate, stopped_early
+from shared.running.record import checkpoint, drain, has_row, log, max_loss, save_or_go_on, wants_norms
 from shared.running.recovery import step_or_split
 from shared.running.run import Run
 from shared.schedules import build_schedule
@@ -41,13 +32,13 @@ def fit(run: Run) -> None:
     ahead = Ahead(lambda step, layout: update_batches(run.train, run.plan, step, layout))
     with stop_signals() as run.stop:
         run.row_began = time.perf_counter()
-        if is_due(run, run.config.evaluation.every) or run.state.step == 0:
-            evaluate(run)
+        if (is_due(run, run.config.evaluation.every) or run.state.step == 0) and evaluate(run):
+            save_or_go_on(run)
         while run.state.step < run.updates and not (run.stop.number or stopped_early(run)):
             do_update(run, schedule, ahead)
-            if is_due(run, run.config.evaluation.every):
-                evaluate(run)
-            if is_due(run, run.config.checkpoint.every) and run.state.step < run.updates and not run.stop.number:
+            is_best = is_due(run, run.config.evaluation.every) and evaluate(run)
+            is_wanted = is_best or is_due(run, run.config.checkpoint.every)
+            if is_wanted and run.state.step < run.updates and not run.stop.number:
                 save_or_go_on(run)
         drain(run)
         if not run.stop.number and run.state.positions and run.last is not None:  # none: patience had run out before

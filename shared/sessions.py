@@ -13,9 +13,9 @@ from shared.config import parse_scheme
 from shared.convert.merge import read_weighted
 from shared.data.layout import choose_layout
 from shared.data.prompts import Prompt
-from shared.data.rows import Row, find_data, read_rows, split_files
+from shared.data.rows import Row, find_data, find_split, read_rows
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
-from shared.errors import ConfigError, DataError
+from shared.errors import DataError
 from shared.evaluate import Evaluation, evaluate_examples
 from shared.folder import ModelFolder, end_tokens, find_folder, open_folder
 from shared.generation_config import read_settings
@@ -104,16 +104,7 @@ def choose_quantization(asked: str, adapter: Adapter | None, *, already: bool, n
 
 def find_rows(data: str, *, split: str | None = None) -> tuple[list[Row], str]:
     """Return the rows of a file, or of a folder's split (valid, else test, else train), and the file's name."""
-    path = find_data(data)
-    if path.is_file():
-        if split is not None:
-            raise ConfigError(f"--split {split}: {path.name} is a file, which has no splits", fix="leave out --split")
-        return read_rows(*split_files(path, "train")), path.name
-    files = split_files(path, split) if split else []
-    for name in ("valid", "test", "train") if split is None else ():
-        files = files or split_files(path, name)
-    if not files:
-        raise DataError(f"{path} has no {split}.jsonl", code="E210", fix="choose another --split")
+    files = find_split(find_data(data), split)
     return read_rows(*files), files[0].name
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from shared.data.dialects import translate
 from shared.data.formats import READERS, read_values
-from shared.errors import DataError, did_you_mean
+from shared.errors import ConfigError, DataError, did_you_mean
 from shared.hub import download, is_hub_id
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -68,6 +68,20 @@ def split_files(path: Path, split: str) -> list[Path]:
             fix=f"it holds: {', '.join(near) or 'nothing'}",
         )  # fmt: skip
     return []
+
+
+def find_split(path: Path, split: str | None = None) -> list[Path]:
+    """Return a file itself, or the files of a folder's split (of None: valid, else test, else train) to evaluate on."""
+    if path.is_file():
+        if split is not None:
+            raise ConfigError(f"--split {split}: {path.name} is a file, which has no splits", fix="leave out --split")
+        return split_files(path, "train")
+    files = split_files(path, split) if split else []
+    for name in ("valid", "test", "train") if split is None else ():
+        files = files or split_files(path, name)
+    if not files:
+        raise DataError(f"{path} has no {split}.jsonl", code="E210", fix="choose another --split")
+    return files
 
 
 def read_rows(*files: Path, columns: Mapping[Any, str] | None = None) -> list[Row]:

@@ -12,7 +12,8 @@ from shared.config import RunConfig
 from shared.data.batch import update_batches
 from shared.data.layout import choose_layout
 from shared.folder import end_tokens
-from shared.jobs.train import Prepared, load_trainable, prepare
+from shared.jobs.prepare import Prepared, prepare
+from shared.jobs.train import load_trainable
 from shared.loop import build_update
 from shared.optimizers import method_of
 from shared.protocols import Backend, Model, Trainer

@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from shared.data.stream import Encoding, Stream, check_ids, open_stream, streams
 from shared.data.tokenize import Tokenizer, tokenize_rows
 from shared.folder import ModelFolder, find_folder, open_folder, sha256
 from shared.hub import pinned
+from shared.jobs.held_out import HeldOut, count_leaks, load_held_out, make_exam, pinned_sets
+from shared.running.run import Exam
 from shared.types import Example
 
 
@@ -30,12 +33,14 @@ class Prepared:
     tokenizer: Tokenizer
     train: Sequence[Example]  # a list, or a Stream
     valid: list[Example]
+    sets: dict[str, list[Example]]  # of evaluation.sets
+    exam: Exam | None
     plan: Plan
     dropped: dict[str, int]  # why -> rows that the config leaves out
     kind: str  # of the first row: text, prompt or messages
     data_hash: str
     data_files: dict[str, str]
-    leaks: int  # validation rows that are training rows too
+    leaks: dict[str, int]  # rows to evaluate on that are training rows too: "valid.jsonl" or a set's name -> how many
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -44,33 +49,34 @@ def prepare(config: RunConfig) -> Prepared:
     if streams(config):
         return prepare_stream(config)
     found = load_rows(config.data, valid_too=config.evaluation.every is not None)
-    rows, valid_rows = found.train, found.valid if config.evaluation.every is not None else []
-    if config.evaluation.batches != "all":
-        valid_rows = valid_rows[: config.evaluation.batches * config.train.batch_size]
-    seen = {content_hash([row]) for row in rows} if valid_rows else set()
     base = open_folder(find_folder(config.model))
     tokenizer = Tokenizer(base.path)
-    train, valid = (make_examples(some, tokenizer, config.data) for some in (rows, valid_rows))
     counts, dropped = found.counts, found.dropped
+    held_out = load_held_out(config, found.valid, dropped)
+    train = make_examples(found.train, tokenizer, config.data)
+    tests = {name: make_examples(rows, tokenizer, config.data) for name, rows in held_out.rows.items() if rows}
     if "too_long" in dropped:
-        whole = len(train) + len(valid)
-        train, counts = drop_long(train, counts, most=config.data.max_length)
-        valid, _ = drop_long(valid, (len(valid),), most=config.data.max_length)
-        dropped = {**dropped, "too_long": whole - len(train) - len(valid)}
+        whole, most = len(train) + sum(map(len, tests.values())), config.data.max_length
+        train, counts = drop_long(train, counts, most=most)
+        tests = {name: drop_long(some, (len(some),), most=most)[0] for name, some in tests.items()}
+        dropped = {**dropped, "too_long": whole - len(train) - sum(map(len, tests.values()))}
     weights = weigh(config.data.sources, counts)
-    check_vocabulary(base, [*train, *valid])
+    check_vocabulary(base, [*train, *chain(*tests.values())])
+    seen = {content_hash([row]) for row in found.train} if any(held_out.rows.values()) else set[str]()
     return Prepared(
-        config=pin(config, model=base.path, data=found.roots),
+        config=pin(config, held_out, model=base.path, data=found.roots),
         base=base,
         tokenizer=tokenizer,
         train=train,
         plan=Plan(sum(num_drawn(weights)) or len(train), config.train.batch_size, config.train.seed, weights),
         dropped=dropped,
-        valid=valid,
-        kind=rows[0].kind,
+        valid=tests.pop("", []),
+        sets=tests,
+        exam=make_exam(held_out, tokenizer, config),
+        kind=found.train[0].kind,
         data_hash=examples_hash(train, weights),
-        data_files={name: sha256(file) for name, file in found.files.items()},
-        leaks=sum(content_hash([row]) in seen for row in valid_rows),
+        data_files={name: sha256(file) for name, file in {**found.files, **held_out.files}.items()},
+        leaks=count_leaks(held_out, seen),
     )
 
 
@@ -81,34 +87,41 @@ def prepare_stream(config: RunConfig) -> Prepared:
     found = open_stream(config.data, valid_too=evaluates, most_valid=most)
     base = open_folder(find_folder(config.model))
     tokenizer = Tokenizer(base.path)
-    valid_rows = found.valid[:most]
-    valid = make_examples(valid_rows, tokenizer, config.data) if valid_rows else []
+    held_out = load_held_out(config, found.valid, found.dropped)
+    tests = {name: make_examples(rows, tokenizer, config.data) for name, rows in held_out.rows.items() if rows}
     how = Encoding(tokenizer, config.data.train_on, config.data.max_length, vocabulary_of(base))
-    train, seen = Stream(found.index, how), set(found.index.found.leaks)
+    train = Stream(found.index, how)
     weights = weigh(config.data.sources, tuple(found.index.found.counts))
-    if valid:
-        check_vocabulary(base, valid)
-    hashes = {name: sha256(file) for name, file in found.files.items() if name not in found.index.found.sha256}
+    if tests:
+        check_vocabulary(base, list(chain(*tests.values())))
+    files = {**found.files, **held_out.files}
+    hashes = {name: sha256(file) for name, file in files.items() if name not in found.index.found.sha256}
     return Prepared(
-        config=pin(config, model=base.path, data=found.roots),
+        config=pin(config, held_out, model=base.path, data=found.roots),
         base=base,
         tokenizer=tokenizer,
         train=train,
         plan=Plan(sum(num_drawn(weights)) or len(train), config.train.batch_size, config.train.seed, weights),
         dropped=found.dropped,
-        valid=valid,
+        valid=tests.pop("", []),
+        sets=tests,
+        exam=make_exam(held_out, tokenizer, config),
         kind=found.index.found.kind,
         data_hash=train.digest(weights),
         data_files=hashes | found.index.found.sha256,
-        leaks=sum(content_hash([row]) in seen for row in valid_rows),
+        leaks=count_leaks(held_out, set(found.index.found.leaks)),
     )
 
 
-def pin(config: RunConfig, *, model: Path, data: Sequence[Path]) -> RunConfig:
+def pin(config: RunConfig, held_out: HeldOut, *, model: Path, data: Sequence[Path]) -> RunConfig:
     """Return the config with the commits of what came from the hub: org/name@commit."""
     pairs = zip(config.data.sources, data, strict=True)
     sources = [source.model_copy(update={"path": pinned(source.path, root)}) for source, root in pairs]
-    return config.model_copy(update={"model": pinned(config.model, model), "data": config.data.with_sources(sources)})
+    evaluation = config.evaluation.model_copy(update={"sets": pinned_sets(config, held_out)})
+    data_section = config.data.with_sources(sources)
+    return config.model_copy(
+        update={"model": pinned(config.model, model), "data": data_section, "evaluation": evaluation}
+    )
 
 
 def make_examples(rows: list[Row], tokenizer: Tokenizer, data: DataConfig) -> list[Example]:

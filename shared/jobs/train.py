@@ -34,6 +34,7 @@ from shared.protocols import Backend, Model
 from shared.registry import check_installed, find_backend
 from shared.running.card import write_card
 from shared.running.checkpoint import Checkpoint, step_dirs
+from shared.running.deciding import add_result, evaluation_warnings, read_result, restore_best
 from shared.running.lock import locked
 from shared.running.recovery import LateOutOfMemory
 from shared.running.run import LoopState, Run
@@ -69,10 +70,13 @@ class TrainResult:
     adapter: Path
     updates: int
     loss: float | None
-    eval_loss: float | None
+    eval_loss: float | None  # of the result
     time_s: float
     skipped_updates: int
     already_complete: bool
+    result_update: int  # whose weights these are: of the last update, or of the best evaluation
+    stopped_early: bool
+    evaluation: dict[str, float]  # every metric of the evaluation after that update
 
 
 def train(
@@ -120,7 +124,8 @@ def train_once(
             return make_identity(prepared, hashes)
 
         found = find_checkpoint(folder, resume, identity, note, allowed=allow_change)
-        for text in (*changed_maker(found, maker_of(backend)), *changed_rows(folder, prepared.data_files)):
+        changed = changed_rows(folder, prepared.data_files, sets=prepared.sets)
+        for text in (*changed_maker(found, maker_of(backend)), *changed):
             note(text)
         run = build_run(prepared, backend, found, folder=folder, callbacks=callbacks, identity=identity)
         begin(folder, step=run.state.step if found else -1, resume=resume)
@@ -155,7 +160,9 @@ def finish_run(
         fit(run)
     target = run.folder / result_name(run.spec)
     if not (complete and target.is_dir() and (run.folder / "report.html").is_file()):
-        write_result(run, prepared)
+        result = restore_best(run)
+        write_result(run, prepared, result)
+        add_result(run, result)
         write_report(run.folder, samples=take_samples(run, prepared.tokenizer))
     result = summarize(run, target, complete=complete)
     losses = {"loss": result.loss, "eval_loss": result.eval_loss}
@@ -168,10 +175,11 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
     if any(prepared.dropped.values()):
         counts = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in prepared.dropped.items())
         yield f"rows that data.drop leaves out: {counts}"
-    if prepared.leaks:
-        yield f"{prepared.leaks} of {len(prepared.valid)} validation rows also stand in the training rows"
-    if not prepared.valid and run.config.evaluation.every is not None:
-        yield "no valid.jsonl, so nothing is evaluated during the run"
+    for name, count in prepared.leaks.items():
+        rows = prepared.sets.get(name, prepared.valid)
+        what = f"rows of {name}" if name in prepared.sets else "validation rows"
+        yield f"{count} of {len(rows)} {what} also stand in the training rows"
+    yield from evaluation_warnings(run)
     longest, most = max(len(example.tokens) for example in sample_of(prepared.train)), run.model.info.max_positions
     if isinstance(most, int) and longest > most:
         yield f"rows of up to {longest} tokens, but the model was made for {most}; data.max_length: {most} cuts them"
@@ -210,7 +218,7 @@ def build_run(
     updates = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
     return Run(
         config=config, folder=folder, model=model, trainer=trainer, train=prepared.train, valid=prepared.valid,
-        plan=plan, updates=updates, layout=layout,
+        sets=prepared.sets, exam=prepared.exam, plan=plan, updates=updates, layout=layout,
         identity=identity().as_dict(), maker=maker_of(backend), callbacks=callbacks, state=state, spec=spec,
     )  # fmt: skip
 
@@ -228,7 +236,8 @@ def load_trainable(
         recompute=config.train.recompute is True if recompute is None else recompute,
         device=None if config.device == "auto" else config.device,
     )
-    longest = max([*sample_of(prepared.train), *prepared.valid], key=lambda example: len(example.tokens))
+    examples = (sample_of(prepared.train), prepared.valid, *prepared.sets.values())
+    longest = max((example for some in examples for example in some), key=lambda example: len(example.tokens))
     check_length(model.info, len(longest.tokens), what=longest.source)
     if isinstance(prepared.train, Stream):  # nobody knows its longest row
         check_length(model.info, config.data.max_length, what="rows of data.max_length")
@@ -250,6 +259,7 @@ def check_trainable(prepared: Prepared) -> None:
 def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:
     """Return facts for the manifest and the display."""
     info, spec = run.model.info, run.spec
+    rows_of_sets = {name: len(rows) for name, rows in prepared.sets.items()}
     trained = sum(math.prod(tensor.shape) for _, tensor in run.model.tensors("adapter"))
     return {
         "model": run.config.model,
@@ -258,7 +268,7 @@ def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:
         "adapter": spec.kind,
         "modules": len(spec.modules),
         "trained_parameters": trained,
-        "rows": {"train": len(prepared.train), "valid": len(prepared.valid), "kind": prepared.kind},
+        "rows": {"train": len(prepared.train), "valid": len(prepared.valid), "kind": prepared.kind, **rows_of_sets},
         **({"dropped": prepared.dropped} if prepared.dropped else {}),
         **count_tokens(prepared),
         "updates": run.updates,
@@ -286,7 +296,7 @@ def result_name(spec: AdapterSpec) -> str:
     return "model" if spec.kind == "none" else "adapter"
 
 
-def write_result(run: Run, prepared: Prepared) -> None:
+def write_result(run: Run, prepared: Prepared, result: Mapping[str, Any]) -> None:
     """Write the adapter folder (or the whole model after full fine-tuning), whole or not at all."""
     kind = result_name(run.spec)
     final, staged = run.folder / kind, run.folder / f".{kind}.tmp"
@@ -305,7 +315,7 @@ def write_result(run: Run, prepared: Prepared) -> None:
             write_adapter(staged, run.spec, tensors, run.model.info, base=run.config.model, notes=notes)
         else:
             write_model(staged, tensors, source=prepared.base, dtype=run.config.train.dtype)
-        write_card(staged, run, kind=kind, train_rows=len(prepared.train))
+        write_card(staged, run, kind=kind, train_rows=len(prepared.train), result=result)
         for file in staged.iterdir():
             sync(file)
         faults.hit("result.before_rename")
@@ -318,17 +328,22 @@ def write_result(run: Run, prepared: Prepared) -> None:
 
 
 def summarize(run: Run, target: Path, *, complete: bool) -> TrainResult:
-    """Return the result of a run from its metrics."""
-    rows = run.metrics.read()
+    """Return the result of a run from its metrics and manifest."""
+    rows, result = run.metrics.read(), read_result(run.folder)
+    update = result.get("update", run.state.step)
     losses = [row["loss"] for row in rows if "loss" in row]
-    evals = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    evaluations = [row for row in rows if any(key.startswith("eval_") for key in row) and row["step"] <= update]
+    evaluated = evaluations[-1] if evaluations else {}
     return TrainResult(
         output=run.folder,
         adapter=target,
         updates=run.state.step,
         loss=losses[-1] if losses else None,
-        eval_loss=evals[-1] if evals else None,
+        eval_loss=evaluated.get("eval_loss"),
         time_s=run.state.time_s,
         skipped_updates=run.state.skipped,
         already_complete=complete,
+        result_update=update,
+        stopped_early=bool(result.get("stopped_early")),
+        evaluation={key: value for key, value in evaluated.items() if key.startswith("eval_")},
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared.hub import split_revision
 
@@ -47,12 +48,13 @@ model, tokenizer = load("{model}", adapter_path="adapter")
 """
 
 
-def write_card(folder: Path, run: Run, *, kind: str, train_rows: int) -> None:
-    """Write README.md with the settings and the last losses of a run."""
+def write_card(folder: Path, run: Run, *, kind: str, train_rows: int, result: Mapping[str, Any]) -> None:
+    """Write README.md with the settings and the losses of a run; result: as deciding.restore_best returns it."""
     config, rows = run.config, run.metrics.read()
     base, _ = split_revision(config.model)
     losses = [row["loss"] for row in rows if "loss" in row]
-    evals = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    evals = [row for row in rows if row["step"] <= result["update"] and any(key.startswith("eval_") for key in row)]
+    measured = [key for key in (evals[0] if evals else {}) if key.startswith("eval_") and key in evals[-1]]
     facts = {
         "rank, alpha, dropout": f"{config.adapter.rank}, {config.adapter.alpha:g}, {config.adapter.dropout:g}",
         "modules": f"{len(run.spec.modules)}: {config.adapter.targets}",
@@ -60,7 +62,9 @@ def write_card(folder: Path, run: Run, *, kind: str, train_rows: int) -> None:
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {config.schedule.name}",
         "batch": f"{config.train.batch_size} rows, dtype {config.train.dtype}, seed {config.train.seed}",
         "last training loss": f"{losses[-1]:.4f}" if losses else "-",
-        "validation loss": f"{evals[0]:.4f} before, {evals[-1]:.4f} after" if evals else "no valid.jsonl",
+        "validation loss": "no valid.jsonl",
+        **{metric_text(key): f"{evals[0][key]:.4f} before, {evals[-1][key]:.4f} after" for key in measured},
+        "weights of": weights_words(result),
     }
     if kind == "model":
         facts = {key: value for key, value in facts.items() if key not in ("rank, alpha, dropout", "modules")}
@@ -71,9 +75,29 @@ def write_card(folder: Path, run: Run, *, kind: str, train_rows: int) -> None:
         title=run.folder.name,
         what=f"{NAMES[run.spec.kind]} adapter" if kind == "adapter" else "Full fine-tuning",
         rows=train_rows,
-        updates=run.state.step,
+        updates=result["update"],
         table="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         flag="--adapter adapter " if kind == "adapter" else "",
         snippets=SNIPPETS.format(model=base) if kind == "adapter" else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def metric_text(key: str) -> str:
+    """Return a metric's key of metrics.jsonl for people.
+
+    >>> metric_text("eval_loss"), metric_text("eval_math_exact_match")
+    ('validation loss', 'math exact match')
+    """
+    name = key.removeprefix("eval_").replace("_", " ")
+    return f"validation {name}" if name == "loss" else name
+
+
+def weights_words(result: Mapping[str, Any]) -> str:
+    """Return of which update the weights are, and why.
+
+    >>> weights_words({"update": 40, "last_update": 70, "stopped_early": True, "metric": "eval_loss", "best": 3.19})
+    'update 40, the best eval_loss (3.1900), of 70; stopped early'
+    """
+    best = f", the best {result['metric']} ({result['best']:.4f})," if result["update"] != result["last_update"] else ""
+    return f"update {result['update']}{best} of {result['last_update']}" + "; stopped early" * result["stopped_early"]

@@ -25,7 +25,7 @@ from shared.folder import sha256
 from shared.tensors import load_file, save_file
 from shared.types import Tensor
 
-FORMAT = 2
+FORMAT = 3
 STEP_DIR = re.compile(r"step-(\d{6,})")
 ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 FILES = (ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE)
@@ -39,12 +39,12 @@ class Checkpoint:
     step: int
     adapter: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    state: Mapping[str, Any]  # "loop", "identity", "maker": backend and versions
+    state: Mapping[str, Any]  # "loop", "identity", "maker": backend and versions, "needs": steps of others to keep
 
 
 def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write a checkpoint under `root` and prune older ones; return its folder. Raises StorageError."""
-    final = root / f"step-{checkpoint.step:06d}"
+    final = folder_of(root, checkpoint.step)
     staged = root / f".tmp-{checkpoint.step}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         if not root.is_dir():
@@ -103,11 +103,22 @@ def discard(folder: Path) -> None:
 
 
 def prune(root: Path, *, keep: int, spared: Path) -> None:
-    """Remove all but the newest `keep` checkpoints, never the one just written."""
+    """Remove all but the newest `keep` checkpoints, the one just written, and those that one of these needs."""
     faults.hit("checkpoint.before_prune")
-    for folder in step_dirs(root)[keep:]:
-        if folder != spared:
+    folders = step_dirs(root)
+    kept = {*folders[:keep], spared}
+    kept |= {folder_of(root, step) for folder in kept for step in needs_of(folder)}
+    for folder in folders:
+        if folder not in kept:
             discard(folder)
+
+
+def needs_of(folder: Path) -> list[int]:
+    """Return the updates of other checkpoints without which this one is not whole: the best one so far."""
+    try:
+        return [int(step) for step in json.loads((folder / STATE_FILE).read_bytes()).get("needs", [])]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
 
 
 def drop_after(root: Path, step: int) -> None:
@@ -115,6 +126,11 @@ def drop_after(root: Path, step: int) -> None:
     for folder in step_dirs(root):
         if step_of(folder) > step:
             discard(folder)
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Return the folder of an update's checkpoint."""
+    return root / f"step-{step:06d}"
 
 
 def step_of(folder: Path) -> int:
@@ -191,4 +207,12 @@ def add_maker(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "maker": {}}
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: add_maker}  # format -> to the next one
+def add_metric(state: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 knows the best eval_loss only, and kept no checkpoint of it."""
+    loop = dict(state["loop"])
+    best = loop.pop("best_loss", None)
+    return {**state, "loop": {**loop, "metric": "min eval_loss", "best": best, "best_step": -1}}
+
+
+# format -> to the next one
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: add_maker, 2: add_metric}

@@ -1,4 +1,4 @@
-"""What a run writes down: results that were pending, metrics, evaluations, checkpoints."""
+"""What a run writes down: results that were pending, metrics, checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from shared import gradients
 from shared.callbacks import tell
 from shared.errors import DivergedError, StorageError
-from shared.evaluate import evaluate_examples
 from shared.running.checkpoint import Checkpoint, save
 from shared.running.recovery import judge, read, roll_back
 from shared.running.run import Run
@@ -82,38 +81,6 @@ def next_save(run: Run) -> int:
     return min((run.state.step // every + 1) * every, run.updates)
 
 
-class Stopped(Exception):
-    """A signal asked to stop in the middle of an evaluation, which is done again after a resume."""
-
-
-def evaluate(run: Run) -> None:
-    """Evaluate on the validation rows, once per step; note whether the loss is the best so far."""
-    if not run.valid or run.config.evaluation.every is None or run.state.evaluated_step == run.state.step:
-        return
-    began = time.perf_counter()
-
-    def go_on() -> None:
-        if run.stop.number:
-            raise Stopped
-
-    try:
-        loss = evaluate_examples(run.model, run.valid, run.layout, between=go_on).loss
-    except Stopped:
-        return
-    run.row_began += time.perf_counter() - began  # evaluation is not training time
-    state = run.state
-    better = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
-    state.evaluations_without_better = 0 if better else state.evaluations_without_better + 1
-    state.best_loss = loss if better else state.best_loss
-    state.evaluated_step = state.step
-    if not math.isfinite(loss):  # JSON has no NaN
-        tell(run.callbacks, "on_note", f"the evaluation after update {state.step} has no finite loss ({loss})")
-        return
-    row = {"step": state.step, "eval_loss": loss}
-    write(run, row)
-    tell(run.callbacks, "on_evaluate", row)
-
-
 def write(run: Run, row: dict[str, Any]) -> None:
     """Write a row of metrics; where the disk refuses, say so once: the row waits, and checkpoints wait for it."""
     first = not run.metrics.waiting
@@ -122,12 +89,6 @@ def write(run: Run, row: dict[str, Any]) -> None:
     except StorageError as error:
         if first:
             tell(run.callbacks, "on_note", f"{error.what}; training goes on and tries again at the next row")
-
-
-def stopped_early(run: Run) -> bool:
-    """Return whether patience has run out."""
-    patience = run.config.evaluation.patience
-    return patience is not None and run.state.evaluations_without_better >= patience
 
 
 def checkpoint(run: Run) -> None:
@@ -141,6 +102,8 @@ def checkpoint(run: Run) -> None:
     run.metrics.flush(durable=True)  # no checkpoint is ahead of its metrics, not even after a power cut
     time_s = run.state.time_s + time.perf_counter() - run.row_began
     state = {"loop": asdict(replace(run.state, time_s=time_s)), "identity": run.identity, "maker": run.maker}
+    if run.config.evaluation.keeps_best and run.state.best_step >= 0:
+        state["needs"] = [run.state.best_step]
     found = Checkpoint(run.state.step, adapter, optimizer, state)
     save(run.folder / "checkpoints", found, keep=run.config.checkpoint.keep)
 

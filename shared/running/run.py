@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +12,20 @@ from shared.callbacks import Callback, Metrics
 from shared.config import RunConfig
 from shared.data.batch import Plan
 from shared.data.layout import Layout
+from shared.data.tokenize import Tokenizer
+from shared.exams import Question
 from shared.protocols import Model, Pending, Trainer
 from shared.signals import StopFlag
 from shared.types import AdapterSpec, Example, StepStats
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The questions of every set of rows, "" the validation rows, and what an answer takes."""
+
+    questions: Mapping[str, Sequence[Question]]
+    tokenizer: Tokenizer
+    max_tokens: int
 
 
 @dataclass
@@ -25,7 +36,9 @@ class LoopState:
     finished: bool = False  # trained to the end and evaluated there
     time_s: float = 0.0
     evaluated_step: int = -1
-    best_loss: float | None = None
+    metric: str = ""  # what these three are of: "min eval_loss"
+    best: float | None = None
+    best_step: int = -1  # -1: not known
     evaluations_without_better: int = 0
     skipped_in_a_row: int = 0
     skipped: int = 0
@@ -54,6 +67,8 @@ class Run:
     identity: dict[str, Any]  # what a resume must find unchanged
     maker: dict[str, Any]  # backend and versions: what a resume may find changed
     callbacks: Sequence[Callback] = ()
+    sets: Mapping[str, Sequence[Example]] = field(default_factory=dict[str, Sequence[Example]])  # beside valid
+    exam: Exam | None = None  # prompts to answer at evaluations
     state: LoopState = field(default_factory=LoopState)
     pending: list[tuple[int, Pending[StepStats]]] = field(default_factory=list)
     last: StepStats | None = None

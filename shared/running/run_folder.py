@@ -170,14 +170,16 @@ def changed_maker(found: checkpoint.Checkpoint | None, own: Mapping[str, Any]) -
         yield f"{', '.join(changed)}: from here on equal to the run so far up to rounding, no longer bit for bit"
 
 
-def changed_rows(folder: Path, own: Mapping[str, str]) -> Iterator[str]:
+def changed_rows(folder: Path, own: Mapping[str, str], *, sets: Collection[str] = ()) -> Iterator[str]:
     """Yield that the validation rows are not those that the run so far was evaluated on; training rows are refused."""
     try:
-        before = json.loads((folder / "manifest.json").read_bytes())["data_sha256"].get("valid.jsonl")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        before = dict(json.loads((folder / "manifest.json").read_bytes())["data_sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
         return
-    if before is not None and before != own.get("valid.jsonl", before):
-        yield "valid.jsonl has changed: losses of evaluations before and behind do not compare"
+    for name in ("valid.jsonl", *(f"{name}/" for name in sets)):
+        changed = [key for key in before if key.startswith(name) and before[key] != own.get(key, before[key])]
+        if changed:
+            yield f"{changed[0]} has changed: losses of evaluations before and behind do not compare"
 
 
 def begin(folder: Path, *, step: int, resume: str) -> None:
@@ -265,9 +267,11 @@ def with_whole_paths(config: RunConfig, folder: Path) -> RunConfig:
     sources = [source.model_copy(update={"path": whole_path(source.path)}) for source in config.data.sources]
     start = Path(config.adapter.start).expanduser() if config.adapter.start else None
     whole = config.adapter.model_copy(update={"start": str(start.resolve()) if start else None})
+    sets = {name: whole_path(path) for name, path in config.evaluation.sets.items()}
     return config.model_copy(
         update={
             "adapter": whole,
+            "evaluation": config.evaluation.model_copy(update={"sets": sets}),
             "output": str(folder.resolve()),
             "model": whole_path(config.model),
             "data": config.data.with_sources(sources),

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from statistics import median
 
 from shared.callbacks import tell
 from shared.running.checkpoint import drop_after, newest
-from shared.running.run import Run
+from shared.running.run import LoopState, Run
 from shared.types import StepStats
 
 WINDOW = 32  # losses that say what is usual
@@ -61,6 +62,10 @@ def go_back(run: Run) -> None:
     drop_after(root, spike - 2)
     found, _ = newest(root)
     run.state.spike_step, run.state.losses = 0, []
+    if run.state.best_step > spike - 2:  # its checkpoint has gone, too
+        before = found.state["loop"] if found else asdict(LoopState())
+        for name in ("metric", "best", "best_step", "evaluations_without_better"):
+            setattr(run.state, name, before[name])
     if found is None:
         tell(run.callbacks, "on_note", f"no checkpoint lies before the spike of update {spike}, so it is only skipped")
         return

@@ -70,6 +70,21 @@ def first_update(step: int) -> str:
     return f"update {step} done {process_age():.1f} s after the command"
 
 
+def evaluation_words(row: Row) -> str:
+    """Return the metrics of an evaluation.
+
+    >>> evaluation_words({"step": 5, "eval_loss": 2.5, "eval_exact_match": 0.25, "eval_sql_loss": 2.0})
+    'validation loss 2.5000  exact match 25.0 %  sql loss 2.0000'
+    """
+    words: list[str] = []
+    for key, value in row.items():
+        name = key.removeprefix("eval_")
+        if name != key:
+            number = f"{value:.4f}" if name.endswith("loss") else f"{value:.1%}".replace("%", " %")
+            words.append(f"{'validation ' if name == 'loss' else ''}{name.replace('_', ' ')} {number}")
+    return "  ".join(words)
+
+
 def megabytes(count: int) -> str:
     """Return bytes for people.
 
@@ -154,8 +169,8 @@ class PlainDisplay:
         )
 
     def on_evaluate(self, row: Row) -> None:
-        """Say the validation loss."""
-        self.say(f"update {row['step']}  validation loss {row['eval_loss']:.4f}")
+        """Say what an evaluation found."""
+        self.say(f"update {row['step']}  {evaluation_words(row)}")
 
     def on_note(self, text: str) -> None:
         """Say something a user should know."""
@@ -209,9 +224,9 @@ class LiveDisplay:
         self.bar.update(self.task, completed=row["step"], numbers=numbers)
 
     def on_evaluate(self, row: Row) -> None:
-        """Print the validation loss above the bar."""
-        self.eval_loss = row["eval_loss"]
-        self.console.print(f"update {row['step']:>6}  validation loss [bold]{row['eval_loss']:.4f}[/]")
+        """Print what an evaluation found above the bar."""
+        self.eval_loss = row.get("eval_loss", self.eval_loss)
+        self.console.print(f"update {row['step']:>6}  {evaluation_words(row)}")
 
     def on_note(self, text: str) -> None:
         """Print a note above the bar."""

@@ -205,7 +205,7 @@ class Session:
 
     def pass_on(self, tracker: Tracker, row: Row, state: dict[str, Any]) -> bool:
         """Send one row unless it was sent before; return whether it was sent now."""
-        step, kind = row["step"], "eval_loss" if "eval_loss" in row else "loss"
+        step, kind = row["step"], "eval_loss" if any(key.startswith("eval_") for key in row) else "loss"
         if step < state["step"] or (step == state["step"] and kind in state["kinds"]):
             return False
         values = {key: float(value) for key, value in flat(row) if key != "step" and is_number(value)}

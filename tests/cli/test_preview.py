@@ -13,8 +13,8 @@ from mlxlora.cli.main import run
 from shared.config_file import build_config
 from shared.data.rows import Row
 from shared.data.tokenize import tokenize_row
+from shared.jobs.prepare import prepare
 from shared.jobs.preview import pieces, preview
-from shared.jobs.train import prepare
 
 ROWS = [
     {"prompt": "hello? ", "completion": "hello wor 🦊\nnaïve"},

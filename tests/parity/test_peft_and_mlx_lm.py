@@ -10,7 +10,8 @@ from shared.adapters.names import PEFT_PREFIX
 from shared.adapters.spec import initial_adapter
 from shared.callbacks import Metrics
 from shared.data.batch import Plan
-from shared.jobs.train import prepare, train
+from shared.jobs.prepare import prepare
+from shared.jobs.train import train
 from shared.loop import build_update
 from shared.schedules import build_schedule
 from shared.sessions import open_session

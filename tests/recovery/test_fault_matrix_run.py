@@ -33,8 +33,9 @@ from shared.config import RunConfig
 from shared.config_file import build_config, to_yaml
 from shared.data.batch import Plan
 from shared.errors import CheckpointError, ConfigError, DivergedError, Interrupted, OutOfMemory
+from shared.jobs.prepare import prepare
 from shared.jobs.supervise import smaller, traces
-from shared.jobs.train import build_run, make_identity, prepare, train
+from shared.jobs.train import build_run, make_identity, train
 from shared.loop import fit
 from shared.registry import find_backend
 from shared.running import checkpoint, record

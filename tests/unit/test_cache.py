@@ -19,7 +19,7 @@ from shared.data.cache import cache_folder, make_key, shrink, tokenize_cached
 from shared.data.rows import Row, read_rows
 from shared.data.tokenize import load_tokenizer, tokenize_rows
 from shared.errors import DataError
-from shared.jobs.train import prepare
+from shared.jobs.prepare import prepare
 from tests.conftest import CHATML, save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,7 +244,7 @@ def test_a_run_is_prepared_alike_cold_warm_and_without_a_cache(cache, tiny_model
         assert facts(other) == facts(found[0])
         assert same(other.train, found[0].train)
         assert same(other.valid, found[0].valid)
-    assert found[0].leaks == 2
+    assert found[0].leaks == {"valid.jsonl": 2}
     assert "inner" in vars(found[1].tokenizer)
     assert "inner" not in vars(found[2].tokenizer), "not loaded where nothing is tokenized"
     assert found[2].tokenizer.encode("hello") == found[0].tokenizer.encode("hello")

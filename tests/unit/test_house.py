@@ -29,8 +29,8 @@ UNMIRRORED = {
 MAX_FILE, MAX_FUNCTION = 420, 40
 FRAMEWORKS = {"mlx", "mlx_lm", "torch", "triton", "transformers", "accelerate", "bitsandbytes", "optimum", "peft"}
 GROUND = {
-    "errors", "catalogue", "faults", "masking", "types", "protocols", "sections", "config", "generation_config",
-    "registry",
+    "errors", "catalogue", "faults", "masking", "types", "protocols", "sections", "problems", "config",
+    "generation_config", "registry",
 }  # fmt: skip
 FIRST = {
     "seeds",

@@ -14,7 +14,7 @@ from shared.data.batch import Plan
 from shared.data.rows import content_hash
 from shared.data.sources import load_rows, num_drawn
 from shared.errors import ConfigError, DataError
-from shared.jobs.train import prepare
+from shared.jobs.prepare import prepare
 from shared.seeds import row_order
 
 

@@ -1,0 +1,73 @@
+"""The rows that a run is evaluated on: those of valid.jsonl, those of evaluation.sets, and the prompts to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared.config import RunConfig
+from shared.data.rows import Row, content_hash, find_data, find_split
+from shared.data.sources import read
+from shared.data.tokenize import Tokenizer
+from shared.errors import DataError
+from shared.exams import make_questions
+from shared.hub import pinned
+from shared.running.run import Exam
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows by the name of their set, "" those of valid.jsonl; where the sets were found, and their files."""
+
+    rows: dict[str, list[Row]]
+    roots: dict[str, Path] = field(default_factory=dict[str, Path])
+    files: dict[str, Path] = field(default_factory=dict[str, Path])  # NAME/FILE, as in the manifest
+
+
+def load_held_out(config: RunConfig, valid: list[Row], dropped: dict[str, int]) -> HeldOut:
+    """Return the rows to evaluate on, as many as evaluation.batches says; `dropped` is added to.
+
+    Raises DataError with the set's name.
+    """
+    found = HeldOut({"": valid} if config.evaluation.every is not None else {})
+    for name, path in config.evaluation.sets.items() if config.evaluation.every is not None else ():
+        try:
+            root = find_data(path)
+            files = find_split(root)
+            found.rows[name] = list(read(files, config.data, dropped, prefix=f"{name}/"))
+            if not found.rows[name]:
+                raise DataError(f"{files[0].name} has no rows", code="E211", expected="one JSON object per line")
+        except DataError as error:
+            what = f"evaluation.sets.{name}: {error.what}"
+            raise DataError(what, code=error.code, expected=error.expected, fix=error.fix) from None
+        found.roots[name] = root
+        found.files.update({f"{name}/{file.name}": file for file in files})
+    batches = config.evaluation.batches
+    for name, rows in found.rows.items() if batches != "all" else ():
+        found.rows[name] = rows[: batches * config.train.batch_size]
+    return found
+
+
+def make_exam(found: HeldOut, tokenizer: Tokenizer, config: RunConfig) -> Exam | None:
+    """Return the first prompts of every set, as many as the config wants answered; None where it wants none."""
+    asked = config.evaluation.generate
+    if asked is None:
+        return None
+    first = {name: rows if asked == "all" else rows[:asked] for name, rows in found.rows.items()}
+    questions = {name: make_questions(rows, tokenizer) for name, rows in first.items() if rows}
+    return Exam(questions, tokenizer, config.evaluation.max_tokens) if questions else None
+
+
+def count_leaks(found: HeldOut, train: Collection[str]) -> dict[str, int]:
+    """Return how many rows of each set are training rows too, by the hashes of these; sets without any left out."""
+    counts = {
+        name or "valid.jsonl": sum(content_hash([row]) in train for row in rows) for name, rows in found.rows.items()
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def pinned_sets(config: RunConfig, found: HeldOut) -> Mapping[str, str]:
+    """Return evaluation.sets with the commits of what came from the hub."""
+    return {name: pinned(path, found.roots[name]) if name in found.roots else path
+            for name, path in config.evaluation.sets.items()}  # fmt: skip
