@@ -11,7 +11,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -183,6 +183,7 @@ def write_text(source: str, **values: Any) -> str:
 
 
 MARK = "\ue000"  # a private-use character, which no conversation or template holds
+REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing, under the names that templates ask for
 Render = Callable[[list[dict[str, Any]], bool], str]
 
 
@@ -190,15 +191,54 @@ def render_chat(source: str, *, messages: list[dict[str, Any]], **values: Any) -
     """Return a conversation's text and the spans of its assistant turns.
 
     A turn is what the template adds between "assistant, speak" (the generation prompt) and the end of that
-    message. Where earlier turns come out differently in the full text, a mark in its place tells where it is.
+    message. Where earlier turns come out differently in the full text, marks in their place tell where they are.
     """
 
     def render(chosen: list[dict[str, Any]], prompt: bool) -> str:
         return write_text(source, messages=chosen, add_generation_prompt=prompt, **values)
 
+    forms = [[with_aliases(message, form) for message in messages] for form in (from_json, to_text)]
     with limits():
-        text = render(messages, False)
-        return Rendered(text, find_turns(text, messages, render))
+        try:
+            text, chosen = render(forms[0], False), forms[0]
+        except TEMPLATE_FAULTS:
+            if forms[0] == forms[1]:
+                raise
+            text, chosen = render(forms[1], False), forms[1]  # DeepSeek's joins arguments to its own text
+        return Rendered(text, find_turns(text, chosen, render))
+
+
+def with_aliases(message: dict[str, Any], form: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return a message with its reasoning under every name of it, and the arguments of its calls in a form."""
+    said = next((message[key] for key in REASONING if message.get(key)), None)
+    if said is not None:
+        message = {**message, **dict.fromkeys(REASONING, said)}
+    calls = message.get("tool_calls")
+    if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        return message
+    return {**message, "tool_calls": [change_call(call, arguments=form) for call in calls]}
+
+
+def change_call(call: dict[str, Any], **change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return a tool call with fields of its function changed."""
+    inner = call.get("function")
+    if isinstance(inner, dict):
+        return {**call, "function": change_call(inner, **change)}
+    return {**call, **{key: made(call[key]) for key, made in change.items() if key in call}}
+
+
+def from_json(arguments: Any) -> Any:
+    """Return arguments as the object that templates write as JSON; as JSON text, as OpenAI has them, it is quoted."""
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(arguments)
+            return found if isinstance(found, dict) else arguments
+    return arguments
+
+
+def to_text(arguments: Any) -> Any:
+    """Return arguments as JSON text."""
+    return arguments if isinstance(arguments, str) else to_json(arguments)
 
 
 def find_turns(text: str, messages: list[dict[str, Any]], render: Render) -> tuple[tuple[int, int], ...]:
@@ -207,7 +247,8 @@ def find_turns(text: str, messages: list[dict[str, Any]], render: Render) -> tup
     for n, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        span = turn_by_prefix(text, messages, n, render) or turn_by_mark(text, messages, n, render)
+        behind = spans[-1][1] if spans else 0
+        span = turn_by_prefix(text, messages, n, render) or turn_by_mark(text, messages, n, render, behind=behind)
         if span is None:
             raise DataError(
                 f"cannot find message {n} in what the chat template made of it", code="E214", fix="change the row"
@@ -227,15 +268,81 @@ def turn_by_prefix(text: str, messages: list[dict[str, Any]], n: int, render: Re
     return None
 
 
-def turn_by_mark(text: str, messages: list[dict[str, Any]], n: int, render: Render) -> tuple[int, int] | None:
-    """Return where message n stands: what a mark for its content changes, and the end the template puts behind it.
+def turn_by_mark(
+    text: str, messages: list[dict[str, Any]], n: int, render: Render, *, behind: int
+) -> tuple[int, int] | None:
+    """Return where message n stands: all that marks in its place change, from its header to its end.
 
-    The end is what follows the mark when message n is the last one: "<|im_end|>", never the next turn's header.
+    behind: the turn is not before this place. None where no mark comes through.
     """
-    marked = {**messages[n], "content": MARK}
-    before, found, behind = render([*messages[:n], marked, *messages[n + 1 :]], False).partition(MARK)
-    end_marker = render([*messages[:n], marked], False).partition(MARK)[2]
-    if not found or not text.startswith(before) or not text.endswith(behind):
+    start, end, last = len(text), -1, {}
+    for marked in marks(messages[n]):
+        with suppress(*TEMPLATE_FAULTS):
+            other = render([*messages[:n], marked, *messages[n + 1 :]], False)
+            if MARK in other:
+                start = min(start, common_start(text, other))
+                edge = len(text) - common_start(text[::-1], other[::-1])
+                end, last = max((end, last), (edge, marked), key=lambda found: found[0])
+    if end < 0 or start < behind:
         return None
-    end = len(text) - len(behind)
-    return len(before), end + (len(end_marker) if behind.startswith(end_marker) else 0)
+    start = min(start, end)
+    if answer_begins(text, messages, n, render) < end:  # Gemma 4 writes what a tool said before the turn's words
+        return None
+    header = find_header(text[behind:start], messages[:n], render)
+    return behind + header if header else start, end + length_of_end(text[end:], messages[: n + 1], last, render)
+
+
+def answer_begins(text: str, messages: list[dict[str, Any]], n: int, render: Render) -> int:
+    """Return where the text of the message behind message n begins; the text's end where there is none."""
+    if n + 1 == len(messages):
+        return len(text)
+    with suppress(*TEMPLATE_FAULTS):
+        other = render([*messages[: n + 1], {**messages[n + 1], "content": MARK}, *messages[n + 2 :]], False)
+        return common_start(text, other) if MARK in other else len(text)
+    return len(text)
+
+
+def marks(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a message with a mark in place of its words, its reasoning, and names and arguments of its calls."""
+    yield {**message, "content": MARK}
+    if any(message.get(key) for key in REASONING):
+        yield {**message, **dict.fromkeys(REASONING, MARK)}
+    if message.get("tool_calls"):
+        for change in ({"name": lambda _: MARK}, {"arguments": lambda _: {MARK: MARK}}, {"arguments": lambda _: MARK}):
+            yield {**message, "tool_calls": [change_call(call, **change) for call in message["tool_calls"]]}
+
+
+def find_header(text: str, before: list[dict[str, Any]], render: Render) -> int:
+    """Return where "assistant, speak" ends in the text in front of a turn's words, as far as it agrees; 0: nowhere."""
+    try:
+        bare, asked = render(before, False), render(before, True)
+    except TEMPLATE_FAULTS:
+        return 0
+    asked = asked[common_start(bare, asked) :]
+    least = len(asked.partition("\n")[0]) + 1  # its first line at least: behind it stands what may be thought
+    for length in range(len(asked), min(least, len(asked)) - 1, -1):
+        if asked and (at := text.rfind(asked[:length])) >= 0:
+            return at + length
+    return 0
+
+
+def length_of_end(text: str, upto: list[dict[str, Any]], marked: dict[str, Any], render: Render) -> int:
+    """Return how much of a text that begins behind a turn's words is its end, "<|im_end|>", not the next turn's header.
+
+    The end is what stands there as well when the turn is the last one.
+    """
+    try:
+        whole, other = render(upto, False), render([*upto[:-1], marked], False)
+    except TEMPLATE_FAULTS:
+        return 0
+    same = common_start(whole[::-1], other[::-1])
+    return common_start(whole[len(whole) - same :], text)
+
+
+def common_start(one: str, other: str) -> int:
+    """Return how many characters both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # halves of what is left: texts are long, and a loop over characters slow
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low

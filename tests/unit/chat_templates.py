@@ -18,6 +18,7 @@ class Style:
     takes_system: bool = True
     moves_system: bool = False
     trims: bool = False
+    closing: str = ""  # behind the last turn
 
 
 CHATML = (
@@ -114,6 +115,62 @@ OLMO_2 = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
+# Phi 3 in short: an end token behind the whole conversation only.
+PHI_3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+CALLS = (
+    "{%- for call in m.tool_calls or [] %}{%- set f = call.function or call %}"
+    '{{- \'<tool_call>\\n{"name": "\' + f.name + \'", "arguments": \' }}'
+    "{{- f.arguments if f.arguments is string else f.arguments | tojson }}{{- '}\\n</tool_call>' }}{%- endfor %}"
+)
+TOOL_LIST = "{%- if tools %}{{- '<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n' }}{%- endif %}"
+TOOL_SAID = (
+    "{%- elif m.role == 'tool' %}{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}"
+    "{{- '<|im_start|>user' }}{%- endif %}{{- '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}"
+    "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}"
+)
+LAST_QUESTION = (
+    "{%- set ns = namespace(last=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+)
+# Qwen 3 in short: reasoning behind the last question only, calls and what tools say in the user's name.
+QWEN_3 = (
+    TOOL_LIST
+    + LAST_QUESTION
+    + "{%- for m in messages %}{%- if m.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if loop.index0 > ns.last and (loop.last or m.reasoning_content) %}"
+    "{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif %}{{- m.content or '' }}"
+    "{%- if m.content and m.tool_calls %}{{- '\\n' }}{%- endif %}"
+    + CALLS
+    + "{{- '<|im_end|>\\n' }}"
+    + TOOL_SAID
+    + "{%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+# As Qwen 3, but the reasoning is begun for the model, as Qwen 3.5 and DeepSeek R1 do it.
+OPENS = QWEN_3.replace(
+    "{{- '<|im_start|>assistant\\n' }}{%- endif %}", "{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+)
+# DeepSeek V3 in short: arguments are joined to text, so they have to be text.
+DEEPSEEK = (
+    "{{- bos_token }}{%- for m in messages %}{%- if m.role == 'user' %}{{- '<|User|>' + m.content }}"
+    "{%- elif m.role == 'tool' %}{{- '<|output|>' + m.content + '<|/output|>' }}{%- elif m.role == 'assistant' %}"
+    "{{- '<|Assistant|>' + (m.content or '') }}{%- for call in m.tool_calls or [] %}"
+    "{{- '<|call|>' + call.function.name + '\\n' + call.function.arguments + '<|/call|>' }}{%- endfor %}"
+    "{{- eos_token }}{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|Assistant|>' }}{%- endif %}"
+)
+# Gemma 4 in short: what a tool said stands inside the turn that called it, before its words.
+INSIDE = (
+    "{%- for m in messages %}{%- if m.role != 'tool' %}{{- '<|turn>' + m.role + '\\n' }}"
+    "{%- for call in m.tool_calls or [] %}{{- '<call>' + call.function.name + '</call>' }}{%- endfor %}"
+    "{%- if m.tool_calls and not loop.last and messages[loop.index0 + 1].role == 'tool' %}"
+    "{{- '<said>' + messages[loop.index0 + 1].content + '</said>' }}{%- endif %}"
+    "{{- m.content + '<turn|>' }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|turn>assistant\\n' }}{%- endif %}"
+)
+
 IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 HEADERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
 STYLES = {
@@ -139,5 +196,9 @@ STYLES = {
         eos="<|end_of_text|>", tail="<|end_of_text|>",
     ),
     "olmo-2": Style(OLMO_2, ("<|endoftext|>",), bos="<|endoftext|>", eos="<|endoftext|>", tail="<|endoftext|>"),
+    "phi-3": Style(
+        PHI_3, ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|endoftext|>"), eos="<|endoftext|>",
+        tail="<|end|>", closing="\n<|endoftext|>",
+    ),
     "plain": Style(PLAIN, ("<s>", "</s>"), bos="<s>", eos="</s>", tail="</s>"),
 }  # fmt: skip

@@ -75,7 +75,8 @@ def styled(make_tokenizer):
 
 
 def expected(style, turns):
-    return "".join(f"{style.lead}{answer.strip() if style.trims else answer}{style.tail}" for _, answer in turns)
+    said = "".join(f"{style.lead}{answer.strip() if style.trims else answer}{style.tail}" for _, answer in turns)
+    return said + style.closing
 
 
 MOVES_SYSTEM = [name for name, style in STYLES.items() if style.moves_system]
@@ -144,7 +145,10 @@ def test_an_answer_found_in_earlier_text_is_not_mistaken_for_it(styled, name):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_an_empty_answer_teaches_its_end_token(styled, name):
-    assert spoken(encode(chat_row(("q", "")), styled[name]), styled[name]).strip() == STYLES[name].tail.strip()
+    assert (
+        spoken(encode(chat_row(("q", "")), styled[name]), styled[name]).strip()
+        == (STYLES[name].tail + STYLES[name].closing).strip()
+    )
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -164,7 +168,8 @@ def test_train_on_assistant_and_completion_are_the_same_for_conversations(styled
 def test_the_question_behind_the_last_answer_is_not_supervised(styled, name):
     row = chat_row(*TURNS[:2])
     row.fields["messages"].append({"role": "user", "content": "and then?"})
-    assert spoken(encode(row, styled[name]), styled[name]) == expected(STYLES[name], TURNS[:2])
+    said = spoken(encode(row, styled[name]), styled[name]) + STYLES[name].closing
+    assert said == expected(STYLES[name], TURNS[:2])
 
 
 def test_a_token_that_begins_before_the_answer_and_ends_in_it_is_supervised(styled):
