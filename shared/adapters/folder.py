@@ -31,6 +31,7 @@ from shared.adapters.schema import (
     read_number,
     read_pattern,
     read_rank,
+    read_ranks,
 )
 from shared.adapters.spec import ADAPTER_LEAVES, is_embedding, leaves_of, natural
 from shared.errors import AdapterError, CapabilityError, ModelError
@@ -155,7 +156,7 @@ def from_peft(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[
     check_leaves(tensors, stored, expected="lora_A, lora_B")
     modules = modules_of(tensors)
     rank, alpha = read_rank(config, "r", 8), read_number(config, "lora_alpha", 8)
-    ranks, alphas = read_pattern(config, "rank_pattern"), read_pattern(config, "alpha_pattern")
+    ranks, alphas = read_ranks(config), read_pattern(config, "alpha_pattern")
     own_ranks = {name: int(match_pattern(ranks, name, rank)) for name in modules}
     own_alphas = {name: match_pattern(alphas, name, alpha) for name in modules}
     kind = "rslora" if config.get("use_rslora") else "lora"

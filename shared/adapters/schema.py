@@ -125,6 +125,12 @@ def read_pattern(config: Mapping[str, Any], key: str) -> Mapping[str, float]:
     return {name: read_number(found, name, 0.0) for name in found}
 
 
+def read_ranks(config: Mapping[str, Any]) -> Mapping[str, int]:
+    """Return PEFT's rank_pattern: expression -> rank; raises AdapterError."""
+    found = read_pattern(config, "rank_pattern")
+    return {name: read_rank(found, name, 1) for name in found}
+
+
 def match_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
     """Return the number of the first expression that stands for a module, as PEFT matches them.
 

@@ -117,7 +117,7 @@ def needs_of(folder: Path) -> list[int]:
     """Return the updates of other checkpoints without which this one is not whole: the best one so far."""
     try:
         return [int(step) for step in json.loads((folder / STATE_FILE).read_bytes()).get("needs", [])]
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError):
         return []
 
 
@@ -177,7 +177,9 @@ def load(folder: Path) -> Checkpoint:
             check_file(folder / name, manifest[name])
         state = migrate(json.loads((folder / STATE_FILE).read_bytes()), name=folder.name)
         tensors = load_file(folder / ADAPTER_FILE), load_file(folder / OPTIMIZER_FILE)
-        return Checkpoint(int(state["step"]), *tensors, state)
+        if type(state["step"]) is not int:  # JSON also has true, 1e2 and Infinity
+            raise CheckpointError(f"{folder.name} is damaged: its step is {state['step']!r}")
+        return Checkpoint(state["step"], *tensors, state)
     except (CheckpointError, ModelError) as error:
         raise CheckpointError(error.what, expected=error.expected, fix=error.fix) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,15 +220,25 @@ def test_row_25_a_golden_checkpoint_of_every_format_goes_on_to_the_same_end(fini
     assert json.loads((folder / "checkpoints/step-000004/state.json").read_text())["format"] == FORMAT
 
 
-@pytest.mark.parametrize("version", [0, FORMAT + 1, "1", None, 1.5])
-def test_row_25_a_format_of_the_future_is_refused_by_its_number(root, version):
-    folder = root / "step-000002"
-    state = {**json.loads((folder / "state.json").read_text()), "format": version}
-    (folder / "state.json").write_text(json.dumps(state))
-    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+def restate(folder: Path, **changes: Any) -> None:
+    """Change state.json and seal the checkpoint again, as somebody who knows how."""
     file = folder / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
     manifest["state.json"] = {"size": file.stat().st_size, "sha256": checkpoint.sha256(file)}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     (folder / MARKER).write_text(checkpoint.sha256(folder / MANIFEST_FILE))
+
+
+@pytest.mark.parametrize("version", [0, FORMAT + 1, "1", None, 1.5])
+def test_row_25_a_format_of_the_future_is_refused_by_its_number(root, version):
+    restate(root / "step-000002", format=version)
     with pytest.raises(CheckpointError, match=re.escape(f"has format {version!r}")):
-        checkpoint.load(folder)
+        checkpoint.load(root / "step-000002")
+
+
+@pytest.mark.parametrize("step", [math.inf, 1.5, True, "2", None])
+def test_a_sealed_checkpoint_whose_step_is_no_whole_number_is_damaged(root, step):
+    restate(root / "step-000002", step=step)
+    with pytest.raises(CheckpointError, match="damaged: its step is"):
+        checkpoint.load(root / "step-000002")

@@ -151,6 +151,9 @@ def test_a_missing_half_and_numbers_that_are_none_are_refused(tmp_path):
     for pattern in ({"(a+)+b": 3}, {"[": 3}, {"x" * 300: 3}, {"q_proj": "three"}):
         with pytest.raises(AdapterError, match=r"rank_pattern|finite number"):
             read_adapter(peft_folder(tmp_path / "d", {**PEFT, "rank_pattern": pattern}))
+    for rank in (0, -1, 1.5):
+        with pytest.raises(AdapterError, match="whole number from 1"):
+            read_adapter(peft_folder(tmp_path / "f", {**PEFT, "use_dora": True, "rank_pattern": {"q_proj": rank}}))
     for key in ("r", "lora_alpha"):
         with pytest.raises(AdapterError, match=f"{key} is 1000"):
             read_adapter(peft_folder(tmp_path / "e", {**PEFT, key: 10**400}))
