@@ -6,6 +6,7 @@ largest of these moments:
   backward   every layer's kept rows, one layer's working set, a decoded weight
   loss       every layer's kept rows, a chunk of logits, a decoded head
   update     new gradients of all trained tensors and the optimizer's temporaries, no activations
+  last layer (MLX with one micro-batch an update: no sums stand yet) all new gradients, one layer's working set
 
 or, where it is higher, the loading of the weights. What a layer keeps is linear in its widths per position; the factors
 stand in `shared.estimate.costs`, measured.
@@ -114,6 +115,10 @@ def estimate(config: RunConfig, shape: Shape, work: Work, *, place: str, recompu
         **running_bytes(config, shape, spec, work, costs, place=place, recompute=recompute),
         "update": {"update": update_bytes(shape, spec, costs)},
     }
+    if place.startswith("mlx") and work.count == 1:  # nothing is summed yet: gradients take the place of activations
+        made, last = {"gradients": standing.pop("gradients")}, moments["backward"]
+        moments["update"] |= made
+        moments["last layer"] = {**made, "layer": last["layer"], "decode": last["decode"]}
     loading = loading_bytes(config, shape, costs)
     highest = max(moments, key=lambda name: sum(moments[name].values()))
     here = set(standing) | set(moments[highest])

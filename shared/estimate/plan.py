@@ -73,6 +73,8 @@ def largest_work(config: RunConfig, lengths: Lengths, *, micro_tokens: int) -> W
     short = min(micro_tokens, config.train.batch_size * longest)  # what rows that divide it better would fill
     positions = max(rows * longest, short if lengths.known and len(set(lengths.tokens)) > 1 else 0)
     count = -(-config.train.batch_size // rows)
+    if lengths.known and len(set(lengths.tokens)) > 1 and config.train.batch_size > 1:
+        count = max(count, 2)  # an update of mixed lengths may be cut where that saves padding
     return Work(positions, longest, round(positions * share), count)
 
 
@@ -193,7 +195,7 @@ def longest_length(config: RunConfig, shape: Shape, lengths: Lengths, machine: M
     recompute = config.train.recompute is not False
 
     def fits(length: int) -> bool:
-        work = Work(length, length, length)
+        work = Work(length, length, length, config.train.batch_size)
         found = estimate(config, shape, work, place=machine.place, recompute=recompute)
         return found.peak <= COMFORT * machine.limit
 
@@ -205,7 +207,8 @@ def most_micro_tokens(config: RunConfig, shape: Shape, lengths: Lengths, machine
     recompute = config.train.recompute is not False
 
     def fits(micro: int) -> bool:
-        work = Work(micro, min(micro, lengths.longest), micro)
+        longest = min(micro, lengths.longest)
+        work = Work(micro, longest, micro, -(-config.train.batch_size * longest // micro))
         found = estimate(config, shape, work, place=machine.place, recompute=recompute)
         return found.peak <= COMFORT * machine.limit
 

@@ -156,6 +156,15 @@ def test_recompute_keeps_less(shape, place):
     assert peak(shape, work, place=place, recompute=True)["activations"] < peak(shape, work, place=place)["activations"]
 
 
+def test_on_mlx_gradients_stand_beside_activations_where_an_update_has_more_micro_batches(shape):
+    def at_loss(count, place):
+        found = peak(shape, Work(8192, 256, 8192, count), place=place, adapter__type="none")
+        return {part.name for part in found.parts if part.at_peak} & {"held activations", "gradients"}
+
+    assert at_loss(1, "mlx-cpu") == {"held activations"}
+    assert at_loss(2, "mlx-cpu") == at_loss(1, "torch-cpu") == {"held activations", "gradients"}
+
+
 def test_optimizer_and_gradients_are_exact(shape):
     trained = num_trained(shape, resolve(make_config().adapter, shape.info))
     found = peak(shape, Work(64, 64, 64))
@@ -190,7 +199,7 @@ def test_parts_at_the_peak_add_up_to_it(shape):
     for work in (Work(64, 64, 64), Work(65536, 256, 1024), Work(64, 64, 64)):
         found = peak(shape, work)
         assert found.peak == sum(part.bytes for part in found.parts if part.at_peak)
-        assert found.moment in ("loading", "backward", "loss", "update")
+        assert found.moment in ("loading", "backward", "last layer", "loss", "update")
 
 
 def test_layers_below_the_first_adapted_one_keep_nothing(shape):
@@ -287,6 +296,9 @@ def test_the_largest_micro_batch_is_bounded_by_rows_and_budget():
     assert largest_work(make_config(), lengths, micro_tokens=10) == Work(100, 100, 50, 8)  # a row is never cut
     mixed = Lengths([100, 30], [10, 30], known=True)
     assert largest_work(make_config(), mixed, micro_tokens=250) == Work(250, 100, 250, 4)
+    assert (
+        largest_work(make_config(), mixed, micro_tokens=4096).count == 2
+    )  # sorted, it may be cut where it need not be
 
 
 def test_a_mac_gives_what_metal_recommends():
