@@ -13,6 +13,7 @@ import numpy as np
 
 from mlxlora.attention import PACKABLE
 from mlxlora.objectives import Head
+from shared.generating import common_length
 
 # Proven by tests/parity/test_batched_generation.py; mlx-lm's Gemma 2 (0.32) takes no masks of several rows.
 BATCHABLE = PACKABLE | {"cohere", "glm", "olmo2", "phi3"}
@@ -21,32 +22,51 @@ BATCHABLE = PACKABLE | {"cohere", "glm", "olmo2", "phi3"}
 class Rows:
     """Sequences of one model; with width 1 one at a time, in the cache that the zoo has for it.
 
-    A prompt is computed alone, then its keys and values join the others', moved right so that all end together.
+    A prompt is computed alone, then its keys and values join the others', moved right so that all end together. With
+    width 1 a prompt that begins as the last sequence did goes on from there.
     """
 
     def __init__(self, zoo: Any, head: Head, *, width: int) -> None:
         self.zoo, self.head, self.width = zoo, head, width
         self.caches: list[Any] = []  # one per layer
+        self.held: list[int] = []  # with width 1, whose keys and values they have
 
     def add(self, tokens: Sequence[int]) -> np.ndarray:
         """Begin one more sequence; return (V,) float32 logits of what follows it."""
         from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
+        if self.width == 1:
+            return self.feed([self.begin(tokens)], self.caches)[0]
         own = make_prompt_cache(self.zoo)
         logits_V = self.feed([tokens], own)[0]
-        if self.width > 1:
-            own = [BatchKVCache.merge([cache]) for cache in own]
+        own = [BatchKVCache.merge([cache]) for cache in own]
         for mine, new in zip(self.caches, own, strict=False):
             mine.extend(new)
         self.caches = self.caches or own
         return logits_V
 
+    def begin(self, tokens: Sequence[int]) -> list[int]:
+        """Leave in the cache what a prompt begins with; return the rest of it, one token at least."""
+        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+        common = common_length(self.held, tokens[:-1])
+        surplus, self.held = len(self.held) - common, list(tokens)
+        if common and surplus and can_trim_prompt_cache(self.caches):
+            trim_prompt_cache(self.caches, surplus)
+        elif surplus or not common:
+            self.caches, common = make_prompt_cache(self.zoo), 0
+        return self.held[common:]
+
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Put one token behind every sequence; return (B, V) float32 logits of what follows."""
+        if self.width == 1:
+            self.held += tokens
         return self.feed([[token] for token in tokens], self.caches)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all sequences but these."""
+        """Forget all sequences but these; with width 1 the last one stays until the next begins."""
+        if self.width == 1:
+            return
         if not rows:
             self.caches = []
         for cache in self.caches:

@@ -49,6 +49,7 @@ from shared.families import (
 from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder
 from shared.generating import generate
 from shared.importing import defer_front, read_constant
+from shared.protocols import Rows
 from shared.registry import find_quantizer
 from shared.strict import check_adapter, check_length
 from shared.types import AdapterSpec, Batch, ModelInfo, Part, Sampling, Scheme, Tensor, Token
@@ -134,15 +135,19 @@ class MLXModel:
         self.put_parameters({name: to_mlx(tensors[name]).astype(value.dtype) for name, value in own.items()})
         mx.eval(self.zoo.trainable_parameters())
 
+    def rows(self, *, width: int) -> Rows:
+        """Return room for so many sequences side by side, or for one at a time."""
+        return generation.Rows(self.zoo, self.head, width=width)
+
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, ended: Collection[int] = ()
-    ) -> Iterator[Token]:
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, ended: Collection[int] = (),
+        rows: Rows | None = None,
+    ) -> Iterator[Token]:  # fmt: skip
         """Yield tokens as they are made, those of several prompts in turns; `ended` get no more."""
         for prompt in prompts:
             check_length(self.info, len(prompt) + sampling.max_tokens, what="prompt and answer")
-        width = min(sampling.batch_size, len(prompts)) if self.info.can_batch else 1
-        rows = generation.Rows(self.zoo, self.head, width=width)
-        return generate(rows, prompts, sampling, width=width, ended=ended)
+        width = min(sampling.batch_size, len(prompts)) if self.info.can_batch and rows is None else 1
+        return generate(rows or self.rows(width=width), prompts, sampling, width=width, ended=ended)
 
 
 def flatten(tree: Any) -> list[tuple[str, mx.array]]:

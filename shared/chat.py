@@ -9,6 +9,7 @@ from typing import Any
 from shared.answers import Answer, Completion
 from shared.errors import DataError
 from shared.generation_config import CHAT
+from shared.protocols import Rows
 from shared.sessions import Session, follow, sampling_for
 from shared.types import Sampling
 
@@ -24,6 +25,7 @@ class Chat:
     system: str | None = None
     messages: list[Message] = field(default_factory=list[Message])  # without the system prompt
     last: Completion | None = None  # the last answer with its facts
+    rows: Rows = field(init=False)  # what was said is computed once
 
     def __post_init__(self) -> None:
         if self.session.tokenizer.template is None:
@@ -36,7 +38,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forget what was said; the system prompt stays."""
-        self.messages, self.last = [], None
+        self.messages, self.last, self.rows = [], None, self.session.model.rows(width=1)
 
     def set_system(self, text: str | None) -> None:
         """Take another system prompt, None for none, and begin anew; raises DataError where the template has none."""
@@ -58,12 +60,13 @@ class Chat:
         sampling = replace(self.sampling, max_tokens=self.room(len(ids)))
         answer = Answer(self.session.tokenizer.decode, sampling, len(ids))
         try:
-            for _, piece, _ in follow(self.session, [answer], [ids], sampling):
+            for _, piece, _ in follow(self.session, [answer], [ids], sampling, rows=self.rows):
                 if piece:
                     yield piece
         finally:
             if not answer.finish_reason:
                 answer.text = answer.text[: answer.shown]
+                self.rows = self.session.model.rows(width=1)  # it may have been in the middle of a step
             self.last = answer.completion()
             if answer.finish_reason or answer.text:
                 self.messages += [asked, {"role": "assistant", "content": answer.text}]

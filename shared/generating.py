@@ -69,6 +69,16 @@ def make_rows(prompts: Sequence[Sequence[int]]) -> list[Row]:
     return rows
 
 
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many ids two texts begin with alike.
+
+    >>> common_length([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def is_done(row: Row, sampling: Sampling, ended: Collection[int]) -> bool:
     """Return whether a row gets no more tokens."""
     return row.stopped or row.made >= sampling.max_tokens or row.number in ended

@@ -69,18 +69,28 @@ class Model(Protocol):
         """Replace them; strict: every name and shape is accounted for, or AdapterError."""
         ...
 
+    def rows(self, *, width: int) -> Rows:
+        """Return room for so many sequences side by side; only where `info.can_batch` for more than one at a time."""
+        ...
+
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, ended: Collection[int] = ()
-    ) -> Iterator[Token]:
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, ended: Collection[int] = (),
+        rows: Rows | None = None,
+    ) -> Iterator[Token]:  # fmt: skip
         """Yield tokens as they are made, those of up to `sampling.batch_size` prompts in turns.
 
-        ended: prompts by number that get no more tokens; the reader may add to it while reading.
+        ended: prompts by number that get no more tokens; the reader may add to it while reading. rows: of width 1, kept
+        by the caller from one call to the next; what a prompt begins with of the last sequence is not computed again.
         """
         ...
 
 
 class Rows(Protocol):
-    """Sequences that go on side by side, their keys and values kept, in the order in which they were added."""
+    """Sequences that go on side by side, their keys and values kept, in the order in which they were added.
+
+    Of width 1 it has one at a time, and the next goes on from what it begins with of the last. They are those of the
+    adapter as it was: after a change of it begin anew.
+    """
 
     def add(self, tokens: Sequence[int]) -> np.ndarray:
         """Begin one more sequence; return (V,) float32 logits of what follows it."""

@@ -19,7 +19,7 @@ from shared.errors import DataError
 from shared.evaluate import Evaluation, evaluate_examples
 from shared.folder import ModelFolder, end_tokens, find_folder, open_folder
 from shared.generation_config import read_settings
-from shared.protocols import Backend, Model
+from shared.protocols import Backend, Model, Rows
 from shared.registry import find_backend
 from shared.running.run_folder import hash_files, joint_hash
 from shared.strict import check_length
@@ -159,11 +159,12 @@ def stream(session: Session, ids: Sequence[int], sampling: Sampling) -> Iterator
 
 
 def follow(
-    session: Session, answers: Sequence[Answer], prompts: Sequence[Sequence[int]], sampling: Sampling
-) -> Iterator[tuple[Answer, str, Token]]:
+    session: Session, answers: Sequence[Answer], prompts: Sequence[Sequence[int]], sampling: Sampling, *,
+    rows: Rows | None = None,
+) -> Iterator[tuple[Answer, str, Token]]:  # fmt: skip
     """Yield (answer, new text, token) of several prompts, in turns, and fill in their answers."""
     ended: set[int] = set()
-    for token in session.model.generate(prompts, sampling, ended=ended):
+    for token in session.model.generate(prompts, sampling, ended=ended, rows=rows):
         answer = answers[token.prompt]
         piece = answer.take(token)
         if answer.finish_reason:

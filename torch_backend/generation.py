@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from shared.generating import common_length
 from torch_backend import attention
 from torch_backend.objectives import Head
 
@@ -19,19 +20,23 @@ from torch_backend.objectives import Head
 class Rows:
     """Sequences of one model; with width 1 one at a time, in the cache that the zoo has for it.
 
-    A prompt is computed alone, then its keys and values join the others', moved right so that all end together.
+    A prompt is computed alone, then its keys and values join the others', moved right so that all end together. With
+    width 1 a prompt that begins as the last sequence did goes on from there.
     """
 
     def __init__(self, zoo: Any, head: Head, *, width: int) -> None:
         self.zoo, self.head, self.width = zoo, head, width
         self.cache: Any = None
-        self.lengths: list[int] = []  # of the sequences; the cache is as long as the longest
+        self.held: list[int] = []  # with width 1, whose keys and values it has
+        self.lengths: list[int] = []  # else, of the sequences; the cache is as long as the longest
 
     def add(self, tokens: Sequence[int]) -> np.ndarray:
         """Begin one more sequence; return (V,) float32 logits of what follows it."""
         from transformers import DynamicCache
 
-        own = DynamicCache() if self.width > 1 else DynamicCache(config=self.zoo.config)
+        if self.width == 1:
+            return self.feed([self.begin(tokens)], self.cache)[0]
+        own = DynamicCache()
         logits_V = self.feed([tokens], own)[0]
         if self.lengths:
             join(self.cache, own)
@@ -40,14 +45,31 @@ class Rows:
         self.lengths.append(len(tokens))
         return logits_V
 
+    def begin(self, tokens: Sequence[int]) -> list[int]:
+        """Leave in the cache what a prompt begins with; return the rest of it, one token at least."""
+        from transformers import DynamicCache
+
+        common = common_length(self.held, tokens[:-1])
+        surplus, self.held = len(self.held) - common, list(tokens)
+        if common and surplus and keeps_all(self.cache):
+            self.cache.crop(-surplus)
+        elif surplus or not common:
+            self.cache, common = DynamicCache(config=self.zoo.config), 0
+        return self.held[common:]
+
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Put one token behind every sequence; return (B, V) float32 logits of what follows."""
-        places = self.places() if self.width > 1 else {}
+        if self.width == 1:
+            self.held += tokens
+            return self.feed([tokens], self.cache)
+        places = self.places()
         self.lengths = [length + 1 for length in self.lengths]
         return self.feed([[token] for token in tokens], self.cache, **places)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all sequences but these."""
+        """Forget all sequences but these; with width 1 the last one stays until the next begins."""
+        if self.width == 1:
+            return
         self.lengths = [self.lengths[n] for n in rows]
         if not rows:
             self.cache = None
@@ -77,11 +99,15 @@ class Rows:
 def can_batch(zoo: Any) -> bool:
     """Return whether every layer keeps all its keys, or windows are for our attention to apply."""
     from transformers import DynamicCache
+
+    return zoo.config._attn_implementation == attention.NAME or keeps_all(DynamicCache(config=zoo.config))
+
+
+def keeps_all(cache: Any) -> bool:
+    """Return whether no layer of a cache has a window."""
     from transformers.cache_utils import DynamicLayer
 
-    if zoo.config._attn_implementation == attention.NAME:
-        return True
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=zoo.config).layers)
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def join(cache: Any, other: Any) -> None:

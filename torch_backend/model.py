@@ -35,6 +35,7 @@ from shared.families import (
 from shared.folder import ModelFolder, check_tensors, nearest_family, open_folder
 from shared.generating import generate
 from shared.importing import collector_paused
+from shared.protocols import Rows
 from shared.registry import find_quantizer
 from shared.strict import check_adapter
 from shared.types import AdapterSpec, Batch, ModelInfo, Part, Recompute, Sampling, Scheme, Shape, Tensor, Token
@@ -125,13 +126,17 @@ class TorchModel:
             for name, parameter in self.parameters.items():
                 parameter.copy_(to_torch(tensors[name]))
 
+    def rows(self, *, width: int) -> Rows:
+        """Return room for so many sequences side by side, or for one at a time."""
+        return generation.Rows(self.zoo, self.head, width=width)
+
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, ended: Collection[int] = ()
-    ) -> Iterator[Token]:
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, ended: Collection[int] = (),
+        rows: Rows | None = None,
+    ) -> Iterator[Token]:  # fmt: skip
         """Yield tokens as they are made, those of several prompts in turns; `ended` get no more."""
-        width = min(sampling.batch_size, len(prompts)) if self.info.can_batch else 1
-        rows = generation.Rows(self.zoo, self.head, width=width)
-        return generate(rows, prompts, sampling, width=width, ended=ended)
+        width = min(sampling.batch_size, len(prompts)) if self.info.can_batch and rows is None else 1
+        return generate(rows or self.rows(width=width), prompts, sampling, width=width, ended=ended)
 
 
 def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute: Recompute, device: str) -> TorchModel:

@@ -68,7 +68,18 @@ def check(backend, path, *, max_tokens=14):
             np.testing.assert_allclose([x[1] for x in one], [x[1] for x in same], atol=tolerances.LOGITS)
         twins = [[token for token, *_ in together[n]] for n in (1, -1)]
         assert (twins[0] == twins[1]) == (temperature == 0), "equal prompts are drawn for independently"
+    check_going_on(model, prompts)
     return model.info.can_batch
+
+
+def check_going_on(model, prompts):
+    """A prompt that begins as the last sequence did has the logits that it has alone."""
+    rows, (start, other) = model.rows(width=1), (prompts[1], prompts[5])
+    for prompt in (start, [*start, 5, 9, *other], [*start, 5, 8, *other], [*start, 5], other, other):
+        found = [rows.add(prompt), rows.step([7])[0]]
+        rows.keep([])
+        alone = model.rows(width=1)
+        np.testing.assert_allclose(found, [alone.add(prompt), alone.step([7])[0]], atol=tolerances.LOGITS, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", FEW)
