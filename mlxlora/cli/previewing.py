@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxlora.cli.app import Debug, Json, Set, emit, emit_object
+from mlxlora.cli.app import Debug, Json, Set, emit, emit_object, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,8 +21,11 @@ WIDTH = 100  # of the page, in characters
 PAGE = (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-    "<title>mlxlora preview</title><style>{stylesheet} body{{color:{foreground};background:{background};margin:2em}}"
-    "pre{{font:13px/1.5 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap}}</style></head>\n"
+    '<meta name="viewport" content="width=device-width, initial-scale=1"><title>mlxlora preview</title>'
+    "<style>{stylesheet} html{{background:#fff}}body{{color:{foreground};background:{background};margin:1.5em}}"
+    "pre{{font:13px/1.5 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}}"
+    "@media(prefers-color-scheme:dark){{html{{background:#000}}body{{filter:invert(.92) hue-rotate(180deg)}}}}"
+    "@media(max-width:600px){{body{{margin:.8em}}}}</style></head>\n"
     "<body><pre>{code}</pre></body></html>\n"
 )
 
@@ -70,6 +73,8 @@ def show_schedule(config: RunConfig, *, as_json: bool) -> None:
         f"{config.schedule.name}, warmup {config.schedule.warmup:g}, final {config.schedule.final:g}, {updates} updates"
     )
     print("\n".join(draw(at, updates=updates)))
+    if config.schedule.warmup >= updates:
+        say(f"schedule.warmup is {config.schedule.warmup:g} updates, the run has {updates}")
 
 
 def write_page(found: Preview, file: Path) -> None:

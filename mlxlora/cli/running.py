@@ -13,6 +13,7 @@ from mlxlora.cli.app import BackendName, Debug, Json, check_backend, emit, emit_
 runs = typer.Typer(name="runs", help="Runs that were made: list, look, compare.", no_args_is_help=True)
 
 RunFolder = Annotated[Path, typer.Argument(help="Run folder, or the name of one in runs/, as `ls` prints it.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too.")]
 
 
 @runs.command()
@@ -39,11 +40,11 @@ def ls(
 
 
 @runs.command()
-def show(folder: RunFolder, as_json: Json = False, debug: Debug = False) -> None:
+def show(folder: RunFolder, html: Html = None, as_json: Json = False, debug: Debug = False) -> None:
     """One run: how far it came, its numbers, its curves, its settings."""
     from shared.jobs.runs import describe, number_text
 
-    found = describe(folder)
+    found = describe(folder, html=html)
     if as_json:
         emit(found)
         return
@@ -64,7 +65,7 @@ def compare(
     data: Annotated[
         str | None, typer.Option("--data", metavar="PATH", help="Rows to evaluate both on, and test the difference.")
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too.")] = None,
+    html: Html = None,
     backend: BackendName = "auto",
     as_json: Json = False,
     debug: Debug = False,

@@ -21,7 +21,7 @@ from shared.evaluate import evaluate_each
 from shared.running.lock import FILE as LOCK
 from shared.sessions import find_rows, open_session
 from shared.types import Example
-from shared.watching.report import Point, chart, flatten, noisy, page, points, read_manifest, read_settings
+from shared.watching.report import Point, chart, flatten, noisy, page, points, read_manifest, read_settings, write_page
 from shared.watching.words import escape
 
 RUNS = Path("runs")  # where runs are that are called by their names
@@ -156,9 +156,11 @@ def last(rows: Rows, key: str) -> float | None:
     return found[-1][1] if found else None
 
 
-def describe(folder: Path) -> RunDetails:
-    """Return one run in full."""
+def describe(folder: Path, *, html: Path | None = None) -> RunDetails:
+    """Return one run in full; html: a page to write it to, as far as the run has come."""
     folder = find_run(folder)
+    if html is not None:
+        write_report_of(folder, html)
     facts, rows = read_run(folder), Metrics(folder / "metrics.jsonl").read()
     defaults = flatten(build_config({"model": "-", "data": {"path": "-"}}).model_dump(mode="json"))
     found = read_manifest(folder / "manifest.json").get("command")
@@ -170,6 +172,12 @@ def describe(folder: Path) -> RunDetails:
         checkpoints=tuple(sorted(path.name for path in (folder / "checkpoints").glob("step-*"))),
         command=tuple(map(str, found)) if isinstance(found, list) else (),
     )
+
+
+def write_report_of(folder: Path, file: Path) -> None:
+    """Write the report of a run that may be running, or have stopped, without samples; raises StorageError."""
+    state = read_run(folder).state
+    write_page(folder, file, samples=(), end="stopped early" if state == "done" else state)
 
 
 def final_numbers(rows: Rows) -> dict[str, float | None]:
@@ -246,7 +254,7 @@ def compare(one: Path, two: Path, *, data: str | None = None, html: Path | None 
         paired=None if data is None else evaluate_both(a, b, data=data, **options),
     )  # fmt: skip
     if html is not None:
-        write_page(found, rows, html)
+        write_comparison(found, rows, html)
     return found
 
 
@@ -293,7 +301,7 @@ def paired_bootstrap(a_E: np.ndarray, b_E: np.ndarray, weights_E: np.ndarray, *,
     return Paired(rows, one, two, two - one, float(low), float(high), LEVEL)
 
 
-def write_page(found: Comparison, rows: Sequence[Rows], file: Path) -> None:
+def write_comparison(found: Comparison, rows: Sequence[Rows], file: Path) -> None:
     """Write a comparison as one page without scripts; raises StorageError."""
     title = f"{found.a.name} (a) and {found.b.name} (b)"
     try:

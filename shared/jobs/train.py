@@ -183,6 +183,8 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
     longest, most = max(len(example.tokens) for example in sample_of(prepared.train)), run.model.info.max_positions
     if isinstance(most, int) and longest > most:
         yield f"rows of up to {longest} tokens, but the model was made for {most}; data.max_length: {most} cuts them"
+    if (warmup := run.config.schedule.warmup) >= run.updates:
+        yield f"schedule.warmup is {warmup:g} updates, the run has {run.updates}: the learning rate rises to its end"
     if capability.name == "mlx" and capability.device == "cpu" and run.config.train.dtype != "float32":
         yield f"{run.config.train.dtype} is slow in MLX on a CPU; --set train.dtype=float32 is faster"
 

@@ -79,18 +79,22 @@ class Curve:
 
 
 def write_report(folder: Path, *, samples: Sequence[Sample]) -> Path:
-    """Write report.html from the run folder's config, manifest and metrics; raises StorageError."""
+    """Write report.html of a run that has ended from its config, manifest and metrics; raises StorageError."""
+    return write_page(folder, folder / "report.html", samples=samples, end="stopped early")
+
+
+def write_page(folder: Path, target: Path, *, samples: Sequence[Sample], end: str) -> Path:
+    """Write the page of a run folder; end: what to say where updates are missing. Raises StorageError."""
     rows = sorted(Metrics(folder / "metrics.jsonl").read(), key=lambda row: row["step"])
     manifest = read_manifest(folder / "manifest.json")
     body = [
-        key_figures(rows, manifest),
+        key_figures(rows, manifest, end=end),
         curves_and_data(rows, {**manifest, **read_settings(folder)}),
         gradient_section(rows),
         samples_section(samples),
         setup(folder / "config.yaml", manifest),
         reproduce(folder, manifest),
     ]
-    target = folder / "report.html"
     try:
         write_whole(target, page(folder.resolve().name, manifest, body="\n".join(body)))
     except OSError as error:
@@ -304,7 +308,7 @@ def card(title: str, facts: Mapping[str, str]) -> str:
     return f'<section class="card"><h3>{title}</h3><table>{"".join(lines)}</table></section>' if lines else ""
 
 
-def key_figures(rows: Rows, manifest: Flat) -> str:
+def key_figures(rows: Rows, manifest: Flat, *, end: str) -> str:
     """Return the numbers to look at first; what was not measured is left out."""
     losses, evals, times = points(rows, "loss"), points(rows, "eval_loss"), points(rows, "time_s")
     memory, tokens = points(rows, "peak_memory_bytes"), sum(y for _, y in points(rows, "tokens"))
@@ -312,14 +316,14 @@ def key_figures(rows: Rows, manifest: Flat) -> str:
     done = max((row["step"] for row in rows), default=0)
     planned, per_epoch = number(manifest.get("updates")), number(manifest.get("updates_per_epoch"))
     updates = f"{done:,} of {planned:,.0f}" if planned else f"{done:,}"
-    epochs = f"{done / per_epoch:.2f} epochs" if per_epoch else ""
+    parts = (f"{done / per_epoch:.2f} epochs" if per_epoch else "", end if planned and done < planned else "")
     figures = [
         ("Training loss", *first_to_last(losses)),
         ("Validation loss", *first_to_last(evals, best=True)),
         ("Speed", f"{short(tokens / time_s)} tokens/s" if tokens and time_s else None, "mean over the training time"),
         ("Peak memory", megabytes(round(max(y for _, y in memory))) if memory else None, ""),
         ("Training time", duration(time_s) if times else None, "without evaluation"),
-        ("Updates", updates if rows else None, epochs + (", stopped early" if planned and done < planned else "")),
+        ("Updates", updates if rows else None, ", ".join(filter(None, parts))),
     ]
     tile = '<div class="card"><span class="label">{}</span><b>{}</b><small>{}</small></div>'
     return f'<div class="figures">{"".join(tile.format(*figure) for figure in figures if figure[1])}</div>'

@@ -114,6 +114,17 @@ def test_a_run_goes_by_the_name_that_ls_prints(two, tmp_path, monkeypatch, capsy
     assert "early" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("number", "words"), [(0, "4 of 4"), (1, "<small>stopped</small>")])
+def test_show_writes_a_page_also_of_a_run_that_has_not_ended(two, tmp_path, number, words):
+    page = tmp_path / "page.html"
+    assert run(["runs", "show", str(two[number]), "--html", str(page)]) == 0
+    text = page.read_text()
+    assert words in text
+    assert text.count("<svg") == 2
+    assert "stopped early" not in text
+    assert (two[1] / "report.html").exists() is False, "that would make it a run that has ended"
+
+
 def test_a_sparkline_is_as_wide_as_its_points_up_to_a_limit():
     rows = [{"step": n, "loss": float(n)} for n in range(500)]
     assert len(sparkline(rows, "loss")) == 48

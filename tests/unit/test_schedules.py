@@ -11,6 +11,8 @@ import torch
 from transformers import get_scheduler
 
 from shared.config import ScheduleConfig
+from shared.config_file import build_config
+from shared.jobs.train import train
 from shared.schedules import build_schedule, constant, cosine, count_steps, falling, with_warmup
 
 
@@ -132,3 +134,21 @@ def test_exponential_is_that_of_torch():
 def test_one_step_behind_the_last_every_rate_that_falls_is_the_final_share(name):
     schedule = build_schedule(ScheduleConfig(name=name, warmup=3, final=0.2), lr=LR, updates=UPDATES)
     assert [schedule(step) for step in (UPDATES + 1, 10 * UPDATES)] == pytest.approx([0.2 * LR] * 2)
+
+
+@pytest.mark.parametrize("warmup", [1, 3, 50])
+def test_a_warm_up_as_long_as_the_run_is_said(tiny_model_folder, write_jsonl, tmp_path, warmup):
+    class Notes:
+        def __init__(self) -> None:
+            self.texts: list[str] = []
+
+        def on_note(self, text: str) -> None:
+            self.texts.append(text)
+
+    notes, data = Notes(), write_jsonl({"text": "hello world"})
+    values = {"model": str(tiny_model_folder()), "data": {"path": str(data)}, "output": str(tmp_path / "run")}
+    settings = {"train": {"updates": 3, "dtype": "float32"}, "schedule": {"warmup": warmup}, "backend": "torch"}
+    train(build_config({**values, **settings}), callbacks=[notes])
+    said = [text for text in notes.texts if "warmup" in text]
+    words = f"schedule.warmup is {warmup} updates, the run has 3: the learning rate rises to its end"
+    assert said == ([words] if warmup >= 3 else [])
