@@ -46,7 +46,7 @@ from shared.families import (
     windows_of,
     with_old_keys,
 )
-from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder
+from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder, renamed
 from shared.generating import generate
 from shared.importing import defer_front, read_constant
 from shared.protocols import Rows
@@ -242,6 +242,7 @@ def fill(zoo: Any, folder: ModelFolder, *, dtype: mx.Dtype, quantization: Scheme
     for file in folder.files:
         values.update(cast(dict[str, mx.array], mx.load(str(file))))
     skipped = folder.packed_names
+    values = {name if name in folder.entries else renamed(name): value for name, value in values.items()}
     values = {name: value for name, value in values.items() if name not in skipped and not COMPUTED.search(name)}
     if tied:
         values.pop("lm_head.weight", None)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from shared.adapters.spec import EMBEDDINGS
 from shared.errors import CapabilityError, ModelError, did_you_mean
 from shared.experts import check_mixture
 from shared.hub import download, is_hub_id
@@ -51,6 +52,11 @@ class ModelFolder:
     def schemes(self) -> dict[str, Scheme]:
         """Return the scheme of every module that is stored quantized."""
         return {module: place.stored.scheme for module, place in self.places.items()}
+
+    @property
+    def keeps_names(self) -> bool:
+        """Return whether every tensor has the name here that it has in its file."""
+        return self.entries.keys() == read_entries(self.path).keys()
 
     @property
     def packed_names(self) -> set[str]:
@@ -110,7 +116,7 @@ def open_folder(path: Path) -> ModelFolder:
         )
     config = read_json(path / "config.json")
     check_config(path, config)
-    entries = read_entries(path)
+    entries = with_table(config, read_entries(path))
     check_mixture(path, config, list(entries))
     check_layers(path, config, entries)
     folder = ModelFolder(path, config, entries, find_places(path, config, entries))
@@ -209,6 +215,25 @@ def read_entries(path: Path) -> dict[str, Entry]:
                 raise ModelError(f'tensor "{name}" stands in {entries[name].file.name} and in {file.name}', code="E301")
             entries[name] = entry
     return entries
+
+
+def with_table(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return the entries of a folder, an embedding that is stored under its head's name alone under its own.
+
+    >>> from shared.tensors import Entry
+    >>> list(with_table({"tie_word_embeddings": True}, {"lm_head.weight": Entry("F32", (4, 2), 0, 32, Path())}))
+    ['model.embed_tokens.weight']
+    """
+    tables = (name for name in entries if any(part in EMBEDDINGS for part in name.split(".")))
+    if config.get("tie_word_embeddings") is False or next(tables, None) is not None:
+        return dict(entries)
+    return {renamed(name): entry for name, entry in entries.items()}
+
+
+def renamed(name: str) -> str:
+    """Return the embedding's name for a tensor of the head."""
+    head, _, leaf = name.partition(".")
+    return f"model.embed_tokens.{leaf}" if head == "lm_head" else name
 
 
 def is_plain_name(name: Any) -> bool:

@@ -22,7 +22,7 @@ from shared.convert.quantize import make_plan, write
 from shared.convert.shards import Planned, rewrite_shard, row_blocks, write_index, write_shards
 from shared.convert.source import Weight, blocks, is_by_rows, open_rows, packed_rows, plain_weights
 from shared.errors import CapabilityError
-from shared.folder import COMPUTED, ModelFolder, open_folder
+from shared.folder import COMPUTED, ModelFolder, open_folder, read_entries
 from shared.quant.grid import has_grid, requantize
 from shared.registry import find_quantizer
 from shared.tensors import FLOATS, from_float32, to_float32
@@ -90,7 +90,11 @@ def write_plain(folder: ModelFolder, changes: Mapping[str, Change], staged: Path
         name: plan_plain(folder, weight, changes.get(name), fused, dtype=kinds[name])
         for name, weight in weights.items()
     }
-    same = not folder.schemes and all(kinds[name] == weight.dtype for name, weight in weights.items())
+    same = (
+        not folder.schemes
+        and folder.keeps_names
+        and all(kinds[name] == weight.dtype for name, weight in weights.items())
+    )
     if same:
         copy_changed(folder, staged, {name: made[name].blocks for name in fused.survivals})
     else:
@@ -233,8 +237,9 @@ def copy_changed(folder: ModelFolder, staged: Path, changed: Mapping[str, Callab
         own = {name: blocks for name, blocks in changed.items() if folder.entries[name].file == file}
         rewrite_shard(file, staged / file.name, own)
     if len(folder.files) > 1:
-        weight_map = {name: entry.file.name for name, entry in folder.entries.items()}
-        write_index(staged, weight_map, total=sum(entry.end - entry.start for entry in folder.entries.values()))
+        stored = read_entries(folder.path)
+        weight_map = {name: entry.file.name for name, entry in stored.items()}
+        write_index(staged, weight_map, total=sum(entry.end - entry.start for entry in stored.values()))
 
 
 def layers_of(names: Sequence[str]) -> dict[str, list[str]]:

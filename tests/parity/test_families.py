@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+import mlxlora
 from shared.adapters.spec import resolve
 from shared.config import AdapterConfig, parse_scheme
 from shared.data.batch import make_batch
@@ -192,3 +193,32 @@ def test_settings_that_mlx_lm_leaves_out_are_refused_on_mlx(tmp_path, family, se
         return
     with pytest.raises(CapabilityError, match=what):
         load("mlx", folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("stated", [True, None])
+def test_a_tied_folder_that_stores_its_head_alone_computes_as_the_original(tmp_path, make_examples, family, stated):
+    import mlx_lm
+
+    folder, examples = (
+        save(tmp_path / "model", family, {"tie_word_embeddings": True, "head_dim": 16}),
+        make_examples([30]),
+    )
+    wanted = wanted_log_probs(folder, examples)
+    file = folder / "model.safetensors"
+    stored = {name: read_tensor(entry) for name, entry in read_header(file).items()}
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    save_file(file, stored.items(), metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": stated}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    for backend in sorted(BACKENDS):
+        model = load(backend, folder)
+        assert model.info.is_tied
+        np.testing.assert_allclose(model.log_probs(make_batch(examples, [0])), wanted, atol=2 * tolerances.LOGITS)
+    mlxlora.convert(folder, to="hf", output=tmp_path / "named")
+    mlx_lm.load(str(tmp_path / "named"))  # it cannot read the folder itself
+    config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    for backend in sorted(BACKENDS):
+        with pytest.raises(ModelError, match=r"embed_tokens.weight\" is missing"):
+            load(backend, folder)
