@@ -9,7 +9,7 @@ No framework is imported here; each function loads what it needs when it is call
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +29,33 @@ if TYPE_CHECKING:
     from shared.jobs.preview import Preview
     from shared.jobs.quickstart import QuickstartResult
     from shared.jobs.runs import Comparison, RunFacts
+    from shared.jobs.sweep import SweepResult
     from shared.jobs.train import TrainResult
     from shared.measuring.bench import BenchResult
     from shared.sessions import Session
 
 __version__ = "0.1.0"
 __all__ = [
-    "bench", "chat", "compare", "convert", "doctor", "estimate", "evaluate", "fuse", "generate", "load_config", "merge",
-    "parity", "preview", "quantize", "quickstart", "runs", "schema", "stream", "train",
+    "bench",
+    "chat",
+    "compare",
+    "convert",
+    "doctor",
+    "estimate",
+    "evaluate",
+    "fuse",
+    "generate",
+    "load_config",
+    "merge",
+    "parity",
+    "preview",
+    "quantize",
+    "quickstart",
+    "runs",
+    "schema",
+    "stream",
+    "sweep",
+    "train",
 ]  # fmt: skip
 
 Adapters = str | Path | Sequence[str] | None  # a folder, or several as "folder=weight": their weighted sum
@@ -93,6 +112,30 @@ def train(
 
     checked = config if isinstance(config, RunConfig) else load_config(config, **values)
     return run(checked, resume=resume, callbacks=callbacks, allow_change=allow_change)
+
+
+def sweep(
+    config: str | Path | None,
+    grid: str | Path | Mapping[str, Sequence[Any]],
+    *,
+    overrides: Sequence[str] = (),
+    watch: Callable[[], Sequence[Callback]] = tuple,
+    note: Callable[[str], None] = lambda text: None,
+    **values: Any,
+) -> SweepResult:
+    """Train every combination of a grid's values, {"optimizer.lr": [1e-4, 1e-3]}; the same call goes on.
+
+    Each has a folder of its own in the output. values, overrides: as `load_config` takes them. watch: makes the
+    callbacks of a run.
+    """
+    from shared.jobs.sweep import read_grid
+    from shared.jobs.sweep import sweep as run
+
+    def make(more: Sequence[str], output: str | None) -> RunConfig:
+        given = values if output is None else {**values, "output": output}
+        return load_config(config, overrides=[*overrides, *more], **given)
+
+    return run(make, grid if isinstance(grid, Mapping) else read_grid(Path(grid)), watch=watch, note=note)
 
 
 def estimate(

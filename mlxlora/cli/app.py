@@ -54,6 +54,11 @@ Supervise = Annotated[
     bool, typer.Option("--supervise", help="Train in a child process; start it again where the system ends it.")
 ]
 
+Sweep = Annotated[
+    Path | None,
+    typer.Option("--sweep", metavar="GRID.yaml", help="Train every combination of the values that a file lists."),
+]
+
 
 @app.command()
 def train(
@@ -68,6 +73,7 @@ def train(
     resume: Annotated[str, typer.Option("--resume", metavar="auto|never|PATH", help="Where to go on from.")] = "auto",
     allow_change: AllowChange = None,
     supervise: Supervise = False,
+    sweep: Sweep = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -77,6 +83,9 @@ def train(
 
     given = {"model": model, "data": {"path": data} if data else None, "backend": backend, "output": output}
     values = {key: value for key, value in given.items() if value is not None}
+    if sweep is not None:
+        check_alone("--sweep", {"--supervise": supervise, "--resume": resume != "auto", "--allow-change": allow_change})
+        raise typer.Exit(train_sweep(config, sweep, overrides=overrides or [], values=values, as_json=as_json))
     checked = mlxlora.load_config(config, overrides=overrides or [], **values)
     if supervise:
         raise typer.Exit(train_supervised(checked.output_dir, as_json=as_json))
@@ -87,6 +96,25 @@ def train(
         getattr(display, "close", lambda: None)()
     with suppress(BrokenPipeError):  # nobody reads it any more; the run is done all the same
         emit(result) if as_json else show_result(result, model=checked.model)
+
+
+def train_sweep(config: Path | None, grid: Path, *, overrides: list[str], values: dict[str, Any], as_json: bool) -> int:
+    """Return the exit code of the runs of a grid: 0, or that of the first that failed."""
+    from mlxlora.cli.sweeping import as_object, show, train_grid
+
+    result = train_grid(config, grid, overrides=overrides, values=values)
+    with suppress(BrokenPipeError):
+        emit_object(as_object(result)) if as_json else show(result)
+    return result.exit_code
+
+
+def check_alone(option: str, others: dict[str, Any]) -> None:
+    """Raise ConfigError where an option is given together with one that it does not go with."""
+    given = [name for name, value in others.items() if value]
+    if given:
+        from shared.errors import ConfigError
+
+        raise ConfigError(f"{option} together with {given[0]}", fix="leave out one of them")
 
 
 def train_supervised(folder: Path, *, as_json: bool) -> int:

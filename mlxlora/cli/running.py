@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mlxlora.cli.app import BackendName, Debug, Json, check_backend, emit, emit_object, say
+from mlxlora.cli.tables import print_table
 
 runs = typer.Typer(name="runs", help="Runs that were made: list, look, compare.", no_args_is_help=True)
 
@@ -88,10 +89,3 @@ def compare(
             print(f"{name + ' ' + side:<7} {curve}".rstrip())
     if found.paired:
         print(paired_line(found.paired))
-
-
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Print rows in columns as wide as they need."""
-    widths = [max(len(row[n]) for row in rows) for n in range(max(map(len, rows), default=0))]
-    for row in rows:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip())
