@@ -171,6 +171,18 @@ INSIDE = (
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|turn>assistant\\n' }}{%- endif %}"
 )
 
+# Reasoning and calls, with the marks by which transformers and TRL tell what is the assistant's.
+MARKED = (
+    TOOL_LIST + "{%- for m in messages %}{%- if m.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- generation %}{%- if m.reasoning_content %}{{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}"
+    "{%- endif %}{{- m.content or '' }}"
+    + CALLS
+    + "{{- '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}"
+    + TOOL_SAID
+    + "{%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
 IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 HEADERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
 STYLES = {

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from shared.data.dialects import translate
 from shared.data.rows import check_row
 from shared.data.template import common_start
 from shared.data.tokenize import tokenize_row
 from shared.errors import DataError
-from tests.unit.chat_templates import CHATML, DEEPSEEK, IM, INSIDE, OPENS, QWEN_3
+from tests.unit.chat_templates import CHATML, DEEPSEEK, IM, INSIDE, MARKED, OPENS, QWEN_3
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
@@ -121,3 +125,42 @@ def test_words_like_a_header_in_an_answer_do_not_move_its_beginning(speak, templ
 )
 def test_common_start(one, other, same):
     assert common_start(one, other) == same
+
+
+# TRL's own: scripts/trl_masks.py wrote what its SFTTrainer makes of a row of every format
+
+GOLDEN = json.loads(Path(__file__).with_name("golden_masks.json").read_text(encoding="utf-8"))["rows"]
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden["name"])
+def test_tokens_and_mask_of_every_format_are_trls(marked, golden):
+    columns = golden["columns"]
+    row = check_row(translate(golden["row"], source="r:1", columns=columns), source="r:1")
+    example = tokenize_row(row, marked, train_on="completion", max_length=9999)
+    assert example.tokens.tolist() == golden["ids"]
+    assert example.supervised.astype(int).tolist() == [0, *golden["mask"][1:]]  # nothing predicts the first token
+
+
+@pytest.fixture(scope="module")
+def marked(make_tokenizer):
+    return make_tokenizer(template=MARKED)
+
+
+@pytest.mark.parametrize("messages", [TOOL_TALK, THOUGHT, BOTH])
+def test_the_mask_is_transformers_own_with_tools_and_reasoning(marked, messages):
+    theirs = marked.inner.apply_chat_template(
+        messages, tools=TOOLS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    row = check_row({"messages": messages, "tools": TOOLS}, source="r:1")
+    example = tokenize_row(row, marked, train_on="assistant", max_length=9999)
+    assert example.tokens.tolist() == theirs["input_ids"]
+    assert example.supervised.astype(int).tolist() == theirs["assistant_masks"]
+
+
+@pytest.mark.parametrize("row", [{"text": "x"}, {"messages": [user("q"), assistant("a")]}])
+def test_a_mask_of_zeros_is_an_error(make_tokenizer, row):
+    tokenizer = make_tokenizer(
+        bos=None, eos=None, pad=None, template="{{ messages[0].content if messages[1].content }}"
+    )
+    with pytest.raises(DataError, match=r"r:1: (no supervised token|cannot find message 1)"):
+        tokenize_row(check_row(row, source="r:1"), tokenizer, train_on="completion", max_length=9999)
