@@ -6,7 +6,7 @@ STAMP := $(VENV)/.stamp
 LINUX := $(filter Linux,$(shell uname -s))
 EXTRAS := $(if $(LINUX),"mlx[cpu]",mlx) mlx-lm
 
-.PHONY: setup quickstart test slow lint clean
+.PHONY: setup quickstart test slow lint docs clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# mkdocs-material comes with the first build: nothing else needs it.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[docs]'
+	$(BIN)/python scripts/make_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache build *.egg-info

@@ -100,9 +100,9 @@ class AdapterConfig(Section):
             description="rslora scales by alpha / sqrt(rank), dora learns magnitudes too, none trains every parameter"
         ),
     ] = "lora"
-    rank: Annotated[int, Field(ge=1, le=65536, strict=True)] = 8
+    rank: Annotated[int, Field(ge=1, le=65536, strict=True, description="of the product B A")] = 8
     alpha: Annotated[Positive, Field(description="the product is scaled by alpha / rank")] = 16
-    dropout: ShareBelowOne = 0.0
+    dropout: Annotated[ShareBelowOne, Field(description="of what the adapters read, in training")] = 0.0
     targets: Annotated[
         str | list[str], Field(description='"all-linear", or names of modules: q_proj, self_attn.q_proj, a full path')
     ] = "all-linear"
@@ -153,7 +153,7 @@ class OptimizerConfig(Section):
     momentum: Annotated[ShareBelowOne, Field(description="of sgd, and of muon: 0.95")] = 0.9
     nesterov: Annotated[bool, Field(strict=True, description="of sgd, and of muon: true")] = False
     lora_plus_ratio: Annotated[Positive, Field(description="LoRA+: rate of LoRA's B to that of A")] = 1.0
-    max_grad_norm: Positive | None = 1.0
+    max_grad_norm: Annotated[Positive | None, Field(description="of all gradients together; null: no clipping")] = 1.0
     state: Annotated[MomentFormat, Field(description="8bit keeps the moments in a quarter of the memory")] = "float32"
 
     @model_validator(mode="before")
@@ -184,8 +184,8 @@ class ScheduleConfig(Section):
 
 class TrainConfig(Section):
     batch_size: Annotated[Count, Field(description="sequences per update")] = 16
-    updates: Count | None = None
-    epochs: Count | None = None
+    updates: Annotated[Count | None, Field(description="length; 500 where epochs is null too")] = None
+    epochs: Annotated[Count | None, Field(description="length as passes over the rows")] = None
     micro_tokens: Annotated[
         Literal["auto"] | Count,
         Field(description="positions per micro-batch; changes memory and speed, never the result"),
@@ -202,7 +202,7 @@ class TrainConfig(Section):
         Field(description="updates as compiled functions of at most 8 padded shapes; auto: off; never changes results"),
     ] = "auto"
     spikes: Annotated[Spikes, Field(description="updates with a loss far above the last ones")] = "warn"
-    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True, description="of order, adapter and dropout")] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -222,7 +222,7 @@ METRICS = {"loss": "min", "exact_match": "max", "token_f1": "max", "rouge_l": "m
 
 
 class EvaluationConfig(Section):
-    every: Count | None = 100
+    every: Annotated[Count | None, Field(description="updates; null: no evaluation")] = 100
     batches: Annotated[
         Literal["all"] | Count, Field(description="all of valid.jsonl, or its first N x batch_size rows")
     ] = "all"
@@ -280,12 +280,12 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: Count | None = 100
-    keep: Count = 2
+    every: Annotated[Count | None, Field(description="updates; null: at the end only")] = 100
+    keep: Annotated[Count, Field(description="so many, the newest")] = 2
 
 
 class LogConfig(Section):
-    every: Count = 10
+    every: Annotated[Count, Field(description="updates")] = 10
     to: list[Literal["jsonl", "tensorboard", "trackio", "wandb", "mlflow"]] = ["jsonl"]  # docs/trackers.md
     gradients: Annotated[
         Count | bool, Field(description="gradient norms by module: in every row of metrics, or every so many updates")
@@ -306,7 +306,9 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    backend: Literal["auto", "mlx", "torch"] = "auto"
+    backend: Annotated[
+        Literal["auto", "mlx", "torch"], Field(description="auto: MLX on a Mac, else torch where it is")
+    ] = "auto"
     device: Annotated[Literal["auto", "cpu", "gpu"], Field(description="gpu: Metal or CUDA")] = "auto"
     output: Annotated[Name | None, Field(description="run folder; null: runs/NAME after the model and the data")] = None
 
