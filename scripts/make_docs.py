@@ -94,20 +94,21 @@ def kind(value: dict[str, Any], whole: dict[str, Any]) -> str:
         return "{path, weight}" if name == "SourceConfig" else kind(whole["$defs"][name], whole)
     if "enum" in value or "const" in value:
         return ", ".join(f"`{option}`" for option in value.get("enum", [value.get("const")]))
-    if value["type"] == "array":
+    if value.get("type") == "array":
         inner = value.get("prefixItems") or [value["items"]]
         return f"list of {', '.join(dict.fromkeys(kind(item, whole) for item in inner))}"
-    if value["type"] == "object":
-        return f"mapping to {kind(value['additionalProperties'], whole)}"
+    if value.get("type") == "object":
+        inner = value.get("additionalProperties")
+        return f"mapping to {kind(inner, whole)}" if isinstance(inner, dict) else "mapping"
     words = {"boolean": "`true`, `false`", "string": "text", "null": "`null`"}
-    return words.get(value["type"]) or number_kind(value)
+    return words.get(value.get("type", "any value")) or number_kind(value)
 
 
 def number_kind(value: dict[str, Any]) -> str:
     """Return a number's kind and bounds, e.g. "integer, 1 to 65536"."""
     limits = (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to"), ("exclusiveMaximum", "below"))
     bounds = " ".join(f"{word} {value[name]}" for name, word in limits if name in value)
-    return f"{value['type']} {bounds}".strip()
+    return f"{value.get('type', 'any')} {bounds}".strip()
 
 
 def commands_page() -> str:
