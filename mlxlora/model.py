@@ -188,7 +188,13 @@ def build_empty(folder: ModelFolder) -> Any:
     try:
         module = importlib.import_module(f"mlx_lm.models.{module_name(folder.family)}")
         args_class, model_class = module.ModelArgs, module.Model
-    except (ImportError, AttributeError, SystemExit):  # olmo.py leaves where a package of its own is missing
+    except SystemExit:  # olmo.py leaves where a package of its own is missing
+        raise ModelError(
+            f'mlx-lm\'s "{folder.family}" needs a package that is not installed',
+            code="E303",
+            fix="use the torch backend",
+        ) from None
+    except (ImportError, AttributeError):
         raise ModelError(
             f'unknown architecture "{folder.family}" in {folder.path.name}',
             code="E303",
@@ -213,6 +219,10 @@ def check_applied(zoo: Any, config: Mapping[str, Any]) -> None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default" and any(type(rope) is nn.RoPE and rope.scale == 1 for rope in ropes):
         raise unapplied(config, f"rope scaling of type {kind}")
+    share = config.get("partial_rotary_factor") or (0.5 if config["model_type"] == "glm" else 1.0)
+    width = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    if share < 1 and any(type(rope) is nn.RoPE and rope.dims == width for rope in ropes):
+        raise unapplied(config, f"partial_rotary_factor {share}")
     if config["model_type"] == "qwen2_moe" and config.get("norm_topk_prob"):
         raise unapplied(config, "norm_topk_prob")
 

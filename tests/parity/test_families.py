@@ -183,6 +183,8 @@ def test_experts_and_router_of_a_mixture_stay_as_they_are(tmp_path, backend):
     [
         ("qwen2_moe", {**EXPERTS, "norm_topk_prob": True}, "norm_topk_prob"),
         ("qwen3_moe", {**EXPERTS, "rope_parameters": LLAMA3_ROPE}, "rope scaling of type llama3"),
+        ("glm", {"head_dim": 16}, "partial_rotary_factor 0.5"),
+        ("phi3", {"sliding_window": None, "partial_rotary_factor": 0.5}, None),
         ("olmo2", {"rope_parameters": LLAMA3_ROPE}, None),
     ],
 )
@@ -222,3 +224,8 @@ def test_a_tied_folder_that_stores_its_head_alone_computes_as_the_original(tmp_p
     for backend in sorted(BACKENDS):
         with pytest.raises(ModelError, match=r"embed_tokens.weight\" is missing"):
             load(backend, folder)
+
+
+def test_a_family_whose_module_ends_the_program_is_refused_on_mlx(tmp_path):
+    with pytest.raises(ModelError, match='"olmo" needs a package that is not installed'):
+        load("mlx", save(tmp_path / "model", "olmo", {}))
