@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from shared.jobs.preview import Piece, Preview, Shown, Split
 
 PLAIN, LEARNED = ("grey50", "grey58"), ("bold green", "bold dark_green")  # by turns, so that tokens can be told apart
-WIDTH = 100  # of the page, in characters
+WIDTH = 10_000  # in characters: the page wraps lines itself
 PAGE = (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
     '<meta name="viewport" content="width=device-width, initial-scale=1"><title>mlxlora preview</title>'
     "<style>{stylesheet} html{{background:#fff}}body{{color:{foreground};background:{background};margin:1.5em}}"
-    "pre{{font:13px/1.5 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}}"
-    "@media(prefers-color-scheme:dark){{html{{background:#000}}body{{filter:invert(.92) hue-rotate(180deg)}}}}"
+    "pre{{font:13px/1.5 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;"
+    "overflow-wrap:anywhere;max-width:100ch}}"
+    "@media(prefers-color-scheme:dark){{html{{background:#141414}}body{{filter:invert(.92) hue-rotate(180deg)}}}}"
     "@media(max-width:600px){{body{{margin:.8em}}}}</style></head>\n"
     "<body><pre>{code}</pre></body></html>\n"
 )

@@ -35,7 +35,7 @@ def gradient_section(rows: Sequence[Mapping[str, Any]]) -> str:
     found = norms_of(rows)
     if not found:
         return ""
-    trouble = "".join(f'<p class="warning">{escape(text)}.</p>' for text in find_trouble(rows))
+    trouble = "".join(f'<p class="warning">{escape(text[0].upper() + text[1:])}.</p>' for text in find_trouble(rows))
     bounds = f"below {VANISHING:g} of the median layer's norm, or above {EXPLODING:g} times it"
     fine = f"No layer's gradient vanishes or explodes ({bounds}, or of its own norm before)."
     few = f"Too few rows to judge: {FEWEST} are needed."

@@ -52,9 +52,9 @@ h2{font-size:18px;margin:32px 0 12px}h3{font-size:15px;margin:0 0 4px}small,.lab
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;margin:0}
 table{width:100%;border-collapse:collapse;font-size:14px}th,td{text-align:left;vertical-align:top;padding:4px 0;border-top:1px solid var(--line)}tr:first-child>*{border-top:0}th{font-weight:400;color:var(--muted);width:45%}td{padding-left:14px}
 pre{margin:0;white-space:pre-wrap;overflow:auto;font:13px/1.5 ui-monospace,Menlo,Consolas,monospace}.sample pre{max-height:18em}svg{display:block;width:100%;height:auto;overflow:visible}text{fill:var(--muted);font-size:12px}.rule{stroke:var(--line)}.axis{stroke:var(--muted);fill:none}
-.curve{fill:none;stroke-width:1.6;stroke-linejoin:round}.dense{stroke-width:1.2;opacity:.8}.faint{stroke-width:1;stroke-dasharray:none;opacity:.4}.zero{fill:none;stroke:var(--b)}.warning{border-left:4px solid var(--b);padding-left:10px}.a{stroke:var(--a)}.b,.c{stroke:var(--b);stroke-dasharray:5 3}.dot-a,rect{fill:var(--a)}.dot-b,.dot-c{fill:var(--b)}
+.curve{fill:none;stroke-width:1.6;stroke-linejoin:round}.dense{stroke-width:1.2;opacity:.8}.faint{stroke-width:1;stroke-dasharray:none;opacity:.4}.heat rect{shape-rendering:crispEdges}.zero{fill:none;stroke:var(--b)}.warning{border-left:4px solid var(--b);padding-left:10px}.a{stroke:var(--a)}.b,.c{stroke:var(--b);stroke-dasharray:5 3}.dot-a,rect{fill:var(--a)}.dot-b,.dot-c{fill:var(--b)}
 @media(max-width:600px){.figures{grid-template-columns:repeat(2,1fr);gap:8px}.figures b{font-size:17px}.figures .card{padding:8px 10px}text{font-size:15px}}
-@media print{:root{--bg:#fff;--card:#fff;--text:#000;--muted:#444;--line:#ccc;--a:#1d5fd1;--b:#b4540a}main{max-width:none;padding:0}.figures .card,figure,.sample,tr{break-inside:avoid}h2,h3{break-after:avoid}.sample pre{max-height:none}svg *{print-color-adjust:exact}}
+@media print{:root{--bg:#fff;--card:#fff;--text:#000;--muted:#444;--line:#ccc;--a:#1d5fd1;--b:#b4540a}main{max-width:none;padding:0}.grid{grid-template-columns:1fr 1fr}.figures{grid-template-columns:repeat(3,1fr)}text{font-size:12px}.figures .card,figure,.sample,table{break-inside:avoid}h2,h3{break-after:avoid}.sample pre{max-height:none}svg *{print-color-adjust:exact}}
 """  # noqa: E501
 
 

@@ -210,7 +210,7 @@ def test_gradient_norms_by_module_are_two_heat_maps_with_a_verdict(report):
     shades = {box[0].text: float(box.get("fill-opacity")) for box in drawn["By module"]}
     assert shades["q_proj, layer 1: 1"] == 1.0 > shades["q_proj, layer 2: 0.001"] > 0
     assert sum(box.get("class") == "zero" for box in drawn["By layer"]) == 40
-    assert "gradients vanish" in text
+    assert "Gradients vanish" in text
     assert "in layers.2, lm_head" in text.replace("layers.2 and", "layers.2,")
     assert "not finite" not in text
 
