@@ -133,7 +133,9 @@ def test_help_takes_less_than_a_fifth_of_a_second():
     assert statistics.median(took) < 0.2
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["generate", "--help"], ["version"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["train", "--help"], ["generate", "--help"], ["chat", "--help"], ["version"]]
+)
 def test_no_framework_is_loaded_to_say_what_there_is(words):
     code = (
         "import sys, mlxlora\nfrom mlxlora.cli.main import run\n"
@@ -163,7 +165,18 @@ def test_ctrl_c_while_a_command_starts_is_one_line_and_130(after_s, words):
 
 def test_every_command_is_listed_and_explains_itself(capsys):
     listed = call(capsys, "--help")
-    for name in ("train", "estimate", "evaluate", "generate", "parity", "doctor", "quickstart", "schema", "version"):
+    for name in (
+        "train",
+        "estimate",
+        "evaluate",
+        "generate",
+        "chat",
+        "parity",
+        "doctor",
+        "quickstart",
+        "schema",
+        "version",
+    ):
         assert re.search(rf"^\s+{name}\s+\w", listed, re.MULTILINE)
         assert "--json" in call(capsys, name, "--help")
 
