@@ -44,11 +44,15 @@ class SourceConfig(Section):
 class DataConfig(Section):
     path: Annotated[
         Name | Annotated[list[SourceConfig], Field(min_length=1)],
-        Field(description="folder, hub data set, or file (JSON, JSONL, CSV, TSV, Parquet); or several: {path, weight}"),
+        Field(description="folder, org/name, org/name:config, or file (JSON, CSV, Parquet); several: {path, weight}"),
     ]
     columns: Annotated[
         dict[Literal["text", "prompt", "completion", "messages", "tools"], Name],
         Field(description="the file's names of our columns, e.g. {prompt: question, completion: answer}"),
+    ] = {}
+    splits: Annotated[
+        dict[Literal["train", "valid"], Name],
+        Field(description="the data set's names of our splits, e.g. {train: train_sft, valid: test_sft}"),
     ] = {}
     max_length: Annotated[int, Field(ge=2, strict=True, description="tokens; longer rows are cut at the end")] = 2048
     train_on: Annotated[

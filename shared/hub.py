@@ -49,9 +49,10 @@ def commit_of(path: Path) -> str | None:
 
 
 def pinned(text: str, path: Path) -> str:
-    """Return org/name@commit for what was downloaded to `path`, any other name as it is."""
-    commit = commit_of(path)
-    return f"{split_revision(text)[0]}@{commit}" if commit and is_hub_id(text) else text
+    """Return org/name@commit, with a data set's :config, for what was downloaded to `path`; other names as they are."""
+    name, colon, config = text.partition(":")
+    commit = commit_of(path.parent if config else path)
+    return f"{split_revision(name)[0]}@{commit}{colon}{config}" if commit and is_hub_id(name) else text
 
 
 def download(text: str, *, kind: str, patterns: Sequence[str], error: type[MlxloraError], code: str) -> Path:

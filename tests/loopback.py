@@ -95,15 +95,15 @@ class Hub:
         elif path.startswith("/api/"):
             self.send(request, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": []}).encode())
         else:
-            self.give(request, self.folder / path.rpartition("/")[2])
+            self.give(request, self.folder / path.partition("/resolve/")[2].partition("/")[2])
 
     def files(self) -> list[Path]:
         """Return the repository's files."""
-        return sorted(file for file in self.folder.iterdir() if file.is_file())
+        return sorted(file for file in self.folder.rglob("*") if file.is_file())
 
     def entry(self, file: Path) -> dict[str, object]:
         """Return a file as the API lists it; weights are large files, named by SHA-256."""
-        name, data = file.name, file.read_bytes()
+        name, data = str(file.relative_to(self.folder)), file.read_bytes()
         git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         found: dict[str, object] = {"type": "file", "path": name, "size": len(data), "oid": git}
         if file.suffix == ".safetensors":

@@ -31,28 +31,39 @@ class Row:
 
 
 def find_data(path_or_id: str) -> Path:
-    """Return the local file or folder of a path or a hub data set."""
-    if is_hub_id(path_or_id):
-        return download(
-            path_or_id, kind="dataset", patterns=[f"*{suffix}" for suffix in READERS], error=DataError, code="E210"
-        )
+    """Return the local file or folder of a path, a hub data set (org/name) or one folder of it (org/name:config)."""
     path = Path(path_or_id).expanduser()
-    if not path.exists():
-        raise DataError(f"no data at {path}", code="E210", expected="a folder with train.jsonl, or a file")
-    return path
+    name, _, config = path_or_id.partition(":")
+    if path.exists() or not is_hub_id(name) or ":" in config:
+        if not path.exists():
+            raise DataError(f"no data at {path}", code="E210", expected="a folder with train.jsonl, or a file")
+        return path
+    if path.suffix in READERS:
+        near = [str(file) for file in path.parent.glob("*") if file.suffix in READERS]
+        fix = did_you_mean(path_or_id, near) if near else "check the path"
+        raise DataError(f"no such file: {path_or_id}; not a hub id either", code="E210", fix=fix)
+    patterns = [f"{config}/*{suffix}" if config else f"*{suffix}" for suffix in READERS]
+    root = download(name, kind="dataset", patterns=patterns, error=DataError, code="E210")
+    if config and not (root / config).is_dir():
+        raise DataError(
+            f'{name} has no files of a config "{config}"', code="E210", fix="look up the folders of the data set"
+        )
+    return root / config
 
 
-def split_files(path: Path, split: str) -> list[Path]:
+def split_files(path: Path, split: str, *, names: Mapping[Any, str] | None = None) -> list[Path]:
     """Return the files of a split, none where a folder has none; a single file is its own train split.
 
-    train.jsonl, or parts: train-00000.parquet, train/0.parquet, either of them also in data/.
+    train.jsonl, or parts: train-00000.parquet, train/0.parquet, either of them also in data/. names: what the folder
+    calls our splits; what is named has to be there.
     """
+    own = (names or {}).get(split)
     known = ", ".join(READERS)
     if path.is_file():
         if path.suffix not in READERS:
             raise DataError(f"{path.name} is no data file", code="E210", expected=f"one of {known}")
         return [path] if split == "train" else []
-    for name in NAMES.get(split, (split,)):
+    for name in (own,) if own else NAMES.get(split, (split,)):
         for pattern in (name, f"{name}-*", f"{name}/*", f"data/{name}-*", f"data/{name}/*"):
             found = sorted(file for suffix in READERS for file in path.glob(f"{pattern}{suffix}"))
             if len({file.suffix for file in found}) > 1:
@@ -61,10 +72,10 @@ def split_files(path: Path, split: str) -> list[Path]:
                 )
             if found:
                 return found
-    if split == "train":
+    if split == "train" or own:
         near = sorted(item.name for item in path.iterdir())[:5]
         raise DataError(
-            f"{path} has no train.jsonl", code="E210", expected=f"train with one of {known}",
+            f"{path} has no {own or split}.jsonl", code="E210", expected=f"{own or split} with one of {known}",
             fix=f"it holds: {', '.join(near) or 'nothing'}",
         )  # fmt: skip
     return []

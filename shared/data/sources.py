@@ -47,7 +47,7 @@ def load_rows(data: DataConfig, *, valid_too: bool = True) -> Rows:
     for root, prefix in zip(roots, name_sources(roots), strict=True):
         before = len(train)
         for split, rows in (("train", train), ("valid", valid)):
-            found = split_files(root, split) if split == "train" or valid_too else []
+            found = split_files(root, split, names=data.splits) if split == "train" or valid_too else []
             check_valid(found, split, data)
             files |= {prefix + label(file, root): file for file in found}
             known = len(rows)

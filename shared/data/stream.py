@@ -133,7 +133,9 @@ def streams(config: RunConfig, *, least: int = STREAM_BYTES) -> bool:
         raise ConfigError(f"data.streaming true with {against}", fix="set data.streaming: false")
     if data.streaming is False or against is not None:
         return False
-    files = [file for source in data.sources for file in split_files(find_data(source.path), "train")]
+    files = [
+        file for source in data.sources for file in split_files(find_data(source.path), "train", names=data.splits)
+    ]
     other = next((file for file in files if file.suffix != ".jsonl"), None)
     if other is not None and data.streaming is True:
         raise ConfigError(
@@ -155,7 +157,7 @@ def open_stream(data: DataConfig, *, valid_too: bool = True, most_valid: int | N
     roots = tuple(find_data(source.path) for source in data.sources)
     for number, (root, prefix) in enumerate(zip(roots, name_sources(roots), strict=True)):
         for split in ("train", "valid") if valid_too else ("train",):
-            found = split_files(root, split)
+            found = split_files(root, split, names=data.splits)
             check_valid(found, split, data)
             files |= {prefix + label(file, root): file for file in found}
             if split == "train":

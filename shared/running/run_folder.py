@@ -32,7 +32,7 @@ FREE = (
     "output", "backend", "device", "log", "checkpoint", "evaluation",
     "train.micro_tokens", "train.recompute", "train.compile", "data.packing", "data.cache", "data.streaming",
     "model", "adapter.start",  # these and the next by hash, wherever they lie
-    "data.path", "data.columns", "data.drop", "data.valid_split",
+    "data.path", "data.splits", "data.columns", "data.drop", "data.valid_split",
 )  # fmt: skip
 
 

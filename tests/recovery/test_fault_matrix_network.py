@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from shared.callbacks import Metrics
-from shared.hub import commit_of
+from shared.hub import commit_of, pinned
 from shared.watching.sinks import sinks
 from tests.loopback import COMMIT, Hub, serving, unused_port, with_status
 
@@ -213,3 +213,20 @@ def test_row_37_a_tracker_that_is_down_or_slow_never_holds_up_training(tmp_path,
     assert len([note for note in notes if "training goes on" in note]) == 1, notes
     assert "not everything is sent" in notes[-1]
     assert not json.loads((tmp_path / "sinks" / f"{name}.json").read_text()).get("done")
+
+
+def test_a_config_of_a_data_set_is_the_only_folder_that_is_downloaded(tmp_path, find):
+    for name in ("main", "socratic"):
+        (tmp_path / "repository" / name).mkdir(parents=True)
+        (tmp_path / "repository" / name / "train.jsonl").write_text('{"text": "hello"}\n')
+    hub = Hub(tmp_path / "repository")
+    with serving(hub) as address:
+        [(code, found), (other, text)] = find("data:org/name:main", "data:org/name:mian", endpoint=address)
+        assert (code, Path(found).name) == (0, "main"), found
+        assert sorted(str(file.relative_to(Path(found).parent)) for file in Path(found).parent.rglob("*.jsonl")) == [
+            "main/train.jsonl"
+        ]
+        assert (other, text.splitlines()[0]) == (2, 'org/name has no files of a config "mian"')
+        [(code, again)] = find(f"data:{pinned('org/name:main', Path(found))}", endpoint=address)
+    assert (code, again) == (0, found)
+    assert pinned("org/name:main", Path(found)) == f"org/name@{COMMIT}:main"

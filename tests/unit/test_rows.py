@@ -192,3 +192,26 @@ def test_a_date_inside_of_messages_is_an_error_with_its_row():
     turn = {"role": "assistant", "content": "hi", "at": datetime.date(2026, 11, 20)}
     with pytest.raises(DataError, match='1: "messages": Object of type date'):
         make_row({"messages": [turn]}, source="a.parquet:1")
+
+
+@pytest.mark.parametrize("name", ["data/trian.jsonl", "org/rows.csv"])
+def test_a_mistyped_file_is_not_taken_for_a_hub_id(tmp_path, monkeypatch, name):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        find_data(name)
+    assert str(caught.value).startswith(f"no such file: {name}; not a hub id either")
+    if name.startswith("data"):
+        assert 'did you mean "data/train.jsonl"?' in str(caught.value)
+
+
+def test_splits_of_other_names_are_told_and_have_to_be_there(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train_sft-00000-of-00001", "train_gen-00000-of-00001", "test_sft-00000-of-00001"):
+        (tmp_path / f"data/{name}.jsonl").write_text('{"text": "a"}\n')
+    names = {"train": "train_sft", "valid": "test_sft"}
+    found = [[file.name for file in split_files(tmp_path, split, names=names)] for split in ("train", "valid")]
+    assert found == [["train_sft-00000-of-00001.jsonl"], ["test_sft-00000-of-00001.jsonl"]]
+    with pytest.raises(DataError, match=r"has no nothing\.jsonl"):
+        split_files(tmp_path, "valid", names={"valid": "nothing"})
