@@ -161,17 +161,27 @@ def preview(config: str | Path | RunConfig, *, rows: int = 5, **values: Any) -> 
     return run(checked, rows=rows)
 
 
-def evaluate(model: str, *, data: str, adapter: Adapters = None, backend: str = "auto", **options: Any) -> Evaluation:
+def evaluate(
+    model: str, *, data: str, adapter: Adapters = None, backend: str = "auto", generate: int = 0, **options: Any
+) -> Evaluation:
     """Return loss (nats per supervised token), perplexity and token counts of a model on rows.
 
-    options: split, max_length, train_on, dtype, quantization, device.
+    generate: answer so many prompts, too; `scores` of the result then has exact_match, token_f1 and rouge_l.
+    options: split, max_length, max_tokens (of an answer), train_on, dtype, quantization, device.
     """
-    from shared.sessions import evaluate_rows, find_rows, open_session
+    from dataclasses import replace
+
+    from shared.exams import mean_scores
+    from shared.sessions import answer_rows, evaluate_rows, find_rows, open_session
 
     rows, _ = find_rows(str(data), split=options.pop("split", None))
     opened = {key: options.pop(key) for key in ("dtype", "quantization", "device") if key in options}
     session = open_session(str(model), adapter=adapter, backend=backend, **opened)
-    return evaluate_rows(session, rows, **options)
+    most = options.pop("max_tokens", None)
+    found = evaluate_rows(session, rows, **options)
+    if not generate:
+        return found
+    return replace(found, scores=mean_scores(answer_rows(session, rows, number=generate, max_tokens=most)))
 
 
 def generate(

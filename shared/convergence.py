@@ -77,7 +77,7 @@ class ConvergenceCheck:
         hint = ": it may have converged" if found.verdict == "is level" else ""
         self.note(
             f"updates {steps[0]} to {steps[-1]}: the training loss {found.verdict}, by {low:+.1f} to {high:+.1f} % "
-            f"({1 - alpha:.1%} sure){hint}"
+            f"({1 - alpha:.1%} sure; of runs that only waver at most {FALSE_ALARMS:.0%} are ever told otherwise){hint}"
         )
         self.points.clear()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class Evaluation:
     supervised_tokens: int
     tokens: int
     rows: int
+    scores: Mapping[str, float] = field(default_factory=dict[str, float])  # of answers, shared/exams.py
 
 
 def evaluate_examples(

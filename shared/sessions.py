@@ -9,7 +9,7 @@ from typing import Any
 
 from shared.adapters.folder import Adapter, check_copies, check_fit
 from shared.answers import Answer, Completion
-from shared.config import parse_scheme
+from shared.config import EvaluationConfig, parse_scheme
 from shared.convert.merge import read_weighted
 from shared.data.layout import choose_layout
 from shared.data.prompts import Prompt
@@ -17,6 +17,7 @@ from shared.data.rows import Row, find_data, find_split, read_rows
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
 from shared.errors import DataError
 from shared.evaluate import Evaluation, evaluate_examples
+from shared.exams import Graded, ask, make_questions
 from shared.folder import ModelFolder, end_tokens, find_folder, open_folder
 from shared.generation_config import read_settings
 from shared.protocols import Backend, Model, Rows
@@ -117,6 +118,20 @@ def evaluate_rows(
     check_length(session.model.info, len(longest.tokens), what=longest.source)
     layout = choose_layout(session.model.info, packing="auto", micro_tokens=None)
     return evaluate_examples(session.model, examples, layout)
+
+
+def answer_rows(
+    session: Session, rows: list[Row], *, number: int, max_tokens: int | None = None, note: Note = lambda text: None
+) -> list[Graded]:
+    """Return the greedy answers to the first prompts of rows, with their scores; raises DataError for rows of text.
+
+    max_tokens: of an answer; None: as evaluations of a run have it.
+    """
+    most = EvaluationConfig().max_tokens if max_tokens is None else max_tokens
+    questions = make_questions(rows[:number], session.tokenizer)
+    if long := sum(question.num_wanted > most for question in questions):
+        note(f"{long} of {len(questions)} answers of the rows have more than {most} tokens, so they are never matched")
+    return ask(session.model, questions, session.tokenizer, max_tokens=most)
 
 
 def prompt_ids(

@@ -144,45 +144,6 @@ def show_result(result: TrainResult, *, model: str) -> None:
 
 
 @app.command()
-def evaluate(
-    model: ModelPath,
-    data: Annotated[
-        str, typer.Option("--data", metavar="PATH", help="File, or folder (valid, else test, else train).")
-    ],
-    adapter: AdapterPath = None,
-    split: Annotated[
-        str | None, typer.Option("--split", metavar="train|valid|test", help="Which file of a folder.")
-    ] = None,
-    max_length: Annotated[int, typer.Option("--max-length", min=2, help="Longer rows are cut, tokens.")] = 2048,
-    train_on: Annotated[
-        str, typer.Option("--train-on", metavar="completion|assistant|all", help="Tokens that count.")
-    ] = "completion",
-    backend: BackendName = "auto",
-    dtype: Dtype = "auto",
-    quantization: Quantization = "auto",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Loss in nats per supervised token, and perplexity."""
-    from shared.sessions import evaluate_rows, find_rows, open_session
-
-    check_choice("--split", split, (None, "train", "valid", "test"))
-    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
-    check_choice("--train-on", train_on, ("completion", "assistant", "all"))
-    check_backend(backend)
-    rows, file = find_rows(data, split=split)
-    session = open_session(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization, note=say)
-    found = evaluate_rows(session, rows, max_length=max_length, train_on=train_on)
-    if as_json:
-        emit(found, file=file, backend=session.backend.name)
-        return
-    print(
-        f"{file}: loss {found.loss:.4f} nats/token, perplexity {found.perplexity:.2f} "
-        f"({found.supervised_tokens:,} supervised of {found.tokens:,} tokens, {found.rows} rows)"
-    )
-
-
-@app.command()
 def parity(
     config: Annotated[Path, typer.Argument(help="YAML file of a run.")],
     updates: Annotated[

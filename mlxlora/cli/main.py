@@ -18,6 +18,7 @@ from typer.main import get_command
 from mlxlora.cli.app import app
 from mlxlora.cli.chatting import chat
 from mlxlora.cli.converting import convert
+from mlxlora.cli.evaluating import evaluate
 from mlxlora.cli.fusing import fuse
 from mlxlora.cli.generating import generate
 from mlxlora.cli.measuring import bench
@@ -33,6 +34,7 @@ app.command()(bench)
 app.command()(chat)
 app.command()(convert)
 app.command()(estimate)
+app.command()(evaluate)
 app.command()(preview)
 app.command()(quantize)
 app.command()(fuse)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mlxlora.cli import main
 from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import build_config
@@ -193,3 +194,31 @@ def test_evaluations_on_sets_and_answers_change_no_weight(data, tmp_path):
         assert [row["eval_loss"] for row in one[1] if "eval_loss" in row] == [
             row["eval_loss"] for row in two[1] if "eval_loss" in row
         ]
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_evaluate_gives_the_numbers_of_the_run_and_scores_of_every_set(data, whole, tmp_path, capsys, backend):
+    files = [str(data / f"{name}.jsonl") for name in ("valid", "train")]
+    words = ["evaluate", str(BASE), "--adapter", str(whole[backend] / "adapter"), "--backend", backend, "--json"]
+    more = ["--generate", "2", "--max-tokens", "8", "--answers", str(tmp_path / "answers.jsonl")]
+    assert main.run([*words, *(word for file in files for word in ("--data", file)), *more]) == 0
+    sets = json.loads(capsys.readouterr().out.splitlines()[-1])["sets"]
+    assert [found["data"] for found in sets] == files
+    assert sets[0]["loss"] == pytest.approx(result_of(whole[backend])[2]["best"], rel=1e-6)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["source"] for answer in answers] == [
+        "valid.jsonl:1",
+        "valid.jsonl:2",
+        "train.jsonl:1",
+        "train.jsonl:2",
+    ]
+    for found in sets:
+        own = [answer["scores"] for answer in answers if answer["data"] == found["data"]]
+        assert found["scores"] == {"answers": 2, **{key: sum(one[key] for one in own) / 2 for key in own[0]}}
+
+
+def test_options_of_answers_need_generate(capsys):
+    assert main.run(["evaluate", str(BASE), "--data", "x", "--answers", "y"]) == 2
+    assert "--answers without --generate" in capsys.readouterr().err
+    assert main.run(["evaluate", str(BASE), "--data", "x", "--generate", "some"]) == 2
+    assert "expected: a number of prompts, or all" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shared.convergence import WINDOW, ConvergenceCheck, find_trend
+from shared.convergence import FALSE_ALARMS, WINDOW, ConvergenceCheck, find_trend
 
 RUNS, TESTS = 1000, 8
 
@@ -29,6 +29,14 @@ def test_on_noise_fewer_than_five_percent_of_whole_runs_are_told_of_a_trend(kind
     }
     told = sum(set(verdicts(2 + 0.1 * draw[kind](WINDOW * TESTS))) != {"is level"} for _ in range(RUNS))
     assert told / RUNS < 0.05
+
+
+def test_every_note_states_the_rate_of_false_alarms():
+    notes: list[str] = []
+    check = ConvergenceCheck(notes.append)
+    for step in range(WINDOW):
+        check.on_step({"step": step + 1, "loss": 2.0 + step % 2})
+    assert f"at most {FALSE_ALARMS:.0%} are ever told otherwise" in notes[0]
 
 
 def test_what_falls_and_then_stays_is_said():

@@ -1,0 +1,112 @@
+"""`mlxlora evaluate`: the loss of a model on rows, and what it answers to their prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxlora.cli.app import (
+    AdapterPath,
+    BackendName,
+    Debug,
+    Dtype,
+    Json,
+    ModelPath,
+    Quantization,
+    check_backend,
+    check_choice,
+    emit_object,
+    say,
+)
+
+if TYPE_CHECKING:
+    from shared.exams import Graded
+
+
+DataPaths = Annotated[
+    list[str],
+    typer.Option("--data", metavar="PATH", help="File, or folder (valid, else test, else train); several times."),
+]
+Split = Annotated[str | None, typer.Option("--split", metavar="train|valid|test", help="Which file of a folder.")]
+MaxLength = Annotated[int, typer.Option("--max-length", min=2, help="Longer rows are cut, tokens.")]
+TrainOn = Annotated[
+    str, typer.Option("--train-on", metavar="completion|assistant|all", help="Tokens that count for the loss.")
+]
+Generate = Annotated[
+    str | None, typer.Option("--generate", metavar="N|all", help="Answer the first N prompts greedily; score them.")
+]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Of an answer at most; 128 by default.")]
+Answers = Annotated[Path | None, typer.Option("--answers", metavar="FILE", help="Write every answer, a line of JSON.")]
+
+
+def evaluate(
+    model: ModelPath, data: DataPaths, adapter: AdapterPath = None, split: Split = None, max_length: MaxLength = 2048,
+    train_on: TrainOn = "completion", generate: Generate = None, max_tokens: MaxTokens = None, answers: Answers = None,
+    backend: BackendName = "auto", dtype: Dtype = "auto", quantization: Quantization = "auto", as_json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Loss in nats per supervised token, and perplexity; with --generate exact match, token F1, ROUGE-L."""
+    from shared.sessions import answer_rows, evaluate_rows, find_rows, open_session
+
+    check_choice("--split", split, (None, "train", "valid", "test"))
+    check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    check_choice("--train-on", train_on, ("completion", "assistant", "all"))
+    check_backend(backend)
+    asked = number_of(generate, answers, max_tokens)
+    sets = {path: find_rows(path, split=split) for path in data}
+    session = open_session(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization, note=say)
+    found: list[dict[str, Any]] = []
+    for path, (rows, file) in sets.items():
+        loss = evaluate_rows(session, rows, max_length=max_length, train_on=train_on)
+        graded = answer_rows(session, rows, number=asked, max_tokens=max_tokens, note=say) if asked else []
+        if answers is not None:
+            write_answers(answers, graded, data=path, first=not found)
+        facts = {"scores": scores_of(graded), "file": file, "data": path, "backend": session.backend.name}
+        found.append(vars(loss) | facts)
+    if as_json:
+        emit_object(found[0] if len(found) == 1 else {"sets": found})
+    for facts in found if not as_json else ():
+        show(facts, name="file" if len(found) == 1 else "data")
+
+
+def number_of(generate: str | None, answers: Path | None, max_tokens: int | None) -> int | None:
+    """Return how many prompts to answer, None for none of them; raises ConfigError."""
+    from shared.errors import ConfigError
+
+    if generate is None:
+        for option, value in (("--answers", answers), ("--max-tokens", max_tokens)):
+            if value is not None:
+                raise ConfigError(f"{option} without --generate, which makes answers", fix="--generate 100")
+        return None
+    if generate != "all" and not (generate.isascii() and generate.isdigit() and int(generate)):
+        raise ConfigError(f"--generate {generate}", expected="a number of prompts, or all")
+    return 2**62 if generate == "all" else int(generate)
+
+
+def scores_of(graded: list[Graded]) -> dict[str, float]:
+    """Return the mean scores of answers and how many these are; empty without any."""
+    from shared.exams import mean_scores
+
+    return {"answers": len(graded), **mean_scores(graded)} if graded else {}
+
+
+def show(found: dict[str, Any], *, name: str) -> None:
+    """Print what was found on one set of rows; name: the key of what it is called."""
+    print(
+        f"{found[name]}: loss {found['loss']:.4f} nats/token, perplexity {found['perplexity']:.2f} "
+        f"({found['supervised_tokens']:,} supervised of {found['tokens']:,} tokens, {found['rows']} rows)"
+    )
+    scores = found["scores"]
+    if scores:
+        shares = [f"{key.replace('_', ' ')} {100 * scores[key]:.1f} %" for key in scores if key != "answers"]
+        print(f"{found[name]}: {', '.join(shares)} ({scores['answers']} answers)")
+
+
+def write_answers(file: Path, graded: list[Graded], *, data: str, first: bool) -> None:
+    """Write answers, one JSON object a line; raises OSError."""
+    with file.open("w" if first else "a", encoding="utf-8") as lines:
+        for answer in graded:
+            lines.write(json.dumps({"data": data, **vars(answer)}, ensure_ascii=False) + "\n")
