@@ -14,6 +14,7 @@ from shared.config import RunConfig
 from shared.config_file import to_yaml
 from shared.data.rows import Row
 from shared.data.sources import load_rows
+from shared.data.stream import Encoding, Stream, open_stream, streams
 from shared.data.tokenize import load_tokenizer, tokenize_rows
 from shared.errors import ConfigError, DataError, ModelError, OutOfMemory, StorageError
 from shared.estimate.duration import Time, operations, update_time
@@ -145,6 +146,8 @@ def machine_line(config: RunConfig, shape: Shape, lengths: Lengths, machine: Mac
 def read_lengths(config: RunConfig, base: ModelFolder) -> tuple[Lengths, tuple[str, ...]]:
     """Return the rows' lengths, and notes: where no data is readable, data.max_length stands in and a note says why."""
     try:
+        if streams(config):
+            return stream_lengths(config, base)
         rows = load_rows(config.data, valid_too=False).train
         chosen = choose_rows(rows)
         tokenizer = load_tokenizer(base.path)
@@ -155,6 +158,13 @@ def read_lengths(config: RunConfig, base: ModelFolder) -> tuple[Lengths, tuple[s
         return made_lengths(config.data.max_length), (f"data.max_length stands in for the rows: {reason}",)
     notes = () if len(chosen) == len(rows) else (f"lengths of {len(chosen)} of {len(rows)} rows, the longest included",)
     return lengths_of(examples), notes
+
+
+def stream_lengths(config: RunConfig, base: ModelFolder) -> tuple[Lengths, tuple[str, ...]]:
+    """Return the lengths of some rows of files that are not read into memory, and a note of how many."""
+    how = Encoding(load_tokenizer(base.path), config.data.train_on, config.data.max_length, vocabulary=None)
+    rows = Stream(open_stream(config.data, valid_too=False).index, how)
+    return lengths_of(rows.sample), (f"lengths of {len(rows.sample)} of {len(rows)} rows, the longest included",)
 
 
 def choose_rows(rows: Sequence[Row]) -> list[Row]:

@@ -15,6 +15,8 @@ from shared.data.batch import update_batches
 from shared.data.layout import Layout
 from shared.data.stream import Stream, streams
 from shared.errors import ConfigError, DataError
+from shared.estimate.report import read_lengths
+from shared.folder import open_folder
 from shared.jobs.prepare import prepare
 from shared.jobs.train import train
 
@@ -242,3 +244,9 @@ def test_a_streamed_run_that_breaks_ends_with_the_bytes_of_one_in_memory(base, t
 
 def json_lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_estimate_takes_the_lengths_of_some_streamed_rows(base, tmp_path):
+    data = {"path": write(tmp_path / "d", ROWS), "streaming": True}
+    lengths, notes = read_lengths(build_config({"model": str(base), "data": data}), open_folder(base))
+    assert (len(lengths.tokens), notes) == (61, ("lengths of 61 of 61 rows, the longest included",))
