@@ -22,12 +22,13 @@ from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
 from mlxlora.attention import PACKABLE, Segments, packing, windowed
 from mlxlora.decoders import find_decoder
 from mlxlora.dora import attach_dora, magnitudes
+from mlxlora.elementwise import on_gpu
 from mlxlora.ends import attach_ends
 from mlxlora.gated import gating
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
 from shared.adapters.spec import ADAPTER_LEAVES, layer_of, within_layers
-from shared.errors import ModelError
+from shared.errors import CapabilityError, ModelError
 from shared.experts import is_router, num_experts
 from shared.families import (
     CHECKED,
@@ -158,6 +159,7 @@ def flatten(tree: Any) -> list[tuple[str, mx.array]]:
 def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute: bool) -> MLXModel:
     """Return the base of a folder, in `dtype`; raises ModelError where anything does not fit."""
     folder = open_folder(path)
+    check_experts(folder, dtype)
     zoo = build_empty(folder)
     tied = folder.is_tied
     notes = fill(zoo, folder, dtype=mlx_dtype(dtype), quantization=quantization, tied=tied)
@@ -181,6 +183,15 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     if folder.family not in CHECKED:
         check_head(model, folder)
     return model
+
+
+def check_experts(folder: ModelFolder, dtype: str) -> None:
+    """Raise CapabilityError for experts in a dtype that MLX multiplies on a GPU only (0.32)."""
+    if num_experts(folder.config) > 1 and dtype != "float32" and not on_gpu():
+        raise CapabilityError(
+            f"MLX on a CPU computes experts ({folder.family}) in float32 only, not in {dtype}",
+            fix="train.dtype: float32, or the torch backend",
+        )
 
 
 def build_empty(folder: ModelFolder) -> Any:

@@ -229,3 +229,10 @@ def test_a_tied_folder_that_stores_its_head_alone_computes_as_the_original(tmp_p
 def test_a_family_whose_module_ends_the_program_is_refused_on_mlx(tmp_path):
     with pytest.raises(ModelError, match='"olmo" needs a package that is not installed'):
         load("mlx", save(tmp_path / "model", "olmo", {}))
+
+
+def test_experts_in_half_precision_are_refused_by_mlx_on_a_cpu(tmp_path):
+    folder = mixture(tmp_path / "model")
+    with pytest.raises(CapabilityError, match="in float32 only, not in bfloat16"):
+        load("mlx", folder, dtype="bfloat16")
+    load("torch", folder, dtype="bfloat16")
