@@ -44,8 +44,9 @@ def load_held_out(config: RunConfig, valid: list[Row], dropped: dict[str, int]) 
         found.roots[name] = root
         found.files.update({f"{name}/{file.name}": file for file in files})
     batches = config.evaluation.batches
-    for name, rows in found.rows.items() if batches != "all" else ():
-        found.rows[name] = rows[: batches * config.train.batch_size]
+    most = None if batches == "all" else batches * config.train.batch_size
+    for name, rows in found.rows.items():
+        found.rows[name] = rows[:most]
     return found
 
 

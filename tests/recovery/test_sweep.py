@@ -94,7 +94,7 @@ def test_a_grid_that_cannot_be_is_refused_by_its_line(tmp_path, text, message):
 
 
 def test_a_run_that_cannot_be_begun_is_refused_before_any_runs(tmp_path):
-    given = {"model": str(BASE), "data": str(tmp_path), "output": str(tmp_path / "sweep")}
+    given: dict[str, Any] = {"model": str(BASE), "data": str(tmp_path), "output": str(tmp_path / "sweep")}
     with pytest.raises(ConfigError, match="rank-0"):
         mlxlora.sweep(None, {"adapter.rank": [1, 0]}, **given)
     assert not (tmp_path / "sweep").exists()
