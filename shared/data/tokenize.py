@@ -188,11 +188,11 @@ def mark_prompt(question: Question, encoded: list[Encoded], row: Row, tokenizer:
     Where the prompt alone gives the first ids (nearly always), the rest is the completion. Where a token
     spans both, it carries the completion's first characters and is supervised.
     """
-    alone, ids, offsets = encoded[0].ids, encoded[1].ids, encoded[1].offsets
-    common = next((n for n, pair in enumerate(zip(alone, ids, strict=False)) if pair[0] != pair[1]), len(alone))
-    if common < len(alone) and max((end for _, end in offsets), default=0) == len(question.texts[1]):
-        mask = [end > len(question.texts[0]) for _, end in offsets]
-    else:  # offsets that miss the end of the text are wrong: some tokenizers lose count behind unknown characters
+    alone, ids = encoded[0].ids, encoded[1].ids
+    common = num_common(alone, ids)
+    if common < len(alone) and is_placed(encoded[1], question.texts[1]):
+        mask = [end > len(question.texts[0]) for _, end in encoded[1].offsets]
+    else:
         mask = [False] * common + [True] * (len(ids) - common)
     ended = with_end(ids, tokenizer)
     mask += [True] * (len(ended) - len(mask))
@@ -203,36 +203,52 @@ def mark_prompt(question: Question, encoded: list[Encoded], row: Row, tokenizer:
 
 def mark_messages(question: Question, encoded: list[Encoded], row: Row, tokenizer: Tokenizer) -> Marked:
     """Return a conversation's ids; every assistant turn and the token that ends it is supervised."""
-    text, ids, offsets = question.texts[0], encoded[0].ids, encoded[0].offsets
+    text, ids = question.texts[0], encoded[0].ids
     mask = [False] * len(ids)
-    for start, end in question.spans:
-        inside = [n for n, (_, b) in enumerate(offsets) if start < b <= end]
-        for n in drop_after_end(inside, ids, offsets, text, tokenizer):
+    for span in question.spans:
+        for n in drop_after_end(tokens_of(span, encoded[0], text, tokenizer), ids, tokenizer):
             mask[n] = True
     said_last = row.fields["messages"][-1]["role"] == "assistant"
-    if said_last and not ends_with_special(ids, offsets, text, tokenizer):
+    if said_last and not ends_with_special(ids, tokenizer):
         ids = with_end(ids, tokenizer)
         mask += [True] * (len(ids) - len(mask))
     return ids, mask
 
 
-def drop_after_end(
-    inside: list[int], ids: list[int], offsets: list[tuple[int, int]], text: str, tokenizer: Tokenizer
-) -> list[int]:
+def num_common(some: list[int], others: list[int]) -> int:
+    """Return how many ids two texts begin with alike."""
+    return next((n for n, pair in enumerate(zip(some, others, strict=False)) if pair[0] != pair[1]), len(some))
+
+
+def is_placed(encoded: Encoded, text: str) -> bool:
+    """Return whether offsets reach the end of their text: some tokenizers lose count behind unknown characters."""
+    return max((end for _, end in encoded.offsets), default=0) == len(text)
+
+
+def tokens_of(span: tuple[int, int], encoded: Encoded, text: str, tokenizer: Tokenizer) -> Sequence[int]:
+    """Return the places of the tokens that end inside a span of characters."""
+    start, end = span
+    if is_placed(encoded, text):
+        return [n for n, (_, last) in enumerate(encoded.offsets) if start < last <= end]
+    first, behind = (num_common(tokenizer.encode(text[:at], special=False), encoded.ids) for at in span)
+    return range(first, behind)
+
+
+def drop_after_end(inside: Sequence[int], ids: list[int], tokenizer: Tokenizer) -> Sequence[int]:
     """Return a turn's tokens up to its end token, without the blank space a template puts behind it."""
     last = next((k for k in reversed(range(len(inside))) if tokenizer.is_special(ids[inside[k]])), None)
     if last is None:
         return inside
-    behind = "".join(text[offsets[n][0] : offsets[n][1]] for n in inside[last + 1 :])
+    behind = tokenizer.decode([ids[n] for n in inside[last + 1 :]])
     return inside[: last + 1] if not behind.strip() else inside
 
 
-def ends_with_special(ids: list[int], offsets: list[tuple[int, int]], text: str, tokenizer: Tokenizer) -> bool:
+def ends_with_special(ids: list[int], tokenizer: Tokenizer) -> bool:
     """Return whether the last token that is not blank is a control token."""
-    for token, (start, end) in zip(reversed(ids), reversed(offsets), strict=True):
+    for token in reversed(ids):
         if tokenizer.is_special(token):
             return True
-        if text[start:end].strip():
+        if tokenizer.decode([token]).strip():
             return False
     return False
 

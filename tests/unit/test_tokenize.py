@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 
 import numpy as np
@@ -398,3 +399,26 @@ def test_a_tokenizer_that_loses_count_behind_unknown_characters_still_supervises
     said = tokenizer.decode(example.tokens[example.supervised].tolist())
     assert said.strip(": ").startswith("positive")
     assert "Label" not in said
+
+
+PLAIN = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("unknown", ["\u202eevil\u202c", "日本語 🤖", "שלום"])
+@pytest.mark.parametrize("name", ["TinyStories-656K", "stories260K"])
+def test_a_tokenizer_that_loses_count_still_supervises_every_answer_of_a_conversation(
+    stored_model, name, unknown, tmp_path
+):
+    for file in stored_model(name).glob("*token*"):
+        shutil.copy(file, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.inner.chat_template = PLAIN
+    row = chat_row((f"Tell {unknown} me", "One day a dog ran."), (f"And {unknown}?", "The cat sat."))
+    said = spoken(encode(row, tokenizer), tokenizer)
+    assert "One day a dog ran." in said
+    assert "The cat sat." in said
+    assert "Tell" not in said
+    assert "And" not in said
