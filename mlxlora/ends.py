@@ -42,12 +42,19 @@ class LoRAEmbedding(nn.Module):
 class LoRAHead(nn.Module):
     """A frozen head with a low-rank product beside it: logits z = h W.T + scale * h A.T B.T, with DoRA each times
     m / |W + scale B A|. The objective is here too, so that logits exist for one chunk at a time.
+
+    With `table`, the adapted embedding that the head is tied to, A and B are that one's B and A, turned.
     """
 
-    def __init__(self, base: nn.Module, *, name: str, spec: AdapterSpec, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, base: nn.Module, *, name: str, spec: AdapterSpec, shape: tuple[int, int],
+        table: LoRAEmbedding | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.base, self._scale, rank = base, spec.scale_of(name), spec.rank_of(name)
-        self._leaves = ("lora_A", "lora_B")
+        self._leaves, self._table = (() if table else ("lora_A", "lora_B")), table
+        if table is not None:
+            return
         self.lora_A, self.lora_B = mx.zeros((rank, shape[1])), mx.zeros((shape[0], rank))
         if spec.kind == "dora":
             self._leaves = (*self._leaves, "lora_magnitude_vector")
@@ -64,6 +71,8 @@ class LoRAHead(nn.Module):
     @property
     def trained(self) -> list[mx.array]:
         """Return what is trained: A, B, and DoRA's magnitudes."""
+        if self._table is not None:
+            return [self._table.lora_embedding_B.T, self._table.lora_embedding_A.T]
         return [self[leaf] for leaf in self._leaves]
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
@@ -139,6 +148,12 @@ def loss_and_gradients(
     return [total, mx.concatenate(pieces), *sums]
 
 
+def tied_base(root: nn.Module) -> nn.Module:
+    """Return the frozen embedding that is the head of a model without a module for it."""
+    table: Any = root.model.embed_tokens
+    return getattr(table, "base", table)  # below an adapter of its own
+
+
 def attach_ends(root: nn.Module, spec: AdapterSpec, ends: Mapping[str, tuple[int, int]]) -> LoRAHead | None:
     """Put adapters over the spec's embedding and head, in place; return the head's."""
     head = None
@@ -146,9 +161,11 @@ def attach_ends(root: nn.Module, spec: AdapterSpec, ends: Mapping[str, tuple[int
         if name not in ends:
             continue
         owner, leaf = find_owner(root, name)
-        layer = (LoRAEmbedding if is_embedding(name) else LoRAHead)(
-            getattr(owner, leaf), name=name, spec=spec, shape=ends[name]
-        )
+        base = getattr(owner, leaf) if leaf in owner else tied_base(root)
+        layer = (LoRAEmbedding if is_embedding(name) else LoRAHead)(base, name=name, spec=spec, shape=ends[name])
         setattr(owner, leaf, layer)
-        head = layer if isinstance(layer, LoRAHead) else head
+        if isinstance(layer, LoRAEmbedding):
+            head = LoRAHead(base, name=name, spec=spec, shape=ends[name], table=layer) if spec.tied else head
+        else:
+            head = layer
     return head

@@ -27,6 +27,7 @@ from mlxlora.ends import attach_ends
 from mlxlora.gated import gating
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
+from mlxlora.whole import attach_whole
 from shared.adapters.spec import ADAPTER_LEAVES, layer_of, within_layers
 from shared.errors import CapabilityError, ModelError
 from shared.experts import is_router, num_experts
@@ -72,11 +73,15 @@ class MLXModel:
         """Make the spec's adapter layers trainable, or for kind "none" every parameter."""
         self.zoo.freeze()
         if spec.kind != "none":
+            spec = replace(spec, tied=spec.tied and self.info.is_tied)
             self.dropout = Dropout(p=spec.dropout)
             attach = attach_dora if spec.kind == "dora" else attach_lora
             attach(self.zoo, within_layers(spec, self.info), self.dropout, self.info.linears)
-            head = attach_ends(self.zoo, spec, self.info.ends)
-            self.head = self.head if head is None else replace(self.head, module=head)
+            whole = attach_whole(self.zoo, spec, head=self.head.module)
+            adapted = attach_ends(self.zoo, spec, self.info.ends)
+            head = next((one for one in (adapted, whole) if one is not None), self.head.module)
+            self.head = replace(self.head, module=head)
+            self.trains_head = whole is not None
             for module in adapter_modules(self.zoo).values():
                 module.unfreeze(keys=list(module.trained_leaves), recurse=False)
         else:
@@ -120,7 +125,8 @@ class MLXModel:
             yield from ((name, from_mlx(value)) for name, value in self.parameters.items())
             return
         for name, value in flatten(self.zoo.parameters()):
-            if not name.endswith(ADAPTER_LEAVES):
+            alias = self.info.is_tied and name.startswith("lm_head.")  # the embedding's values, where the head is apart
+            if not alias and not name.endswith(ADAPTER_LEAVES):
                 yield self.canonical(name), from_mlx(value)
 
     def magnitudes(self) -> dict[str, Tensor]:
@@ -373,7 +379,13 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         is_tied=not hasattr(zoo, "lm_head"),
         can_batch=generation.can_batch(zoo, folder.family),
         num_experts=num_experts(folder.config),
+        norms={name: module.weight.size for name, module in zoo.named_modules() if is_norm(module)},
     )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module holds a vector of weights, and at most a bias beside it."""
+    return "weight" in module and set(module) <= {"weight", "bias"} and module.weight.ndim == 1
 
 
 def can_pack(zoo: Any, folder: ModelFolder) -> bool:

@@ -32,7 +32,7 @@ def base_arrays(base: nn.Module) -> list[mx.array]:
 
 def product(base: nn.Module, arrays: list[mx.array], x: mx.array) -> mx.array:
     """Return x @ W.T, W decoded for this one product."""
-    if not isinstance(base, QuantizedLinear):
+    if not isinstance(base, QuantizedLinear | QuantizedEmbedding):
         return x @ arrays[0].T
     return quantized_product(base, arrays, x, transpose=True)
 
@@ -44,7 +44,9 @@ def back_product(base: nn.Module, arrays: list[mx.array], grad: mx.array) -> mx.
     return quantized_product(base, arrays, grad, transpose=False)
 
 
-def quantized_product(base: QuantizedLinear, arrays: list[mx.array], x: mx.array, *, transpose: bool) -> mx.array:
+def quantized_product(
+    base: QuantizedLinear | QuantizedEmbedding, arrays: list[mx.array], x: mx.array, *, transpose: bool
+) -> mx.array:
     """Return x @ W.T or x @ W by MLX's kernel where that is the faster way, else over a decoded weight."""
     stored, held = base._stored, dict(zip(base._keys, arrays, strict=True))
     if on_gpu() and stored.scheme.name in PRODUCTS and x.dtype == TO_MLX[stored.dtype]:

@@ -119,6 +119,14 @@ class AdapterConfig(Section):
         Field(description="ranks of some modules, by names as in targets; the first that matches counts"),
     ] = {}
     alpha_pattern: Annotated[dict[str, Positive], Field(description="alphas of some modules, in the same way")] = {}
+    modules_to_save: Annotated[
+        list[str],
+        Field(description="modules trained whole beside the adapter, by names as in targets: embed_tokens, norm"),
+    ] = []
+    ensure_weight_tying: Annotated[
+        bool,
+        Field(description="of a base whose head is its embedding: what adapts or trains the one does it to both"),
+    ] = True
     start: Annotated[
         Name | None,
         Field(description="folder of an adapter to go on from: ours, PEFT's or mlx-lm's; null: a fresh one"),

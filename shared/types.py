@@ -220,6 +220,8 @@ class AdapterSpec:
     modules: tuple[str, ...]
     ranks: Mapping[str, int] = field(default_factory=dict[str, int])  # of modules that have one of their own
     alphas: Mapping[str, float] = field(default_factory=dict[str, float])
+    saved: tuple[str, ...] = ()  # modules that are trained whole, PEFT's modules_to_save
+    tied: bool = False  # of a base whose head is its embedding: what is trained of the one is trained of both
 
     @property
     def scale(self) -> float:
@@ -260,6 +262,7 @@ class ModelInfo:
     is_tied: bool = False  # the head is the embedding
     can_batch: bool = False  # sequences of different lengths are continued side by side
     num_experts: int = 1  # in a layer
+    norms: Mapping[str, int] = field(default_factory=dict[str, int])  # module with a vector of weights -> its width
 
     @property
     def adaptable(self) -> dict[str, tuple[int, int]]:

@@ -123,7 +123,7 @@ def attach_lora(root: nn.Module, spec: AdapterSpec, dropout: Dropout, linears: M
 def adapter_parameters(root: nn.Module) -> Mapping[str, nn.Parameter]:
     """Return the trainable tensors as `<module>.lora_A` and the like, in module order."""
     return {
-        f"{name}.{leaf}": getattr(module, leaf)
+        f"{name}.{leaf}": module.get_parameter(leaf)
         for name, module in root.named_modules()
         for leaf in getattr(module, "trained_leaves", ())
     }

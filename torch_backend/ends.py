@@ -28,7 +28,7 @@ class LoRAEmbedding(nn.Module):
 
     def __init__(self, base: nn.Module, *, name: str, spec: AdapterSpec, shape: tuple[int, int]) -> None:
         super().__init__()
-        self.base, self.scale = base, spec.scale_of(name)
+        self.base, self.scale = base, spec.scale_of(name) * table_scale(base)
         rank, device = spec.rank_of(name), next(iter([*base.parameters(), *base.buffers()])).device
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, shape[1], device=device))
         self.lora_embedding_B = nn.Parameter(torch.zeros(shape[0], rank, device=device))
@@ -40,25 +40,45 @@ class LoRAEmbedding(nn.Module):
         return y_BTD + self.scale * (low_BTR @ self.lora_embedding_B.to(y_BTD.dtype).T)
 
 
+def table_scale(base: nn.Module) -> float:
+    """Return what an embedding multiplies the rows with that it looks up, as Gemma's does."""
+    found: Any = getattr(base, "embed_scale", getattr(base, "scale", 1.0))
+    return float(found)
+
+
 class LoRAHead(nn.Module):
     """A frozen head with a low-rank product beside it: logits z = h W.T + scale * h A.T B.T, with DoRA each times
     m / |W + scale B A|. The objective is here too, so that logits exist for one chunk at a time.
+
+    With `table`, the adapted embedding that the head is tied to, A and B are that one's B and A, turned.
     """
 
-    def __init__(self, base: nn.Module, *, name: str, spec: AdapterSpec, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, base: nn.Module, *, name: str, spec: AdapterSpec, shape: tuple[int, int],
+        table: LoRAEmbedding | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.base, self.scale, rank = base, spec.scale_of(name), spec.rank_of(name)
+        self.table, self.lora_magnitude_vector = table, None
+        self.trained_leaves: tuple[str, ...] = ()
+        if table is not None:
+            return
         device = next(iter([*base.parameters(), *base.buffers()])).device
         self.trained_leaves = ("lora_A", "lora_B")
         self.lora_A = nn.Parameter(torch.zeros(rank, shape[1], device=device))
         self.lora_B = nn.Parameter(torch.zeros(shape[0], rank, device=device))
-        self.lora_magnitude_vector: nn.Parameter | None = None
         if spec.kind == "dora":
             self.trained_leaves = (*self.trained_leaves, "lora_magnitude_vector")
             squares = row_squares(from_torch(frozen_weight(base, torch.float32)))
             self.squares = to_torch(Tensor("F32", squares)).to(device)
             self.start = Tensor("F32", np.sqrt(squares))
             self.lora_magnitude_vector = nn.Parameter(to_torch(self.start).to(device))
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A (R, D) and B (V, R)."""
+        if self.table is not None:
+            return self.table.lora_embedding_B.T, self.table.lora_embedding_A.T
+        return self.lora_A, self.lora_B
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -74,18 +94,18 @@ class LoRAHead(nn.Module):
         z_NV, m_V = self.summed(h_ND, weight_VD), self.lora_magnitude_vector
         if m_V is None:
             return z_NV
-        return z_NV * (m_V / row_norms(self, weight_VD, self.lora_A, self.lora_B)).to(z_NV.dtype)
+        return z_NV * (m_V / row_norms(self, weight_VD, *self.matrices())).to(z_NV.dtype)
 
     def summed(self, h_CD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
         """Return (C, V): h W.T + scale * h A.T B.T."""
-        A, B = self.lora_A.to(h_CD.dtype), self.lora_B.to(h_CD.dtype)
+        A, B = (matrix.to(h_CD.dtype) for matrix in self.matrices())
         return torch.addmm(h_CD @ weight_VD.T, h_CD @ A.T, B.T, alpha=self.scale)
 
     def sft(
         self, h_ND: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor, facts: HeadFacts
     ) -> torch.Tensor:
         """Return the summed loss in nats; its formula is `shared.objectives.sft`."""
-        trained = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
+        trained = (*self.matrices(), self.lora_magnitude_vector)
         return _AdaptedSFT.apply(h_ND, *trained, self, targets_N, weights_N, facts)
 
 
@@ -137,9 +157,11 @@ def attach_ends(root: nn.Module, spec: AdapterSpec, ends: Mapping[str, tuple[int
             continue
         parent, _, leaf = name.rpartition(".")
         owner = root.get_submodule(parent)
-        layer = (LoRAEmbedding if is_embedding(name) else LoRAHead)(
-            getattr(owner, leaf), name=name, spec=spec, shape=ends[name]
-        )
+        base = getattr(owner, leaf)
+        layer = (LoRAEmbedding if is_embedding(name) else LoRAHead)(base, name=name, spec=spec, shape=ends[name])
         setattr(owner, leaf, layer)
-        head = layer if isinstance(layer, LoRAHead) else head
+        if isinstance(layer, LoRAEmbedding):
+            head = LoRAHead(base, name=name, spec=spec, shape=ends[name], table=layer) if spec.tied else head
+        else:
+            head = layer
     return head

@@ -48,6 +48,7 @@ from torch_backend.gated import gating, is_gated
 from torch_backend.offload import offload_layers
 from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from torch_backend.state import from_torch, send, to_torch, torch_dtype
+from torch_backend.whole import attach_whole
 
 
 class TorchModel:
@@ -65,11 +66,14 @@ class TorchModel:
     def attach(self, spec: AdapterSpec) -> None:
         """Make the spec's adapter layers trainable, or for kind "none" every parameter."""
         if spec.kind != "none":
+            spec = replace(spec, tied=spec.tied and self.info.is_tied)
             self.dropout = Dropout(p=spec.dropout)
             attach = attach_dora if spec.kind == "dora" else attach_lora
             attach(self.zoo, within_layers(spec, self.info), self.dropout, self.info.linears)
-            head = attach_ends(self.zoo, spec, self.info.ends)
-            self.head = self.head if head is None else replace(self.head, module=head)
+            whole = attach_whole(self.zoo, spec, head=self.head.module)
+            adapted = attach_ends(self.zoo, spec, self.info.ends)
+            head = next((one for one in (adapted, whole) if one is not None), self.head.module)
+            self.head = replace(self.head, module=head)
             self.parameters = dict(adapter_parameters(self.zoo))
         else:
             self.parameters = dict(self.zoo.named_parameters())
@@ -335,7 +339,14 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         is_tied=folder.is_tied,
         can_batch=generation.can_batch(zoo),
         num_experts=num_experts(folder.config),
+        norms={name: int(module.weight.numel()) for name, module in zoo.named_modules() if is_norm(module)},
     )
+
+
+def is_norm(module: Any) -> bool:
+    """Return whether a module holds a vector of weights, and at most a bias beside it."""
+    held = {name: value for name, value in module._parameters.items() if value is not None}
+    return not module._modules and "weight" in held and set(held) <= {"weight", "bias"} and held["weight"].dim() == 1
 
 
 def schemes_of(zoo: nn.Module) -> Iterator[tuple[str, Scheme]]:

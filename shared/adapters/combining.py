@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from shared.adapters.folder import Adapter
-from shared.adapters.spec import leaves_of, natural
+from shared.adapters.spec import ends_of, leaves_of, natural
 from shared.errors import AdapterError, CapabilityError, ConfigError, did_you_mean
 from shared.tensors import from_float32, is_finite, to_float32
 from shared.types import AdapterSpec, Tensor
@@ -68,6 +68,7 @@ def combine(
         "lora", rank=most, alpha=scale * most, dropout=0.0, modules=tuple(modules),
         ranks={name: own for name, own in ranks.items() if own != most},
         alphas={name: scale * own for name, own in ranks.items() if own != most},
+        tied=any(adapter.spec.tied for adapter, _ in chosen),
     )  # fmt: skip
     return Adapter(spec, tensors, common_notes([adapter.notes for adapter, _ in chosen]))
 
@@ -92,6 +93,18 @@ def check_addable(adapters: Sequence[Adapter]) -> None:
         raise CapabilityError(
             "DoRA scales the base's rows by their norms: such adapters cannot be added to others", code="E404",
             expected="LoRA and rsLoRA", fix="fuse the DoRA adapter into the base, and use the others on that",
+        )  # fmt: skip
+    whole = next((name for adapter in adapters for name in adapter.spec.saved), None)
+    if whole is not None:
+        raise CapabilityError(
+            f'an adapter brings "{whole}" whole (modules_to_save): two such modules have no sum', code="E404",
+            expected="adapters without modules_to_save",
+            fix="fuse that adapter into the base, and use the others on that",
+        )  # fmt: skip
+    if len({adapter.spec.tied for adapter in adapters if ends_of(adapter.spec.modules)}) > 1:
+        raise CapabilityError(
+            "one adapter changes embedding and head as one tensor, another does not (ensure_weight_tying)", code="E404",
+            expected="adapters that treat them alike",
         )  # fmt: skip
     damaged = [name for adapter in adapters for name, tensor in adapter.tensors.items() if not is_finite(tensor)]
     if damaged:

@@ -7,7 +7,7 @@ lora_b (r, out). adapter_config.json carries the keys of both.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,24 @@ from shared.adapters.names import (
     MLX_FILE,
     OWN_LEAVES,
     PEFT_FILE,
-    own_name,
+    SAVED,
     own_name_of_mlx,
+    own_names,
     turned,
+    twin,
 )
 from shared.adapters.schema import (
     CONFIG_FILE,
     check_mlx,
     check_peft,
     match_pattern,
+    read_names,
     read_number,
     read_pattern,
     read_rank,
     read_ranks,
 )
-from shared.adapters.spec import ADAPTER_LEAVES, is_embedding, leaves_of, natural
+from shared.adapters.spec import ADAPTER_LEAVES, ends_of, is_embedding, is_saved, leaves_of, natural
 from shared.errors import AdapterError, CapabilityError, ModelError
 from shared.folder import ModelFolder, read_json
 from shared.registry import find_quantizer
@@ -75,13 +78,25 @@ def read_as(folder: Path, file: str) -> Adapter:
         ) from None
     spec, tensors = (from_peft if file == PEFT_FILE else from_mlx_lm)(config, stored)
     notes = config.get("mlxlora")
-    return Adapter(spec, tensors, notes if isinstance(notes, dict) else {}, copies_of(stored))
+    return Adapter(spec, tensors, notes if isinstance(notes, dict) else {}, copies_of(config, stored))
 
 
-def copies_of(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copies_of(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the base's weights that PEFT saves beside the matrices of embeddings and heads, by the base's names."""
-    names = {name: own_name(name) for name in stored}
-    return {f"{own.removesuffix(COPY)}.weight": stored[name] for name, own in names.items() if own.endswith(COPY)}
+    names = own_names(stored, saved_names(config)) if config.get("peft_type") else {}
+    return {f"{own.removesuffix(COPY)}.weight": stored[name] for name, own in names.items() if is_copy(own)}
+
+
+def saved_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return PEFT's modules_to_save, with the head where it follows an embedding among them."""
+    names = read_names(config, "modules_to_save")
+    follows = bool(config.get("ensure_weight_tying")) and any(map(is_embedding, names))
+    return (*names, "lm_head") if follows else names
+
+
+def is_copy(own: str) -> bool:
+    """Return whether a tensor is a weight of the base: that of an adapted end, or a whole end that is not trained."""
+    return own.endswith(COPY) or bool(ends_of([own]))
 
 
 def check_copies(adapter: Adapter, base: ModelFolder) -> None:
@@ -98,6 +113,8 @@ def check_copies(adapter: Adapter, base: ModelFolder) -> None:
 
 def is_base_s(name: str, copy: Tensor, base: ModelFolder) -> bool:
     """Return whether a weight is the base's, or where that is stored quantized, one that gives the same codes."""
+    if name == "lm_head.weight" and base.is_tied:
+        name = next((f"{one}.weight" for one in map(owner, base.entries) if is_embedding(one)), name)
     place = base.places.get(name.removesuffix(".weight"))
     if place is None:
         own = base.value(name) if name in base.entries else None
@@ -151,9 +168,11 @@ def no_tensors(folder: Path) -> AdapterError:
 def from_peft(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[AdapterSpec, dict[str, Tensor]]:
     """Return spec and tensors of PEFT's files; what this version cannot compute is refused by name."""
     check_peft(config)
-    stored = {name: tensor for name, tensor in stored.items() if not own_name(name).endswith(COPY)}
-    tensors = {own_name(name): tensor for name, tensor in stored.items()}
+    names = own_names(stored, saved_names(config))
+    stored = {name: tensor for name, tensor in stored.items() if not is_copy(names[name])}
+    tensors = {names[name]: tensor for name, tensor in stored.items()}
     check_leaves(tensors, stored, expected="lora_A, lora_B")
+    tensors, tied = without_twins(tensors, tied=bool(config.get("ensure_weight_tying")))
     modules = modules_of(tensors)
     rank, alpha = read_rank(config, "r", 8), read_number(config, "lora_alpha", 8)
     ranks, alphas = read_ranks(config), read_pattern(config, "alpha_pattern")
@@ -168,9 +187,27 @@ def from_peft(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[
         kind, rank=rank, alpha=alpha, dropout=read_number(config, "lora_dropout", 0.0), modules=modules,
         ranks={name: found for name, found in own_ranks.items() if found != rank},
         alphas={name: found for name, found in own_alphas.items() if found != alpha},
+        saved=saved_of(tensors), tied=tied,
     )  # fmt: skip
     check_ranks(spec, tensors)
     return spec, tensors
+
+
+def without_twins(tensors: dict[str, Tensor], *, tied: bool) -> tuple[dict[str, Tensor], bool]:
+    """Return what is not a copy of the embedding's for a head tied to it, and whether the two are one.
+
+    PEFT says `ensure_weight_tying` of bases with a head of its own too, where it trains them apart.
+    """
+    table = next((name for name in map(owner, tensors) if is_embedding(name)), None)
+    if not tied or table is None:
+        return tensors, False
+    heads = {name: twin(name, table) for name in tensors if owner(name) == "lm_head"}
+    for name, other in heads.items():
+        found = tensors.get(other)
+        same = None if found is None else found if is_saved(name) else turned(found)
+        if same is None or not np.array_equal(same.data, tensors[name].data):
+            return tensors, False
+    return {name: tensor for name, tensor in tensors.items() if name not in heads}, True
 
 
 def from_mlx_lm(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[AdapterSpec, dict[str, Tensor]]:
@@ -195,9 +232,11 @@ def from_mlx_lm(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tupl
     tensors = {own_name_of_mlx(name): turned(tensor) for name, tensor in stored.items()}
     check_leaves(tensors, stored, expected="lora_a, lora_b")
     rank, scale = read_rank(settings, "rank", 8), read_number(settings, "scale", 1.0)
+    modules = modules_of(tensors)
     spec = AdapterSpec(
-        kind, rank=rank, alpha=scale * rank, dropout=read_number(settings, "dropout", 0.0), modules=modules_of(tensors)
-    )
+        kind, rank=rank, alpha=scale * rank, dropout=read_number(settings, "dropout", 0.0), modules=modules,
+        tied=any(is_embedding(name) for name in modules),
+    )  # fmt: skip
     check_ranks(spec, tensors)
     return spec, tensors
 
@@ -225,8 +264,18 @@ def check_leaves(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], *,
 
 
 def modules_of(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return the modules that tensors belong to, in model order."""
-    return tuple(sorted({name.rpartition(".")[0] for name in tensors}, key=natural))
+    """Return the modules that have an adapter, in model order."""
+    return tuple(sorted({owner(name) for name in tensors if not is_saved(name)}, key=natural))
+
+
+def saved_of(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the modules that are trained whole, in model order."""
+    return tuple(sorted({owner(name) for name in tensors if is_saved(name)}, key=natural))
+
+
+def owner(name: str) -> str:
+    """Return the module that a tensor belongs to."""
+    return name.rpartition(".")[0].removesuffix(SAVED)
 
 
 def check_ranks(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
@@ -263,7 +312,7 @@ def check_fit(adapter: Adapter, info: ModelInfo) -> None:
             f"({len(missing)} of {len(adapter.spec.modules)} modules are missing)",
             fix="use the base that the adapter was trained on",
         )
-    check_untied([name for name in adapter.spec.modules if name in info.ends], tied=info.is_tied)
+    check_saved(adapter, info)
     for name in adapter.spec.modules:
         out, width = adaptable[name]
         A, B = leaves_of(name)
@@ -283,10 +332,25 @@ def check_fit(adapter: Adapter, info: ModelInfo) -> None:
                 )  # fmt: skip
 
 
-def check_untied(ends: Sequence[str], *, tied: bool) -> None:
-    """Raise CapabilityError where an adapter changes an embedding or a head, and both are one tensor."""
-    if ends and tied:
-        raise CapabilityError(
-            f'the adapter changes "{ends[0]}" of a base whose head is its embedding: there PEFT adapts one of the two, '
-            "mlx-lm both", code="E404", expected="a base with a head of its own",
-        )  # fmt: skip
+def check_saved(adapter: Adapter, info: ModelInfo) -> None:
+    """Raise AdapterError unless the model has every module that was trained whole, with the right shape."""
+    for name in adapter.spec.saved:
+        if name not in info.norms and name not in info.adaptable:
+            raise AdapterError(
+                f'the adapter does not fit this {info.family} model: it has no module "{name}" (modules_to_save)',
+                fix="use the base that the adapter was trained on",
+            )
+        shape = (info.norms[name],) if name in info.norms else info.adaptable[name]
+        shape = shape[::-1] if is_embedding(name) else shape
+        found = adapter.tensors.get(f"{name}{SAVED}.weight")
+        if found is None or tuple(found.shape) != shape:
+            state = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+            raise AdapterError(
+                f'adapter tensor "{name}.weight" (modules_to_save) {state}', expected=f"{shape} for this base",
+                fix="use the base that the adapter was trained on",
+            )  # fmt: skip
+
+
+def is_apart(spec: AdapterSpec, *, tied: bool) -> bool:
+    """Return whether an adapter gives embedding and head, which are one tensor in the base, different values."""
+    return tied and not spec.tied and bool(ends_of([*spec.modules, *spec.saved]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from shared.types import Tensor
 
 PEFT_FILE, MLX_FILE = "adapter_model.safetensors", "adapters.safetensors"
 PEFT_PREFIX = "base_model.model."
+SAVED = ".modules_to_save"  # between a module that is trained whole and its "weight" or "bias"
 COPY = ".base_layer"  # a weight of the base that PEFT saves with the adapter of an embedding or a head
 MLX_LEAVES = {
     "lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m",
@@ -27,7 +28,11 @@ def peft_name(name: str) -> str:
 
     >>> peft_name("a.q_proj.lora_A"), peft_name("a.q_proj.lora_magnitude_vector")
     ('base_model.model.a.q_proj.lora_A.weight', 'base_model.model.a.q_proj.lora_magnitude_vector')
+    >>> peft_name("lm_head.modules_to_save.weight")
+    'base_model.model.lm_head.weight'
     """
+    if SAVED in name:
+        return f"{PEFT_PREFIX}{name.replace(SAVED, '')}"
     return f"{PEFT_PREFIX}{name}" if name.endswith(PEFT_UNWEIGHTED) else f"{PEFT_PREFIX}{name}.weight"
 
 
@@ -38,6 +43,30 @@ def own_name(name: str) -> str:
     ('a.q_proj.lora_A', 'a.q_proj.lora_A')
     """
     return name.removeprefix(PEFT_PREFIX).removesuffix(".weight").removesuffix(".default")
+
+
+def own_names(stored: Iterable[str], saved: Sequence[str]) -> dict[str, str]:
+    """Return the canonical names of PEFT's tensors; saved: `modules_to_save`, ends of module names as PEFT has them.
+
+    >>> own_names(["base_model.model.lm_head.weight"], ["head"])
+    {'base_model.model.lm_head.weight': 'lm_head.modules_to_save.weight'}
+    """
+    names = {}
+    for name in stored:
+        module, _, leaf = name.removeprefix(PEFT_PREFIX).rpartition(".")
+        whole = leaf in ("weight", "bias") and module.endswith(tuple(saved))
+        names[name] = f"{module}{SAVED}.{leaf}" if whole else own_name(name)
+    return names
+
+
+def twin(name: str, table: str) -> str:
+    """Return which tensor of an embedding holds that of a head tied to it, the matrices of LoRA turned.
+
+    >>> twin("lm_head.lora_A", "model.embed_tokens"), twin("lm_head.modules_to_save.weight", "wte")
+    ('model.embed_tokens.lora_embedding_B', 'wte.modules_to_save.weight')
+    """
+    own = {"lm_head.lora_A": "lora_embedding_B", "lm_head.lora_B": "lora_embedding_A"}
+    return f"{table}.{own[name] if name in own else name.removeprefix('lm_head.')}"
 
 
 def mlx_name(name: str) -> str:

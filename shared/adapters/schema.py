@@ -14,14 +14,15 @@ from shared.errors import AdapterError, CapabilityError
 CONFIG_FILE = "adapter_config.json"
 # Settings of PEFT that change what an adapter computes, and the value that leaves it as we understand it.
 PLAIN = {
-    "bias": "none", "lora_bias": False, "modules_to_save": None, "fan_in_fan_out": False,
+    "bias": "none", "lora_bias": False, "fan_in_fan_out": False,
     "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
-    "alora_invocation_tokens": None, "ensure_weight_tying": False, "use_qalora": False, "use_bdlora": None,
+    "alora_invocation_tokens": None, "use_qalora": False, "use_bdlora": None,
     "arrow_config": None, "kasa_config": None, "velora_config": None, "monteclora_config": None, "enable_lora": None,
 }  # fmt: skip
 # Settings of PEFT that are read, or say only which modules there are, how training went or where files lie.
 KNOWN = frozenset((
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "modules_to_save", "ensure_weight_tying",
     "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
@@ -84,7 +85,7 @@ def check_mlx(config: Mapping[str, Any]) -> Mapping[str, Any]:
     for key, value in settings.items():
         if value and key not in MLX_PARAMETERS:
             raise refused(f"lora_parameters.{key}", value, None)
-    for key in ("use_rslora", "use_dora", *PLAIN) if "peft_type" not in config else ():
+    for key in ("use_rslora", "use_dora", "modules_to_save", *PLAIN) if "peft_type" not in config else ():
         if config.get(key) and config[key] != PLAIN.get(key):
             raise refused(key, config[key], PLAIN.get(key, False))
     return settings
@@ -108,6 +109,14 @@ def read_rank(config: Mapping[str, Any], key: str, default: int) -> int:
     if value < 1 or value != int(value):
         raise AdapterError(f"{CONFIG_FILE}: {key} is {value:g}", code="E311", expected="a whole number from 1")
     return int(value)
+
+
+def read_names(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """Return a list of names of an adapter's config, empty where it is absent or null; raises AdapterError."""
+    found = config.get(key) or ()
+    if not isinstance(found, list | tuple) or not all(isinstance(name, str) and name for name in found):
+        raise AdapterError(f"{CONFIG_FILE}: {key} is {found!r:.80}", code="E311", expected="a list of names")
+    return tuple(found)
 
 
 def read_pattern(config: Mapping[str, Any], key: str) -> Mapping[str, float]:

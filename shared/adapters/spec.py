@@ -24,6 +24,8 @@ ADAPTER_LEAVES = (
     ".lora_magnitude_vector",
     ".lora_embedding_A",
     ".lora_embedding_B",
+    ".modules_to_save.weight",
+    ".modules_to_save.bias",
 )  # how names of adapter tensors end
 EMBEDDINGS = frozenset(("embed_tokens", "wte", "word_embeddings", "embeddings", "tok_embeddings", "embed_in"))
 SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # siblings that read one tensor
@@ -40,20 +42,59 @@ def resolve(config: AdapterConfig, info: ModelInfo) -> AdapterSpec:
                 "different tensors, a checkpoint would fit one backend only",
                 expected="adapter.type: lora, rslora or dora",
             )
+        if config.modules_to_save:
+            raise ConfigError(
+                "adapter.modules_to_save with adapter.type: none, which trains every module", code="E204",
+                fix="leave one of them out",
+            )  # fmt: skip
         return AdapterSpec("none", rank=1, alpha=1.0, dropout=0.0, modules=())
     layers = chosen_layers(config, info)
     every = sorted(info.linears, key=natural)
     inside = [name for name in every if layer_of(name) in layers]
     ends = [] if config.targets == "all-linear" else sorted(info.ends, key=natural)
-    modules = match_targets(config.targets, [*inside, *ends], every=[*every, *ends])
-    check_ends([name for name in modules if name in ends], config, info)
+    tied = config.ensure_weight_tying and info.is_tied
+    modules = one_of_tied(match_targets(config.targets, [*inside, *ends], every=[*every, *ends]), info, tied=tied)
+    saved = one_of_tied(match_saved(config.modules_to_save, info), info, tied=tied)
+    check_saved(saved, modules)
+    tied = tied and any(name in info.ends for name in (*modules, *saved))
+    check_ends([name for name in modules if name in ends], config, tied=tied)
     ranks = by_pattern(config.rank_pattern, modules, key="rank_pattern", usual=config.rank)
     alphas = by_pattern(config.alpha_pattern, modules, key="alpha_pattern", usual=config.alpha)
     return AdapterSpec(
         config.type, rank=config.rank, alpha=float(config.alpha), dropout=config.dropout, modules=tuple(modules),
         ranks={name: int(rank) for name, rank in ranks.items()},
-        alphas={name: float(alpha) for name, alpha in alphas.items()},
+        alphas={name: float(alpha) for name, alpha in alphas.items()}, saved=tuple(saved), tied=tied,
     )  # fmt: skip
+
+
+def one_of_tied(modules: Sequence[str], info: ModelInfo, *, tied: bool) -> list[str]:
+    """Return modules with the embedding in place of the head that is tied to it."""
+    table = next((name for name in info.ends if is_embedding(name)), None)
+    renamed = [table if tied and table and name in info.ends else name for name in modules]
+    return list(dict.fromkeys(renamed))
+
+
+def match_saved(names: Sequence[str], info: ModelInfo) -> list[str]:
+    """Return the modules that `modules_to_save` names, in model order; each name must match at least one."""
+    every = sorted({*info.adaptable, *info.norms}, key=natural)
+    for target in names:
+        if not any(is_match(target, name) for name in every):
+            kinds = sorted({short_name(name) for name in every})
+            raise ConfigError(
+                f'adapter.modules_to_save: "{target}" matches no module', code="E206", expected=", ".join(kinds),
+                fix=hint if "mean" in (hint := did_you_mean(target, kinds)) else None,
+            )  # fmt: skip
+    return [name for name in every if any(is_match(target, name) for target in names)]
+
+
+def check_saved(saved: Sequence[str], modules: Sequence[str]) -> None:
+    """Raise ConfigError for a module that would be trained whole and have an adapter too."""
+    both = [name for name in saved if name in modules]
+    if both:
+        raise ConfigError(
+            f'adapter: "{both[0]}" is in targets and in modules_to_save', code="E204",
+            expected="an adapter, or the whole module", fix="take it out of one of them",
+        )  # fmt: skip
 
 
 def by_pattern(pattern: Mapping[str, float], modules: Sequence[str], *, key: str, usual: float) -> dict[str, float]:
@@ -67,14 +108,8 @@ def by_pattern(pattern: Mapping[str, float], modules: Sequence[str], *, key: str
     return {name: number for name, number in own.items() if number != usual}
 
 
-def check_ends(ends: Sequence[str], config: AdapterConfig, info: ModelInfo) -> None:
+def check_ends(ends: Sequence[str], config: AdapterConfig, *, tied: bool) -> None:
     """Refuse embeddings and heads that the libraries would compute differently."""
-    if ends and info.is_tied:
-        raise ConfigError(
-            f'adapter.targets: "{ends[0]}" of a {info.family} model whose head is its embedding: PEFT adapts one of '
-            "the two, mlx-lm both", code="E204",
-            expected="a base with a head of its own", fix="take it out of adapter.targets",
-        )  # fmt: skip
     if config.type == "dora" and any(is_embedding(name) for name in ends):
         raise ConfigError(
             "adapter.targets: DoRA on an embedding: PEFT's magnitude has a number per dimension, mlx-lm's one per "
@@ -82,7 +117,7 @@ def check_ends(ends: Sequence[str], config: AdapterConfig, info: ModelInfo) -> N
             code="E204",
             fix="take the embedding out of adapter.targets, or adapter.type: lora",
         )
-    if config.dropout and any(not is_embedding(name) for name in ends):
+    if config.dropout and any(tied or not is_embedding(name) for name in ends):
         raise ConfigError(
             "adapter.dropout with a head among adapter.targets: the head is computed at supervised positions only, "
             "which the masks do not know", code="E204",
@@ -219,8 +254,14 @@ def within_layers(spec: AdapterSpec, info: ModelInfo) -> AdapterSpec:
 
 
 def first_values(spec: AdapterSpec, model: Model, *, seed: int) -> dict[str, Tensor]:
-    """Return what an adapter starts from: A and B of the seed, and DoRA's magnitudes of the base's weights."""
-    return {**initial_adapter(spec, model.info.adaptable, seed=seed), **model.magnitudes()}
+    """Return what an adapter starts from: A and B of the seed, of the base DoRA's magnitudes and whole modules."""
+    whole = {name: tensor for name, tensor in model.tensors("adapter") if is_saved(name)} if spec.saved else {}
+    return {**initial_adapter(spec, model.info.adaptable, seed=seed), **model.magnitudes(), **whole}
+
+
+def is_saved(name: str) -> bool:
+    """Return whether a tensor is of a module that is trained whole."""
+    return name.endswith((".modules_to_save.weight", ".modules_to_save.bias"))
 
 
 def row_squares(weight: Tensor) -> np.ndarray:

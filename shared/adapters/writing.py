@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from shared.adapters.names import MLX_FILE, PEFT_FILE, mlx_name, peft_name, turned
+from shared.adapters.names import MLX_FILE, PEFT_FILE, SAVED, mlx_name, peft_name, turned, twin
 from shared.adapters.schema import CONFIG_FILE
-from shared.adapters.spec import LAYER, layer_of, leaves_of, natural, short_name
+from shared.adapters.spec import LAYER, ends_of, is_embedding, is_saved, layer_of, leaves_of, natural, short_name
 from shared.durable import write_json
 from shared.hub import split_revision
 from shared.tensors import from_float32, save_file, to_float32
@@ -48,10 +48,22 @@ def write_adapter(
 ) -> None:
     """Write the files of an adapter, for both libraries, into an existing folder; base: path or hub id of the model."""
     facts = Facts(info.num_layers, frozenset(info.adaptable))
-    layouts = (to_peft(spec, tensors, facts, base=base), to_mlx(spec, tensors, facts))
+    layouts = [to_peft(spec, tensors, facts, base=base)]
+    if why_not_mlx(spec, tied=info.is_tied) is None:
+        layouts.append(to_mlx(spec, tensors, facts))
     for layout in layouts:
         save_file(folder / layout.file, layout.tensors.items(), metadata=METADATA[layout.file])
-    write_config(folder, {**layouts[0].config, **layouts[1].config, "mlxlora": notes})
+    write_config(folder, {**{key: value for one in layouts for key, value in one.config.items()}, "mlxlora": notes})
+
+
+def why_not_mlx(spec: AdapterSpec, *, tied: bool) -> str | None:
+    """Return why mlx-lm cannot load an adapter, None where it can; tied: the base's head is its embedding."""
+    if spec.saved:
+        return f'mlx-lm has no place for modules that are trained whole ("{spec.saved[0]}", modules_to_save)'
+    ends = ends_of(spec.modules)
+    if ends and tied and not spec.tied:
+        return f'mlx-lm adapts embedding and head of this base as the one tensor that they are, here "{ends[0]}" alone'
+    return None
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -70,7 +82,8 @@ def to_peft(spec: AdapterSpec, tensors: Mapping[str, Tensor], facts: Facts, *, b
         **({"revision": revision} if revision else {}),
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
+        "modules_to_save": list(spec.saved) or None,
+        **({"ensure_weight_tying": True} if spec.tied else {}),
         "r": spec.rank,
         "lora_alpha": plain_number(spec.alpha),
         "rank_pattern": dict(spec.ranks),
@@ -83,7 +96,16 @@ def to_peft(spec: AdapterSpec, tensors: Mapping[str, Tensor], facts: Facts, *, b
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    return Layout(PEFT_FILE, config, {peft_name(name): tensor for name, tensor in tensors.items()})
+    whole = {**tensors, **twins(tensors)} if spec.tied else tensors
+    return Layout(PEFT_FILE, config, {peft_name(name): tensor for name, tensor in whole.items()})
+
+
+def twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the head's tensors that PEFT saves beside those of the embedding that it is tied to."""
+    table = next(one for one in (name.rpartition(".")[0].removesuffix(SAVED) for name in tensors) if is_embedding(one))
+    leaves = ("lora_A", "lora_B", "modules_to_save.weight")
+    found = {f"lm_head.{leaf}": tensors.get(twin(f"lm_head.{leaf}", table)) for leaf in leaves}
+    return {name: held if is_saved(name) else turned(held) for name, held in found.items() if held is not None}
 
 
 def plain_number(value: float) -> int | float:

@@ -10,25 +10,26 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shared.adapters.folder import Adapter, check_copies, check_untied, from_peft, no_adapter, no_tensors, read_as
+from shared.adapters.folder import Adapter, check_copies, from_peft, is_copy, no_adapter, no_tensors, read_as
 from shared.adapters.names import (
     COPY,
     MLX_FILE,
     PEFT_FILE,
     mlx_name,
-    own_name,
     own_name_of_mlx,
+    own_names,
     peft_name,
     turned,
+    twin,
 )
 from shared.adapters.schema import CONFIG_FILE
-from shared.adapters.spec import ends_of, layer_of, leaves_of
+from shared.adapters.spec import ends_of, is_embedding, layer_of, leaves_of
 from shared.adapters.writing import (
     METADATA,
     Facts,
@@ -37,6 +38,7 @@ from shared.adapters.writing import (
     to_mlx,
     to_peft,
     unfolded,
+    why_not_mlx,
     write_config,
 )
 from shared.convert.target import ADAPTER, new_folder
@@ -83,7 +85,9 @@ def convert_adapter(source: Path, target: Path, *, to: str, base: str | None = N
     first = restored(config, stored, load_restore(source), to=to)
     folder = find_base(config, base)
     facts = facts_of(folder)
-    check_expressible(adapter.spec, folder)
+    check_expressible(adapter.spec, folder, to=to)
+    if folder is not None:
+        adapter = replace(adapter, spec=replace(adapter.spec, tied=adapter.spec.tied and folder.is_tied))
     if folder is not None:
         check_copies(adapter, folder)
     with new_folder(target, sources=[source], force=force, own=ADAPTER) as staged:
@@ -152,27 +156,29 @@ def facts_of(folder: ModelFolder | None) -> Facts:
     return Facts(num_layers=len(layers) or None)
 
 
-def check_expressible(spec: AdapterSpec, folder: ModelFolder | None) -> None:
+def check_expressible(spec: AdapterSpec, folder: ModelFolder | None, *, to: str) -> None:
     """Refuse what the two libraries compute differently, and modules that the base does not have."""
     names = set() if folder is None else {name.rpartition(".")[0] for name in folder.entries}
-    missing = [name for name in spec.modules if names and name not in names and name != "lm_head"]
+    missing = [name for name in (*spec.modules, *spec.saved) if names and name not in names and name != "lm_head"]
     if missing:
         raise AdapterError(
             f'the adapter does not fit this base: it has no module "{missing[0]}" '
             f"({len(missing)} of {len(spec.modules)} are missing)", fix="give the base that it was trained on",
         )  # fmt: skip
-    check_ends(spec, folder)
+    check_ends(spec, folder, to=to)
 
 
-def check_ends(spec: AdapterSpec, folder: ModelFolder | None) -> None:
-    """Refuse adapters of embedding or head where these are one tensor, or nobody says whether they are."""
+def check_ends(spec: AdapterSpec, folder: ModelFolder | None, *, to: str) -> None:
+    """Refuse what mlx-lm has no place for, and adapters of ends where nobody says whether these are one tensor."""
+    why = why_not_mlx(spec, tied=folder is not None and folder.is_tied) if to == "mlx" else None
+    if why is not None:
+        raise CapabilityError(why, code="E405", fix="use it with PEFT or here")
     ends = ends_of(spec.modules)
     if ends and folder is None:
         raise CapabilityError(
             f'the adapter changes "{ends[0]}", which PEFT and mlx-lm compute alike only where embedding and head '
             "are two tensors; nobody says whether they are", code="E405", fix="name the base: --base MODEL",
         )  # fmt: skip
-    check_untied(ends, tied=folder is not None and folder.is_tied)
 
 
 def write_converted(
@@ -281,19 +287,31 @@ def back_to_peft(
     }
     spec, _ = from_peft(config, shapes)
     tensors: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        own = own_name(name)
-        if own.endswith(COPY):
+    table = next((name for name in spec.modules if is_embedding(name)), "")
+    for name, own in own_names(shapes, ()).items():
+        shape = shapes[name]
+        if is_copy(own):
             tensors[name] = lost[f"{own.removesuffix(COPY)}.weight"]
-            continue
-        ratio = ratio_of(spec, own.rpartition(".")[0]) if own.endswith("_B") else 1.0
-        found = brought_back(stored[mlx_name(own)], shape.shape, shape.dtype, ratio=ratio)
-        if own in lost:
-            words = f"<i{found.data.dtype.itemsize}"
-            off = lost[own].data.astype(words)
-            found = Tensor(found.dtype, (found.data.view(words) + off).view(found.data.dtype))
-        tensors[name] = found
+        elif spec.tied and own.startswith("lm_head."):
+            other = twin(own, table)
+            tensors[name] = turned(back_to_own(other, shape.shape[::-1], shape.dtype, spec, stored, lost))
+        else:
+            tensors[name] = back_to_own(own, shape.shape, shape.dtype, spec, stored, lost)
     return tensors
+
+
+def back_to_own(
+    own: str, shape: tuple[int, ...], dtype: str, spec: AdapterSpec, stored: Mapping[str, Tensor],
+    lost: Mapping[str, Tensor],
+) -> Tensor:  # fmt: skip
+    """Return a tensor as it was before it was converted to mlx-lm, to the last bit."""
+    ratio = ratio_of(spec, own.rpartition(".")[0]) if own.endswith("_B") else 1.0
+    found = brought_back(stored[mlx_name(own)], shape, dtype, ratio=ratio)
+    if own not in lost:
+        return found
+    words = f"<i{found.data.dtype.itemsize}"
+    off = lost[own].data.astype(words)
+    return Tensor(found.dtype, (found.data.view(words) + off).view(found.data.dtype))
 
 
 def back_to_mlx(name: str, stored: Mapping[str, Tensor]) -> Tensor:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared.adapters.folder import Adapter
-from shared.adapters.spec import is_embedding
+from shared.adapters.names import SAVED
+from shared.adapters.spec import is_embedding, is_saved
 from shared.convert.source import Weight
 from shared.errors import AdapterError
 from shared.tensors import is_finite, to_float32
@@ -44,20 +45,43 @@ class Change:
         return changed * gain[:, None]
 
 
-def find_changes(adapter: Adapter, weights: Mapping[str, Weight]) -> dict[str, Change]:
+@dataclass(frozen=True)
+class Replacement:
+    """Values that stand in the place of a weight: of a module that was trained whole."""
+
+    values: np.ndarray  # float32, in the weight's shape
+
+    def is_nothing(self) -> bool:
+        """Return whether the weight surely stays as it is; only the weight could say."""
+        return False
+
+    def apply(self, weight: np.ndarray, rows: slice) -> np.ndarray:
+        """Return these rows in float64."""
+        return self.values[rows].astype(np.float64)
+
+
+AnyChange = Change | Replacement
+
+
+def find_changes(adapter: Adapter, weights: Mapping[str, Weight]) -> dict[str, AnyChange]:
     """Return the change of every weight that an adapter touches, by the weight's name.
 
     Raises AdapterError where the adapter does not fit the base or holds NaN or infinity.
     """
     spec = adapter.spec
-    missing = [module for module in spec.modules if f"{module}.weight" not in weights]
+    touched = [*spec.modules, *spec.saved]
+    missing = [module for module in touched if f"{module}.weight" not in weights]
     if missing:
         raise AdapterError(
             f'the adapter does not fit this base: it has no layer "{missing[0]}" '
-            f"({len(missing)} of {len(spec.modules)} modules are missing)",
+            f"({len(missing)} of {len(touched)} modules are missing)",
             fix="use the base that the adapter was trained on",
         )
-    changes: dict[str, Change] = {}
+    changes: dict[str, AnyChange] = {}
+    for name in filter(is_saved, adapter.tensors):
+        plain = name.replace(SAVED, "")
+        shape = weights[plain].shape if plain in weights else ()
+        changes[plain] = Replacement(read_leaf(adapter.tensors, name, shape=shape))
     for module in spec.modules:
         shape = weights[f"{module}.weight"].shape
         if len(shape) != 2:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from shared.adapters.folder import Adapter
-from shared.convert.change import find_changes
+from shared.convert.change import Change, find_changes
 from shared.convert.gguf_arch import Facts, add_architecture, read_facts, rope_tensors, row_order
 from shared.convert.gguf_blocks import BLOCK, BYTES, FLOAT_KINDS, encode, encode_affine, exact_kind
 from shared.convert.gguf_tokenizer import add_vocabulary, read_vocabulary
@@ -200,11 +200,17 @@ def write_adapter(adapter: Adapter, folder: ModelFolder, path: Path) -> None:
     modules have scales of their own the difference goes into their B.
     """
     spec = adapter.spec
+    if spec.saved:
+        raise CapabilityError(
+            f'llama.cpp\'s adapters have no whole modules ("{spec.saved[0]}", modules_to_save)', code="E405",
+            fix="fuse it (mlxlora fuse) and export the whole model",
+        )  # fmt: skip
     if spec.kind == "dora":
         raise CapabilityError(
             "llama.cpp has no DoRA adapters", code="E405", fix="fuse it (mlxlora fuse) and export the whole model"
         )
-    facts, changes = read_facts(folder), find_changes(adapter, plain_weights(folder))
+    facts, found_changes = read_facts(folder), find_changes(adapter, plain_weights(folder))
+    changes = {name: change for name, change in found_changes.items() if isinstance(change, Change)}
     find_name = name_finder(facts)
     alphas = {name: change.scale * change.A.shape[0] for name, change in changes.items()}
     alpha = next((one for one in alphas.values() if one), 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shared.adapters.combining import check_options, combine
@@ -12,7 +12,7 @@ from shared.adapters.folder import Adapter, check_copies, read_adapter
 from shared.adapters.names import MLX_FILE, PEFT_FILE
 from shared.adapters.schema import CONFIG_FILE
 from shared.adapters.spec import ends_of
-from shared.adapters.writing import METADATA, to_mlx, to_peft, write_config
+from shared.adapters.writing import METADATA, to_mlx, to_peft, why_not_mlx, write_config
 from shared.convert.adapters import RESTORE_FILE, facts_of, find_base, named_base
 from shared.convert.target import ADAPTER, new_folder
 from shared.errors import CapabilityError, ConfigError
@@ -105,8 +105,9 @@ def write_merged(staged: Path, merged: Adapter, found: Sequence[Weighted], *, me
     first = read_json(found[0].folder / CONFIG_FILE)
     folder, named = find_base(first, base), base or named_base(first)
     facts = facts_of(folder)
-    layouts = [to_peft(merged.spec, merged.tensors, facts, base=named)]
-    if is_alike(merged.spec, folder):
+    spec = merged.spec if folder is None else replace(merged.spec, tied=merged.spec.tied and folder.is_tied)
+    layouts = [to_peft(spec, merged.tensors, facts, base=named)]
+    if is_alike(spec, folder):
         layouts.append(to_mlx(merged.spec, merged.tensors, facts))
     config = {key: value for layout in layouts for key, value in layout.config.items()}
     parts = [{"adapter": one.folder.resolve().name, "weight": one.weight} for one in found]
@@ -116,7 +117,7 @@ def write_merged(staged: Path, merged: Adapter, found: Sequence[Weighted], *, me
 
 
 def is_alike(spec: AdapterSpec, folder: ModelFolder | None) -> bool:
-    """Return whether mlx-lm is known to compute an adapter as PEFT does: no ends, or a base that is not tied."""
+    """Return whether mlx-lm is known to compute an adapter as PEFT does: no ends, or a base that is known."""
     if not ends_of(spec.modules):
         return True
-    return folder is not None and not folder.is_tied
+    return folder is not None and why_not_mlx(spec, tied=folder.is_tied) is None

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.adapters.spec import layer_of
-from shared.convert.change import Change
+from shared.convert.change import AnyChange
 from shared.convert.files import DTYPES, write_config, write_tokenizer
 from shared.convert.quantize import make_plan, write
 from shared.convert.shards import Planned, rewrite_shard, row_blocks, write_index, write_shards
@@ -78,7 +78,7 @@ def total(survivals: Iterable[Survival]) -> Survival:
     return found
 
 
-def write_plain(folder: ModelFolder, changes: Mapping[str, Change], staged: Path, *, dtype: str | None) -> Fused:
+def write_plain(folder: ModelFolder, changes: Mapping[str, AnyChange], staged: Path, *, dtype: str | None) -> Fused:
     """Write the fused model with plain weights; dtype: of all float weights, None for what the base has.
 
     Without a quantized weight and with nothing else to convert, all other bytes are the source's.
@@ -112,7 +112,7 @@ def common_dtype(kinds: Iterable[str]) -> str:
     return DTYPES[max(set(floats), key=floats.count)] if floats else "float32"
 
 
-def plan_plain(folder: ModelFolder, weight: Weight, change: Change | None, fused: Fused, *, dtype: str) -> Planned:
+def plan_plain(folder: ModelFolder, weight: Weight, change: AnyChange | None, fused: Fused, *, dtype: str) -> Planned:
     """Return how one weight is written: as it is, or changed and counted."""
 
     def make() -> Iterable[Tensor]:
@@ -145,7 +145,7 @@ def cast(values: np.ndarray, dtype: str) -> Tensor:
     return found
 
 
-def write_same(folder: ModelFolder, changes: Mapping[str, Change], staged: Path) -> Fused:
+def write_same(folder: ModelFolder, changes: Mapping[str, AnyChange], staged: Path) -> Fused:
     """Write the fused model as the base is stored: same scales and offsets, every changed value its nearest code.
 
     All bytes but those of changed codes are the source's. Raises CapabilityError for a format without a grid to keep.
@@ -166,7 +166,7 @@ def write_same(folder: ModelFolder, changes: Mapping[str, Change], staged: Path)
     return fused
 
 
-def write_scheme(folder: ModelFolder, changes: Mapping[str, Change], staged: Path, *, scheme: str) -> Fused:
+def write_scheme(folder: ModelFolder, changes: Mapping[str, AnyChange], staged: Path, *, scheme: str) -> Fused:
     """Write the fused model quantized anew by a scheme, and count what is left of the change beside the base."""
     plain = staged / PLAIN
     plain.mkdir()
@@ -180,7 +180,7 @@ def write_scheme(folder: ModelFolder, changes: Mapping[str, Change], staged: Pat
     )
 
 
-def compare(folder: ModelFolder, weight: Weight, change: Change, written: ModelFolder, result: Weight) -> Survival:
+def compare(folder: ModelFolder, weight: Weight, change: AnyChange, written: ModelFolder, result: Weight) -> Survival:
     """Return how much of a weight's change is in another folder's weight."""
     survival, before, after = Survival(), open_rows(folder, weight), open_rows(written, result)
     for rows in row_blocks(weight.shape):
@@ -199,7 +199,7 @@ def check_grid(weight: Weight) -> None:
         )
 
 
-def requantized(folder: ModelFolder, weight: Weight, change: Change, survival: Survival) -> list[Tensor]:
+def requantized(folder: ModelFolder, weight: Weight, change: AnyChange, survival: Survival) -> list[Tensor]:
     """Return the codes of a changed weight as the folder stores them, and count the change.
 
     On a kept grid nothing but the codes can change.

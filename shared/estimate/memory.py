@@ -187,6 +187,7 @@ def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
         notes=(),
         ends=ends,
         is_tied=folder.is_tied,
+        norms={module: shape[0] for module, shape in shapes.items() if len(shape) == 1},
     )
 
 
@@ -304,6 +305,8 @@ def trained_shapes(shape: Shape, spec: AdapterSpec) -> dict[str, tuple[int, ...]
         (out, wide), rank = known[name], spec.rank_of(name)
         shapes |= {f"{name}.lora_A": (rank, wide), f"{name}.lora_B": (out, rank)}
         shapes |= {f"{name}.magnitude": (out,)} if spec.kind == "dora" else {}
+    for name in spec.saved:
+        shapes[f"{name}.weight"] = known.get(name) or (shape.info.norms[name],)
     return shapes
 
 

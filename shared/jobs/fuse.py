@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.adapters.folder import check_copies, check_untied, read_adapter
-from shared.adapters.spec import ends_of
+from shared.adapters.folder import Adapter, check_copies, is_apart, read_adapter
 from shared.config import named_schemes
 from shared.convert.change import find_changes
 from shared.convert.files import WORDS
@@ -20,8 +19,8 @@ from shared.data.batch import micro_batches
 from shared.data.layout import choose_layout
 from shared.data.rows import Row
 from shared.data.tokenize import tokenize_rows
-from shared.errors import AdapterError, ConfigError, MlxloraError, did_you_mean
-from shared.folder import find_folder, open_folder
+from shared.errors import AdapterError, CapabilityError, ConfigError, MlxloraError, did_you_mean
+from shared.folder import ModelFolder, find_folder, open_folder
 from shared.sessions import find_rows, open_session, other_base
 from shared.types import Example
 
@@ -80,8 +79,7 @@ def fuse(
     found, folder = read_adapter(source), open_folder(base)
     check_whole(folder)
     weights = plain_weights(folder)
-    check_untied(ends_of(found.spec.modules), tied=folder.is_tied)
-    check_copies(found, folder)
+    check_fusable(found, folder)
     changes = find_changes(found, weights)
     for text in other_base(found, folder):
         note(text)
@@ -103,6 +101,16 @@ def fuse(
         result = summarize(target, fused, text, scheme=scheme, dtype=dtype)
         check_survival(result, accept_loss=accept_loss)
     return result
+
+
+def check_fusable(found: Adapter, folder: ModelFolder) -> None:
+    """Refuse an adapter that would need another model than the base, or that brings weights of another one."""
+    if is_apart(found.spec, tied=folder.is_tied):
+        raise CapabilityError(
+            "the adapter makes two of embedding and head, which are one tensor in this base", code="E405",
+            expected="an adapter with ensure_weight_tying", fix="use it beside the base: --adapter, or PEFT",
+        )  # fmt: skip
+    check_copies(found, folder)
 
 
 def check_options(scheme: str, dtype: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.adapters.writing import why_not_mlx
 from shared.hub import split_revision
 
 if TYPE_CHECKING:
@@ -41,11 +42,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "adapter")
 
-# mlx-lm
-from mlx_lm import load
-model, tokenizer = load("{model}", adapter_path="adapter")
+{mlx}
 ```
 """
+MLX_SNIPPET = """# mlx-lm
+from mlx_lm import load
+model, tokenizer = load("{model}", adapter_path="adapter")"""
 
 
 def write_card(folder: Path, run: Run, *, kind: str, train_rows: int, result: Mapping[str, Any]) -> None:
@@ -78,7 +80,7 @@ def write_card(folder: Path, run: Run, *, kind: str, train_rows: int, result: Ma
         updates=result["update"],
         table="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         flag="--adapter adapter " if kind == "adapter" else "",
-        snippets=SNIPPETS.format(model=base) if kind == "adapter" else "",
+        snippets=snippets(run, base) if kind == "adapter" else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -101,3 +103,10 @@ def weights_words(result: Mapping[str, Any]) -> str:
     """
     best = f", the best {result['metric']} ({result['best']:.4f})," if result["update"] != result["last_update"] else ""
     return f"update {result['update']}{best} of {result['last_update']}" + "; stopped early" * result["stopped_early"]
+
+
+def snippets(run: Run, base: str) -> str:
+    """Return how the libraries load the adapter, or why one of them cannot."""
+    reason = why_not_mlx(run.spec, tied=run.model.info.is_tied)
+    mlx = MLX_SNIPPET.format(model=base) if reason is None else f"# mlx-lm cannot load it: {reason}"
+    return SNIPPETS.format(model=base, mlx=mlx)

@@ -136,15 +136,30 @@ def test_ends_are_adapted_when_they_are_named(info):
 @pytest.mark.parametrize(
     ("options", "tied", "word"),
     [
-        ({"targets": ["lm_head"]}, True, "head is its embedding"),
-        ({"targets": ["embed_tokens"]}, True, "head is its embedding"),
         ({"targets": ["embed_tokens"], "type": "dora"}, False, "DoRA on an embedding"),
+        ({"targets": ["embed_tokens"], "dropout": 0.1}, True, "adapter.dropout with a head"),
+        ({"targets": ["q_proj"], "modules_to_save": ["q_proj"]}, False, "in targets and in modules_to_save"),
+        ({"targets": ["lm_head"], "modules_to_save": ["embed_tokens"]}, True, "in targets and in modules_to_save"),
+        ({"modules_to_save": ["lm_heed"], "targets": ["q_proj"]}, True, "matches no module"),
+        ({"modules_to_save": ["norm"], "type": "none"}, True, "trains every module"),
         ({"targets": ["lm_head", "q_proj"], "dropout": 0.1}, False, "adapter.dropout with a head"),
     ],
 )
 def test_ends_that_the_libraries_compute_differently_are_refused(info, options, tied, word):
     with pytest.raises(ConfigError, match=word):
         modules(replace(info, ends=ENDS, is_tied=tied), **options)
+
+
+def test_of_a_tied_base_both_ends_are_one_unless_told_otherwise(info):
+    info = replace(info, ends=ENDS, is_tied=True, norms={"model.norm": 64, "model.layers.0.input_layernorm": 64})
+    both = {"targets": ["embed_tokens", "lm_head"], "modules_to_save": ["norm"]}
+    spec = resolve(AdapterConfig(**both), info)
+    assert (spec.modules, spec.saved, spec.tied) == (("model.embed_tokens",), ("model.norm",), True)
+    apart = resolve(AdapterConfig(**both, ensure_weight_tying=False), info)
+    assert (apart.modules, apart.tied) == (("lm_head", "model.embed_tokens"), False)
+    head = resolve(AdapterConfig(targets=["q_proj"], modules_to_save=["lm_head"]), info)
+    assert (head.saved, head.tied) == (("model.embed_tokens",), True)
+    assert not resolve(AdapterConfig(**both), replace(info, is_tied=False)).tied
 
 
 def test_full_fine_tuning_has_no_modules(info):
