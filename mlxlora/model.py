@@ -27,7 +27,7 @@ from mlxlora.ends import attach_ends
 from mlxlora.gated import gating
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
-from mlxlora.whole import attach_whole
+from mlxlora.whole import attach_whole, find_norms
 from shared.adapters.spec import ADAPTER_LEAVES, layer_of, within_layers
 from shared.errors import CapabilityError, ModelError
 from shared.experts import is_router, num_experts
@@ -379,13 +379,8 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         is_tied=not hasattr(zoo, "lm_head"),
         can_batch=generation.can_batch(zoo, folder.family),
         num_experts=num_experts(folder.config),
-        norms={name: module.weight.size for name, module in zoo.named_modules() if is_norm(module)},
+        norms=find_norms(zoo),
     )
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Return whether a module holds a vector of weights, and at most a bias beside it."""
-    return "weight" in module and set(module) <= {"weight", "bias"} and module.weight.ndim == 1
 
 
 def can_pack(zoo: Any, folder: ModelFolder) -> bool:

@@ -55,6 +55,16 @@ def with_values(module: Any, values: dict[str, mx.array]) -> Any:
     return other
 
 
+def find_norms(root: nn.Module) -> dict[str, int]:
+    """Return the width of every module that holds a vector of weights."""
+    return {name: module.weight.size for name, module in root.named_modules() if is_norm(module)}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module holds a vector of weights, and at most a bias beside it."""
+    return "weight" in module and set(module) <= {"weight", "bias"} and module.weight.ndim == 1
+
+
 def attach_whole(root: nn.Module, spec: AdapterSpec, *, head: Any) -> Any:
     """Put trained copies over the spec's whole modules, in place; return the head's, None where it stays.
 

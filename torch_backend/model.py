@@ -48,7 +48,7 @@ from torch_backend.gated import gating, is_gated
 from torch_backend.offload import offload_layers
 from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from torch_backend.state import from_torch, send, to_torch, torch_dtype
-from torch_backend.whole import attach_whole
+from torch_backend.whole import attach_whole, find_norms
 
 
 class TorchModel:
@@ -339,14 +339,8 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         is_tied=folder.is_tied,
         can_batch=generation.can_batch(zoo),
         num_experts=num_experts(folder.config),
-        norms={name: int(module.weight.numel()) for name, module in zoo.named_modules() if is_norm(module)},
+        norms=find_norms(zoo),
     )
-
-
-def is_norm(module: Any) -> bool:
-    """Return whether a module holds a vector of weights, and at most a bias beside it."""
-    held = {name: value for name, value in module._parameters.items() if value is not None}
-    return not module._modules and "weight" in held and set(held) <= {"weight", "bias"} and held["weight"].dim() == 1
 
 
 def schemes_of(zoo: nn.Module) -> Iterator[tuple[str, Scheme]]:

@@ -49,6 +49,17 @@ def float_copy(base: Any) -> nn.Module:
     return copy
 
 
+def find_norms(root: nn.Module) -> dict[str, int]:
+    """Return the width of every module that holds a vector of weights."""
+    return {name: int(module.weight.numel()) for name, module in root.named_modules() if is_norm(module)}
+
+
+def is_norm(module: Any) -> bool:
+    """Return whether a module holds a vector of weights, and at most a bias beside it."""
+    held = {name: value for name, value in module._parameters.items() if value is not None}
+    return not module._modules and "weight" in held and set(held) <= {"weight", "bias"} and held["weight"].dim() == 1
+
+
 def attach_whole(root: nn.Module, spec: AdapterSpec, *, head: Any) -> Any:
     """Put trained copies over the spec's whole modules, in place; return the head's, None where it stays.
 
