@@ -58,7 +58,8 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Return the exit code of a command line; errors are at most three lines on stderr."""
     as_json, debug = "--json" in arguments, "--debug" in arguments
-    arguments = arguments or ["--help"]
+    if arguments in ([], ["recipes"], ["runs"]):  # groups of commands
+        arguments = [*arguments, "--help"]
     try:
         code = commands().main(arguments, prog_name="mlxlora", standalone_mode=False)
         return code if isinstance(code, int) else 0

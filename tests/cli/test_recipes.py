@@ -135,3 +135,9 @@ def test_a_copy_is_the_recipe_and_never_writes_over_anything(tmp_path, monkeypat
 
 def test_a_recipe_that_is_not_there_gets_the_nearest_name(capsys):
     assert 'did you mean "classify"' in call(capsys, "recipes", "show", "clasify", code=2)["error"]
+
+
+@pytest.mark.parametrize("group", ["recipes", "runs"])
+def test_a_group_alone_lists_its_commands(group, capsys):
+    assert run([group]) == 0
+    assert "  ls " in capsys.readouterr().out
