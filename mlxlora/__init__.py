@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shared.callbacks import Callback
-    from shared.chat import Chat
     from shared.config import RunConfig
     from shared.convert.adapters import Converted
     from shared.convert.merge import Merged
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from shared.convert.quantize import QuantizeResult
     from shared.estimate.report import Report
     from shared.evaluate import Evaluation
+    from shared.jobs.chat import Chat
     from shared.jobs.doctor import Check
     from shared.jobs.fuse import FuseResult
     from shared.jobs.parity import ParityResult
@@ -227,7 +227,7 @@ def chat(
 
     options: as `generate` has them; max_tokens 1024, temperature 0.7 and top_p 0.95 by default.
     """
-    from shared.chat import Chat, chat_sampling
+    from shared.jobs.chat import Chat, chat_sampling
 
     session, settings = _open(model, adapter=adapter, backend=backend, options=options)
     return Chat(session, chat_sampling(session, **settings), system)
@@ -235,7 +235,7 @@ def chat(
 
 def _open(model: str, *, adapter: Adapters, backend: str, options: dict[str, Any]) -> tuple[Session, dict[str, Any]]:
     """Return a session, and the options that are settings of generation, checked before anything is loaded."""
-    from shared.generation_config import read_settings
+    from shared.generation.config import read_settings
     from shared.sessions import open_session
 
     opened = {key: options[key] for key in ("dtype", "quantization", "device") if key in options}

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlxlora.attention import PACKABLE
 from mlxlora.objectives import Head
-from shared.generating import common_length
+from shared.generation.loop import common_length
 
 # Proven by tests/parity/test_batched_generation.py; mlx-lm's Gemma 2 (0.32) takes no masks of several rows.
 BATCHABLE = PACKABLE | {"cohere", "glm", "olmo2", "phi3"}

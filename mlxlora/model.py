@@ -49,7 +49,7 @@ from shared.families import (
     with_old_keys,
 )
 from shared.folder import COMPUTED, ModelFolder, check_tensors, nearest_family, open_folder, renamed
-from shared.generating import generate
+from shared.generation.loop import generate
 from shared.importing import defer_front, read_constant
 from shared.protocols import Rows
 from shared.registry import find_quantizer

@@ -14,7 +14,7 @@ from shared.data.rows import Row
 from shared.data.tokenize import Tokenizer, tokenize_rows
 from shared.errors import DataError
 from shared.folder import end_tokens
-from shared.generation_config import GenerationConfig
+from shared.generation.config import GenerationConfig
 from shared.protocols import Model
 from shared.types import Example, Sampling
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from shared.adapters.folder import Adapter, check_copies, check_fit
-from shared.answers import Answer, Completion
 from shared.config import EvaluationConfig, parse_scheme
 from shared.convert.merge import read_weighted
 from shared.data.layout import choose_layout
@@ -19,7 +18,8 @@ from shared.errors import DataError
 from shared.evaluate import Evaluation, evaluate_examples
 from shared.exams import Graded, ask, make_questions
 from shared.folder import ModelFolder, end_tokens, find_folder, open_folder
-from shared.generation_config import read_settings
+from shared.generation.answers import Answer, Completion
+from shared.generation.config import read_settings
 from shared.protocols import Backend, Model, Rows
 from shared.registry import find_backend
 from shared.running.run_folder import hash_files, joint_hash

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from shared.generating import common_length
+from shared.generation.loop import common_length
 from torch_backend import attention
 from torch_backend.objectives import Head
 

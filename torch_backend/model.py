@@ -33,7 +33,7 @@ from shared.families import (
     unknown_layout,
 )
 from shared.folder import ModelFolder, check_tensors, nearest_family, open_folder
-from shared.generating import generate
+from shared.generation.loop import generate
 from shared.importing import collector_paused
 from shared.protocols import Rows
 from shared.registry import find_quantizer

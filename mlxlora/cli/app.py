@@ -11,6 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlxlora.cli.options import (
+    AllowChange,
+    BackendName,
+    Debug,
+    Json,
+    Set,
+    Supervise,
+    Sweep,
+    check_backend,
+    check_choice,
+)
+from mlxlora.cli.output import emit, emit_object, say
+
 if TYPE_CHECKING:
     from shared.jobs.train import TrainResult
 
@@ -21,43 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.seed=1.")
-]
-BackendName = Annotated[str, typer.Option("--backend", metavar="auto|mlx|torch", help="Where to compute.")]
-ModelPath = Annotated[str, typer.Argument(help="Folder or hub id.")]
-AdapterPath = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter", metavar="DIR[=WEIGHT]", help="Adapter folder: ours, PEFT's or mlx-lm's; several are added."
-    ),
-]
-Dtype = Annotated[
-    str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="auto: bfloat16 on a GPU, else float32.")
-]
-Quantization = Annotated[
-    str,
-    typer.Option(
-        "--quantization", metavar="SCHEME", help="auto: as the adapter was trained; none; affine-4bit-g64 ..."
-    ),
-]
-
-AllowChange = Annotated[
-    list[str] | None,
-    typer.Option("--allow-change", metavar="KEY", help="Go on though this setting, data or base has changed."),
-]
-
-Supervise = Annotated[
-    bool, typer.Option("--supervise", help="Train in a child process; start it again where the system ends it.")
-]
-
-Sweep = Annotated[
-    Path | None,
-    typer.Option("--sweep", metavar="GRID.yaml", help="Train every combination of the values that a file lists."),
-]
 
 
 @app.command()
@@ -248,45 +224,3 @@ def version(as_json: Json = False) -> None:
     import mlxlora
 
     print(json.dumps({"version": mlxlora.__version__}) if as_json else mlxlora.__version__)
-
-
-def say(text: str) -> None:
-    """Print a note on stderr."""
-    print(f"note: {text}", file=sys.stderr)
-
-
-def emit(result: Any, **more: Any) -> None:
-    """Print a dataclass as one JSON object on one line."""
-    from dataclasses import asdict
-
-    emit_object({**asdict(result), **more})
-
-
-def emit_object(value: dict[str, Any]) -> None:
-    """Print an object with `ok` in front, true unless it says otherwise; what JSON does not know becomes text."""
-    print(json.dumps({"ok": True, **value}, default=str))
-
-
-def check_choice(option: str, value: Any, known: tuple[Any, ...]) -> None:
-    """Raise ConfigError unless an option has one of its known values."""
-    if value not in known:
-        from shared.errors import ConfigError, did_you_mean
-
-        raise ConfigError(f'{option}: unknown value "{value}"', fix=did_you_mean(str(value), [k for k in known if k]))
-
-
-def check_backend(name: str) -> None:
-    """Raise ConfigError for a backend that nobody knows, before anything is loaded to look for it."""
-    from shared.registry import BACKENDS
-
-    check_choice("--backend", name, ("auto", *BACKENDS))
-
-
-def check_finite(option: str, value: float) -> None:
-    """Raise ConfigError for NaN and infinity."""
-    from math import isfinite
-
-    if not isfinite(value):
-        from shared.errors import ConfigError
-
-        raise ConfigError(f"{option} is {value}", expected="a finite number")

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxlora.cli.app import AdapterPath, BackendName, Debug, Dtype, Json, ModelPath, Quantization, emit_object, say
 from mlxlora.cli.generating import MinP, Penalty, Seed, Stop, TopK, TopP, check_settings, open_checked
+from mlxlora.cli.options import AdapterPath, BackendName, Debug, Dtype, Json, ModelPath, Quantization
+from mlxlora.cli.output import emit_object, say
 
 if TYPE_CHECKING:
-    from shared.chat import Chat
+    from shared.jobs.chat import Chat
 
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="What the model is told beforehand.")]
 MaxTokens = Annotated[
@@ -48,8 +49,8 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk with a model; lines come from the terminal or from a pipe."""
-    from shared.chat import Chat, chat_sampling
-    from shared.generation_config import CHAT
+    from shared.generation.config import CHAT
+    from shared.jobs.chat import Chat, chat_sampling
 
     settings = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxlora.cli.app import Debug, Json, emit, say
+from mlxlora.cli.options import Debug, Json
+from mlxlora.cli.output import emit, say
 
 if TYPE_CHECKING:
     from shared.convert.adapters import Converted

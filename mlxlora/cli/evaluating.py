@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxlora.cli.app import (
+from mlxlora.cli.options import (
     AdapterPath,
     BackendName,
     Debug,
@@ -18,9 +18,8 @@ from mlxlora.cli.app import (
     Quantization,
     check_backend,
     check_choice,
-    emit_object,
-    say,
 )
+from mlxlora.cli.output import emit_object, say
 
 if TYPE_CHECKING:
     from shared.exams import Graded

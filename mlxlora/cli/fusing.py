@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxlora.cli.app import BackendName, Debug, Json, ModelPath, check_backend, emit, say
+from mlxlora.cli.options import BackendName, Debug, Json, ModelPath, check_backend
+from mlxlora.cli.output import emit, say
 
 if TYPE_CHECKING:
     from shared.jobs.fuse import FuseResult

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxlora.cli.app import (
+from mlxlora.cli.options import (
     AdapterPath,
     BackendName,
     Debug,
@@ -22,18 +22,16 @@ from mlxlora.cli.app import (
     check_backend,
     check_choice,
     check_finite,
-    emit,
-    emit_object,
-    say,
 )
+from mlxlora.cli.output import emit, emit_object, say
 
 if TYPE_CHECKING:
-    from shared.answers import Completion
     from shared.data.prompts import Prompt
+    from shared.generation.answers import Completion
     from shared.sessions import Session
     from shared.types import Sampling
 
-# Without a number the default stands in shared/generation_config.py, which needs pydantic.
+# Without a number the default stands in shared/generation/config.py, which needs pydantic.
 TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="Only the K likeliest tokens; 0: all.")]
 TopP = Annotated[
     float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Only the likeliest that sum to this probability.")
@@ -116,7 +114,7 @@ def answer_prompts(
 ) -> None:  # fmt: skip
     """Print the answers to prompts, or one JSON object with them."""
     from shared import sessions
-    from shared.answers import Answer
+    from shared.generation.answers import Answer
 
     sampling = sessions.sampling_for(session, **settings)
     first, *others = asked
@@ -180,7 +178,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if settings[key] is not None:
             check_finite(f"--{key.replace('_', '-')}", settings[key])
-    from shared.generation_config import WITHOUT_EFFECT, read_settings
+    from shared.generation.config import WITHOUT_EFFECT, read_settings
 
     greedy = read_settings(settings).temperature == 0
     idle = [f"--{key.replace('_', '-')}" for key in WITHOUT_EFFECT if settings[key]]

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mlxlora.cli.app import Debug, Json, emit
+from mlxlora.cli.options import Debug, Json
+from mlxlora.cli.output import emit
 
 
 def merge(

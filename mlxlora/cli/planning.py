@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxlora.cli.app import Debug, Json, Set, emit, emit_object, say
+from mlxlora.cli.options import Debug, Json, Set
+from mlxlora.cli.output import emit, emit_object, say
 
 if TYPE_CHECKING:
     from shared.config import RunConfig

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxlora.cli.app import Debug, Json, ModelPath, emit
+from mlxlora.cli.options import Debug, Json, ModelPath
+from mlxlora.cli.output import emit
 from mlxlora.cli.planning import size
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mlxlora.cli.app import Debug, Json, emit, emit_object
+from mlxlora.cli.options import Debug, Json
+from mlxlora.cli.output import emit, emit_object
 
 recipes = typer.Typer(name="recipes", help="Recipes to begin with: list, read, copy.", no_args_is_help=True)
 

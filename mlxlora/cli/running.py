@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mlxlora.cli.app import BackendName, Debug, Json, check_backend, emit, emit_object, say
-from mlxlora.cli.tables import print_table
+from mlxlora.cli.options import BackendName, Debug, Json, check_backend
+from mlxlora.cli.output import emit, emit_object, print_table, say
 
 runs = typer.Typer(name="runs", help="Runs that were made: list, look, compare.", no_args_is_help=True)
 

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxlora.cli.app import say
-from mlxlora.cli.tables import print_table
+from mlxlora.cli.output import print_table, say
 
 if TYPE_CHECKING:
     from shared.callbacks import Callback

@@ -9,8 +9,8 @@ import pytest
 
 import mlxlora
 from mlxlora.cli.main import run
-from shared.chat import Chat, chat_sampling
 from shared.errors import ConfigError, DataError
+from shared.jobs.chat import Chat, chat_sampling
 from shared.registry import BACKENDS
 from shared.sessions import complete, open_session, prompt_ids, sampling_for
 from shared.types import ModelInfo

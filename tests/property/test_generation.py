@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from shared.answers import HALF, Answer, certain
-from shared.sampling import penalize, pick, shape
+from shared.generation.answers import HALF, Answer, certain
+from shared.generation.sampling import penalize, pick, shape
 from shared.types import Sampling, Token
 
 VOCABULARY = 40

@@ -30,7 +30,7 @@ MAX_FILE, MAX_FUNCTION = 420, 40
 FRAMEWORKS = {"mlx", "mlx_lm", "torch", "triton", "transformers", "accelerate", "bitsandbytes", "optimum", "peft"}
 GROUND = {
     "errors", "catalogue", "faults", "masking", "types", "protocols", "sections", "problems", "config",
-    "generation_config", "registry",
+    "registry",
 }  # fmt: skip
 FIRST = {
     "seeds",
@@ -41,7 +41,6 @@ FIRST = {
     "families",
     "hub",
     "strict",
-    "sampling",
     "threads",
     "reference",
     "config_file",
@@ -49,7 +48,7 @@ FIRST = {
     "durable",
     "optimizers",
 }
-FIRST_FOLDERS = {"data", "objectives", "quant", "adapters", "convert"}
+FIRST_FOLDERS = {"data", "objectives", "quant", "adapters", "convert", "generation"}
 # Third-party packages per floor: at the top of a file, and inside functions.
 OPEN = {
     0: {"numpy", "pydantic"},

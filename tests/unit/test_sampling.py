@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shared.sampling import pick
+from shared.generation.sampling import pick
 from shared.types import Sampling
 
 LOGITS = np.array([0.0, 1.0, -2.0, 2.5, 0.3, -np.inf], dtype=np.float32)

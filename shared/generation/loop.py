@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from shared.generation.sampling import pick
 from shared.protocols import Rows
-from shared.sampling import pick
 from shared.seeds import key64
 from shared.types import Sampling, Token
 

@@ -6,9 +6,9 @@ from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from shared.answers import Answer, Completion
 from shared.errors import DataError
-from shared.generation_config import CHAT
+from shared.generation.answers import Answer, Completion
+from shared.generation.config import CHAT
 from shared.protocols import Rows
 from shared.sessions import Session, follow, sampling_for
 from shared.types import Sampling

@@ -1,0 +1,70 @@
+"""Options that several commands have, and the checks of their values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.seed=1.")
+]
+BackendName = Annotated[str, typer.Option("--backend", metavar="auto|mlx|torch", help="Where to compute.")]
+ModelPath = Annotated[str, typer.Argument(help="Folder or hub id.")]
+AdapterPath = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="DIR[=WEIGHT]", help="Adapter folder: ours, PEFT's or mlx-lm's; several are added."
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="auto: bfloat16 on a GPU, else float32.")
+]
+Quantization = Annotated[
+    str,
+    typer.Option(
+        "--quantization", metavar="SCHEME", help="auto: as the adapter was trained; none; affine-4bit-g64 ..."
+    ),
+]
+
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option("--allow-change", metavar="KEY", help="Go on though this setting, data or base has changed."),
+]
+
+Supervise = Annotated[
+    bool, typer.Option("--supervise", help="Train in a child process; start it again where the system ends it.")
+]
+
+Sweep = Annotated[
+    Path | None,
+    typer.Option("--sweep", metavar="GRID.yaml", help="Train every combination of the values that a file lists."),
+]
+
+
+def check_choice(option: str, value: Any, known: tuple[Any, ...]) -> None:
+    """Raise ConfigError unless an option has one of its known values."""
+    if value not in known:
+        from shared.errors import ConfigError, did_you_mean
+
+        raise ConfigError(f'{option}: unknown value "{value}"', fix=did_you_mean(str(value), [k for k in known if k]))
+
+
+def check_backend(name: str) -> None:
+    """Raise ConfigError for a backend that nobody knows, before anything is loaded to look for it."""
+    from shared.registry import BACKENDS
+
+    check_choice("--backend", name, ("auto", *BACKENDS))
+
+
+def check_finite(option: str, value: float) -> None:
+    """Raise ConfigError for NaN and infinity."""
+    from math import isfinite
+
+    if not isfinite(value):
+        from shared.errors import ConfigError
+
+        raise ConfigError(f"{option} is {value}", expected="a finite number")

@@ -1,0 +1,1 @@
+"""What a model says: tokens picked from logits, prompts together, answers with their ends."""
