@@ -25,10 +25,12 @@ from mlxlora.dora import attach_dora, magnitudes
 from mlxlora.elementwise import on_gpu
 from mlxlora.ends import attach_ends
 from mlxlora.gated import gating
+from mlxlora.own import attach_own
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import from_mlx, mlx_dtype, to_mlx
 from mlxlora.whole import attach_whole, find_norms
-from shared.adapters.spec import ADAPTER_LEAVES, layer_of, within_layers
+from shared.adapters.own import is_own
+from shared.adapters.spec import is_trained, layer_of, within_layers
 from shared.errors import CapabilityError, ModelError
 from shared.experts import is_router, num_experts
 from shared.families import (
@@ -75,7 +77,7 @@ class MLXModel:
         if spec.kind != "none":
             spec = replace(spec, tied=spec.tied and self.info.is_tied)
             self.dropout = Dropout(p=spec.dropout)
-            attach = attach_dora if spec.kind == "dora" else attach_lora
+            attach = attach_own if is_own(spec.kind) else attach_dora if spec.kind == "dora" else attach_lora
             attach(self.zoo, within_layers(spec, self.info), self.dropout, self.info.linears)
             whole = attach_whole(self.zoo, spec, head=self.head.module)
             adapted = attach_ends(self.zoo, spec, self.info.ends)
@@ -126,7 +128,7 @@ class MLXModel:
             return
         for name, value in flatten(self.zoo.parameters()):
             alias = self.info.is_tied and name.startswith("lm_head.")  # the embedding's values, where the head is apart
-            if not alias and not name.endswith(ADAPTER_LEAVES):
+            if not alias and not is_trained(name):
                 yield self.canonical(name), from_mlx(value)
 
     def magnitudes(self) -> dict[str, Tensor]:

@@ -99,9 +99,10 @@ class DataConfig(Section):
 
 class AdapterConfig(Section):
     type: Annotated[
-        Literal["lora", "rslora", "dora", "none"],
+        Literal["lora", "rslora", "dora", "none"] | Annotated[str, AfterValidator(is_import_path)],
         Field(
-            description="rslora scales by alpha / sqrt(rank), dora learns magnitudes too, none trains every parameter"
+            description="rslora scales by alpha / sqrt(rank), dora learns magnitudes too, none trains every parameter;"
+            " or a shared.adapters.own.OwnAdapter of your own, as package.module:NAME"
         ),
     ] = "lora"
     rank: Annotated[int, Field(ge=1, le=65536, strict=True, description="of the product B A")] = 8

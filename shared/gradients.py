@@ -24,7 +24,7 @@ def module_of(name: str) -> str:
     >>> module_of("model.layers.3.self_attn.q_proj.lora_A"), module_of("lm_head.weight")
     ('layers.3.q_proj', 'lm_head')
     """
-    name = name.replace(".modules_to_save.", ".")
+    name = name.replace(".modules_to_save.", ".").replace(".own_adapter.", ".")
     layer, module = layer_of(name), name.split(".")[-2] if "." in name else name
     return module if layer is None else f"layers.{layer}.{module}"
 

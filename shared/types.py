@@ -213,7 +213,7 @@ class Packed:
 class AdapterSpec:
     """What to train, resolved against a model: `modules` are canonical names in model order."""
 
-    kind: str  # "lora" | "rslora" | "dora" | "none" (full fine-tuning)
+    kind: str  # "lora" | "rslora" | "dora" | "none" (full fine-tuning) | "package.module:NAME" of a user's own
     rank: int
     alpha: float
     dropout: float

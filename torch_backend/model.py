@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from shared.adapters.spec import ADAPTER_LEAVES, layer_of, within_layers
+from shared.adapters.own import is_own
+from shared.adapters.spec import is_trained, layer_of, within_layers
 from shared.errors import ModelError
 from shared.experts import is_router, num_experts, stacked_shapes, stored_names
 from shared.families import (
@@ -46,6 +47,7 @@ from torch_backend.dora import attach_dora, magnitudes
 from torch_backend.ends import attach_ends
 from torch_backend.gated import gating, is_gated
 from torch_backend.offload import offload_layers
+from torch_backend.own import attach_own
 from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from torch_backend.state import from_torch, send, to_torch, torch_dtype
 from torch_backend.whole import attach_whole, find_norms
@@ -68,7 +70,7 @@ class TorchModel:
         if spec.kind != "none":
             spec = replace(spec, tied=spec.tied and self.info.is_tied)
             self.dropout = Dropout(p=spec.dropout)
-            attach = attach_dora if spec.kind == "dora" else attach_lora
+            attach = attach_own if is_own(spec.kind) else attach_dora if spec.kind == "dora" else attach_lora
             attach(self.zoo, within_layers(spec, self.info), self.dropout, self.info.linears)
             whole = attach_whole(self.zoo, spec, head=self.head.module)
             adapted = attach_ends(self.zoo, spec, self.info.ends)
@@ -114,7 +116,7 @@ class TorchModel:
             yield from ((name, from_torch(value)) for name, value in self.parameters.items())
             return
         for name, value in self.zoo.state_dict().items():
-            if not name.endswith(ADAPTER_LEAVES):
+            if not is_trained(name):
                 yield name.replace(".base.", "."), from_torch(value)
 
     def magnitudes(self) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from shared.adapters.folder import Adapter
+from shared.adapters.own import is_own
 from shared.adapters.spec import ends_of, leaves_of, natural
 from shared.errors import AdapterError, CapabilityError, ConfigError, did_you_mean
 from shared.tensors import from_float32, is_finite, to_float32
@@ -89,6 +90,12 @@ def check_options(method: str, *, rank: int | None, density: float | None) -> No
 
 def check_addable(adapters: Sequence[Adapter]) -> None:
     """Refuse DoRA, NaN and infinity, and matrices that do not belong to one base."""
+    own = next((adapter.spec.kind for adapter in adapters if is_own(adapter.spec.kind)), None)
+    if own is not None:
+        raise CapabilityError(
+            f"{own} is a user's own adapter, of which nobody knows what a sum would be", code="E404",
+            expected="LoRA and rsLoRA", fix="use one at a time",
+        )  # fmt: skip
     if any(adapter.spec.kind == "dora" for adapter in adapters):
         raise CapabilityError(
             "DoRA scales the base's rows by their norms: such adapters cannot be added to others", code="E404",

@@ -17,6 +17,7 @@ import numpy as np
 from shared.adapters.names import (
     COPY,
     MLX_FILE,
+    OWN_FILE,
     OWN_LEAVES,
     PEFT_FILE,
     SAVED,
@@ -25,6 +26,7 @@ from shared.adapters.names import (
     turned,
     twin,
 )
+from shared.adapters.own import is_own, own_values
 from shared.adapters.schema import (
     CONFIG_FILE,
     check_mlx,
@@ -40,6 +42,7 @@ from shared.adapters.spec import ADAPTER_LEAVES, ends_of, is_embedding, is_saved
 from shared.errors import AdapterError, CapabilityError, ModelError
 from shared.folder import ModelFolder, read_json
 from shared.registry import find_quantizer
+from shared.strict import check_adapter
 from shared.tensors import from_float32, is_finite, load_file, to_float32
 from shared.types import AdapterSpec, ModelInfo, Tensor
 
@@ -62,7 +65,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise AdapterError(f"no adapter folder at {folder}", code="E310", expected=f"a folder with {CONFIG_FILE}")
     if not (folder / CONFIG_FILE).is_file():
         raise no_adapter(folder)
-    file = next((name for name in (PEFT_FILE, MLX_FILE) if (folder / name).is_file()), None)
+    file = next((name for name in (PEFT_FILE, MLX_FILE, OWN_FILE) if (folder / name).is_file()), None)
     if file is None:
         raise no_tensors(folder)
     return read_as(folder, file)
@@ -76,7 +79,8 @@ def read_as(folder: Path, file: str) -> Adapter:
         raise AdapterError(
             error.what, code=error.code, expected=error.expected, fix="copy or train the adapter again"
         ) from None
-    spec, tensors = (from_peft if file == PEFT_FILE else from_mlx_lm)(config, stored)
+    readers = {PEFT_FILE: from_peft, MLX_FILE: from_mlx_lm, OWN_FILE: from_own}
+    spec, tensors = readers[file](config, stored)
     notes = config.get("mlxlora")
     return Adapter(spec, tensors, notes if isinstance(notes, dict) else {}, copies_of(config, stored))
 
@@ -191,6 +195,20 @@ def from_peft(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[
     )  # fmt: skip
     check_ranks(spec, tensors)
     return spec, tensors
+
+
+def from_own(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[AdapterSpec, dict[str, Tensor]]:
+    """Return spec and tensors of an adapter that only a user's own code computes; raises AdapterError."""
+    try:
+        written = config["mlxlora"]["spec"]
+        tuples = {key: tuple(map(str, written[key])) for key in ("modules", "saved")}
+        spec = AdapterSpec(**{**written, **tuples})
+        known = is_own(spec.kind) and spec.rank >= 1 and math.isfinite(spec.scale)
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        known = False
+    if not known:
+        raise AdapterError(f"{CONFIG_FILE} does not say which adapter it is", code="E311", fix="copy the folder again")
+    return spec, dict(stored)
 
 
 def without_twins(tensors: dict[str, Tensor], *, tied: bool) -> tuple[dict[str, Tensor], bool]:
@@ -313,6 +331,10 @@ def check_fit(adapter: Adapter, info: ModelInfo) -> None:
             fix="use the base that the adapter was trained on",
         )
     check_saved(adapter, info)
+    if is_own(adapter.spec.kind):
+        wanted = {name: value.shape for name, value in own_values(adapter.spec, adaptable).items()}
+        check_adapter({name: adapter.tensors[name] for name in adapter.tensors if not is_saved(name)}, expected=wanted)
+        return
     for name in adapter.spec.modules:
         out, width = adaptable[name]
         A, B = leaves_of(name)

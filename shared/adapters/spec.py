@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shared.adapters.own import OWN, find_own, is_own, own_values
 from shared.errors import CapabilityError, ConfigError, did_you_mean
 from shared.seeds import normal, uniform
 from shared.tensors import to_float32
@@ -48,6 +49,8 @@ def resolve(config: AdapterConfig, info: ModelInfo) -> AdapterSpec:
                 fix="leave one of them out",
             )  # fmt: skip
         return AdapterSpec("none", rank=1, alpha=1.0, dropout=0.0, modules=())
+    if is_own(config.type):
+        find_own(config.type)
     layers = chosen_layers(config, info)
     every = sorted(info.linears, key=natural)
     inside = [name for name in every if layer_of(name) in layers]
@@ -110,6 +113,11 @@ def by_pattern(pattern: Mapping[str, float], modules: Sequence[str], *, key: str
 
 def check_ends(ends: Sequence[str], config: AdapterConfig, *, tied: bool) -> None:
     """Refuse embeddings and heads that the libraries would compute differently."""
+    if ends and is_own(config.type):
+        raise ConfigError(
+            f'adapter.targets: "{ends[0]}" with an adapter of your own, which knows linear layers inside the decoder',
+            code="E204", fix="take it out of adapter.targets, or put it in adapter.modules_to_save",
+        )  # fmt: skip
     if config.type == "dora" and any(is_embedding(name) for name in ends):
         raise ConfigError(
             "adapter.targets: DoRA on an embedding: PEFT's magnitude has a number per dimension, mlx-lm's one per "
@@ -234,6 +242,8 @@ def initial_adapter(spec: AdapterSpec, linears: Mapping[str, tuple[int, int]], *
     Of an embedding A (r, V) is zero and B (D, r) from N(0, 1), so that only tokens that occur are changed.
     Source: Hu et al. 2021 with PEFT's kaiming_uniform(a=sqrt(5)), which is this bound, and PEFT's embeddings.
     """
+    if is_own(spec.kind):
+        return own_values(spec, linears, seed=seed)
     tensors: dict[str, Tensor] = {}
     for name in spec.modules:
         out, width = linears[name]
@@ -257,6 +267,11 @@ def first_values(spec: AdapterSpec, model: Model, *, seed: int) -> dict[str, Ten
     """Return what an adapter starts from: A and B of the seed, of the base DoRA's magnitudes and whole modules."""
     whole = {name: tensor for name, tensor in model.tensors("adapter") if is_saved(name)} if spec.saved else {}
     return {**initial_adapter(spec, model.info.adaptable, seed=seed), **model.magnitudes(), **whole}
+
+
+def is_trained(name: str) -> bool:
+    """Return whether a tensor is an adapter's, not the base's."""
+    return name.endswith(ADAPTER_LEAVES) or OWN in name
 
 
 def is_saved(name: str) -> bool:

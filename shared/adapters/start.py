@@ -34,7 +34,7 @@ def start_values(config: RunConfig, spec: AdapterSpec, model: Model, base: Model
 def check_same(found: AdapterSpec, spec: AdapterSpec, *, facts: Facts) -> None:
     """Raise ConfigError unless a config describes the adapter that was found; dropout may differ."""
     same = (
-        (found.kind == "dora") == (spec.kind == "dora")
+        (found.kind == spec.kind or {found.kind, spec.kind} == {"lora", "rslora"})
         and set(found.modules) == set(spec.modules)
         and set(found.saved) == set(spec.saved)
         and found.tied == spec.tied

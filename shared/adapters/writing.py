@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shared.adapters.names import MLX_FILE, PEFT_FILE, SAVED, mlx_name, peft_name, turned, twin
+from shared.adapters.names import MLX_FILE, OWN_FILE, PEFT_FILE, SAVED, mlx_name, peft_name, turned, twin
+from shared.adapters.own import is_own
 from shared.adapters.schema import CONFIG_FILE
 from shared.adapters.spec import LAYER, ends_of, is_embedding, is_saved, layer_of, leaves_of, natural, short_name
 from shared.durable import write_json
@@ -47,6 +48,10 @@ def write_adapter(
     folder: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor], info: ModelInfo, *, base: str, notes: dict[str, Any]
 ) -> None:
     """Write the files of an adapter, for both libraries, into an existing folder; base: path or hub id of the model."""
+    if is_own(spec.kind):
+        save_file(folder / OWN_FILE, tensors.items(), metadata={"format": "mlxlora"})
+        write_config(folder, {"base_model_name_or_path": base, "mlxlora": {**notes, "spec": asdict(spec)}})
+        return
     facts = Facts(info.num_layers, frozenset(info.adaptable))
     layouts = [to_peft(spec, tensors, facts, base=base)]
     if why_not_mlx(spec, tied=info.is_tied) is None:
@@ -58,6 +63,8 @@ def write_adapter(
 
 def why_not_mlx(spec: AdapterSpec, *, tied: bool) -> str | None:
     """Return why mlx-lm cannot load an adapter, None where it can; tied: the base's head is its embedding."""
+    if is_own(spec.kind):
+        return f"{spec.kind} computes it, which mlx-lm does not know"
     if spec.saved:
         return f'mlx-lm has no place for modules that are trained whole ("{spec.saved[0]}", modules_to_save)'
     ends = ends_of(spec.modules)

@@ -20,6 +20,7 @@ from shared.adapters.folder import Adapter, check_copies, from_peft, is_copy, no
 from shared.adapters.names import (
     COPY,
     MLX_FILE,
+    OWN_FILE,
     PEFT_FILE,
     mlx_name,
     own_name_of_mlx,
@@ -109,6 +110,11 @@ def find_form(source: Path, *, to: str) -> str:
         raise AdapterError(f"no adapter folder at {source}", code="E310", expected=f"a folder with {CONFIG_FILE}")
     if not (source / CONFIG_FILE).is_file():
         raise no_adapter(source)
+    if (source / OWN_FILE).is_file():
+        raise CapabilityError(
+            f"{source} holds an adapter of a user's own, which neither library can compute", code="E405",
+            expected="LoRA, rsLoRA or DoRA", fix="use it here: --adapter",
+        )  # fmt: skip
     form = OTHER[to]
     if (source / FILES[form]).is_file():
         return form

@@ -9,9 +9,10 @@ import numpy as np
 
 from shared.adapters.folder import Adapter
 from shared.adapters.names import SAVED
+from shared.adapters.own import is_own
 from shared.adapters.spec import is_embedding, is_saved
 from shared.convert.source import Weight
-from shared.errors import AdapterError
+from shared.errors import AdapterError, CapabilityError
 from shared.tensors import is_finite, to_float32
 from shared.types import Tensor
 
@@ -69,6 +70,11 @@ def find_changes(adapter: Adapter, weights: Mapping[str, Weight]) -> dict[str, A
     Raises AdapterError where the adapter does not fit the base or holds NaN or infinity.
     """
     spec = adapter.spec
+    if is_own(spec.kind):
+        raise CapabilityError(
+            f"{spec.kind} is a user's own adapter: nobody knows what it does to a weight", code="E405",
+            expected="LoRA, rsLoRA or DoRA", fix="use it beside the base: --adapter",
+        )  # fmt: skip
     touched = [*spec.modules, *spec.saved]
     missing = [module for module in touched if f"{module}.weight" not in weights]
     if missing:

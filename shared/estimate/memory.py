@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shared.adapters.own import is_own, own_values
 from shared.adapters.spec import is_embedding, layer_of, natural, resolve, short_name
 from shared.config import RunConfig, parse_scheme
 from shared.estimate.costs import Costs, Rows, find_costs, is_measured
@@ -301,7 +302,9 @@ def trained_shapes(shape: Shape, spec: AdapterSpec) -> dict[str, tuple[int, ...]
             module = known.get(name.removesuffix(".weight"), ())
             shapes[name] = module if math.prod(module) == elements else (elements,)
         return shapes
-    for name in spec.modules:
+    if is_own(spec.kind):
+        shapes |= {name: value.shape for name, value in own_values(spec, known).items()}
+    for name in () if is_own(spec.kind) else spec.modules:
         (out, wide), rank = known[name], spec.rank_of(name)
         shapes |= {f"{name}.lora_A": (rank, wide), f"{name}.lora_B": (out, rank)}
         shapes |= {f"{name}.magnitude": (out,)} if spec.kind == "dora" else {}

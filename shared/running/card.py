@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.adapters.own import is_own
 from shared.adapters.writing import why_not_mlx
 from shared.hub import split_revision
 
@@ -73,9 +74,9 @@ def write_card(folder: Path, run: Run, *, kind: str, train_rows: int, result: Ma
     text = CARD.format(
         model=config.model,
         base=base,
-        tag=run.spec.kind if kind == "adapter" else "full-fine-tuning",
+        tag=run.spec.kind.replace(":", "-") if kind == "adapter" else "full-fine-tuning",
         title=run.folder.name,
-        what=f"{NAMES[run.spec.kind]} adapter" if kind == "adapter" else "Full fine-tuning",
+        what=f"{NAMES.get(run.spec.kind, run.spec.kind)} adapter" if kind == "adapter" else "Full fine-tuning",
         rows=train_rows,
         updates=result["update"],
         table="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
@@ -107,6 +108,8 @@ def weights_words(result: Mapping[str, Any]) -> str:
 
 def snippets(run: Run, base: str) -> str:
     """Return how the libraries load the adapter, or why one of them cannot."""
+    if is_own(run.spec.kind):
+        return f"\nPEFT and mlx-lm cannot load it: {run.spec.kind} computes it, which has to be on PYTHONPATH.\n"
     reason = why_not_mlx(run.spec, tied=run.model.info.is_tied)
     mlx = MLX_SNIPPET.format(model=base) if reason is None else f"# mlx-lm cannot load it: {reason}"
     return SNIPPETS.format(model=base, mlx=mlx)
