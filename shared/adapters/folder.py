@@ -176,6 +176,12 @@ def from_peft(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[
     stored = {name: tensor for name, tensor in stored.items() if not is_copy(names[name])}
     tensors = {names[name]: tensor for name, tensor in stored.items()}
     check_leaves(tensors, stored, expected="lora_A, lora_B")
+    for name in read_names(config, "modules_to_save"):
+        if not any(one.endswith(name) for one in saved_of(tensors)):
+            raise AdapterError(
+                f'{CONFIG_FILE}: modules_to_save names "{name}", of which {PEFT_FILE} holds no tensor', code="E311",
+                fix="copy config and tensors of one adapter",
+            )  # fmt: skip
     tensors, tied = without_twins(tensors, tied=bool(config.get("ensure_weight_tying")))
     modules = modules_of(tensors)
     rank, alpha = read_rank(config, "r", 8), read_number(config, "lora_alpha", 8)

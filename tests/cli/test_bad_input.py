@@ -650,7 +650,7 @@ ADAPTERS = [
     case("a pickle", pickled_adapter, 3, "pickle", "adapter_model.bin", "safe_serialization"),
     case("random bytes", garbage_adapter, 3, "adapter_model.safetensors is damaged", "again"),
     case("DoRA without magnitudes", lambda w: strange_adapter(w, use_dora=True), 3, "lora_magnitude_vector", "missing"),
-    case("modules_to_save", lambda w: strange_adapter(w, modules_to_save=["lm_head"]), 4, "modules_to_save", "lm_head"),
+    case("modules_to_save", lambda w: strange_adapter(w, modules_to_save=["lm_head"]), 3, "modules_to_save", "lm_head"),
     case("rank_pattern", lambda w: strange_adapter(w, rank_pattern={"q_proj": 4}), 3, "q_proj", "has rank 8", "rank 4"),
     case("another PEFT type", lambda w: strange_adapter(w, peft_type="IA3"), 4, "IA3", "LORA"),
     case("rank 0", lambda w: strange_adapter(w, r=0), 3, "adapter_config.json: r is 0", "from 1"),
