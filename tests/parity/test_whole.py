@@ -10,13 +10,16 @@ import pytest
 
 from mlxlora import convert, quantize
 from shared.adapters.folder import read_adapter
-from shared.adapters.names import MLX_FILE, PEFT_FILE
+from shared.adapters.names import MLX_FILE, PEFT_FILE, twin
+from shared.data.batch import make_batch
 from shared.errors import ConfigError
 from shared.folder import open_folder
 from shared.jobs.fuse import fuse
-from shared.jobs.parity import parity
+from shared.jobs.parity import first_gradient, parity
 from shared.jobs.train import train
+from shared.registry import find_backend
 from shared.sessions import open_session
+from shared.types import Method
 from tests import tolerances
 
 LAYERS = {"gemma3_text": 6}  # mlx-lm's takes the sixth for granted
@@ -216,3 +219,49 @@ def test_training_goes_on_from_pefts_whole_modules(make_config, tiny_model_folde
     before, after = (read_adapter(one).tensors for one in (tmp_path / "a", found))
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name].data, after[name].data) for name in before)
+
+
+def own_gradients(folder, adapter, backend, example, update):
+    """Return our gradients of a row's mean loss with respect to everything trained."""
+    engine, found = find_backend(backend), read_adapter(adapter)
+    model = engine.load_model(folder, dtype="float32", quantization=None, recompute=False, device=None)
+    model.attach(found.spec)
+    model.load_tensors("adapter", found.tensors)
+    trainer = engine.trainer(model, objective="sft", optimizer=Method("sgd"))
+    return first_gradient(trainer, [make_batch([example], [0])], update)
+
+
+def peft_gradients(folder, adapter, example):
+    """Return PEFT's under our names; what it keeps apart of tied matrices is added."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True).eval()
+    at = np.flatnonzero(example.supervised)
+    logits = model(torch.from_numpy(example.tokens)[None].long()).logits[0]
+    torch.nn.functional.cross_entropy(logits[at - 1], torch.from_numpy(example.tokens[at]).long()).backward()
+    grads = {name: one.grad.numpy() for name, one in model.named_parameters() if one.grad is not None}
+    found = {}
+    for name, grad in grads.items():
+        own = name.removeprefix("base_model.model.").replace(".default", "")
+        found[own if ".modules_to_save" in own else own.removesuffix(".weight")] = grad
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["tied-lora", "tied-whole", "whole"])
+def test_gradients_are_pefts(make_config, tiny_model_folder, make_examples, make_update, case):
+    family, tied, settings, _ = CASES[case]
+    folder, example = tiny_model_folder(family, tied=tied), make_examples([40])[0]
+    adapter = train(make_config(folder, "train.updates=2", "optimizer.lr=1e-2", "backend=torch", *settings)).adapter
+    wanted = peft_gradients(folder, adapter, example)
+    for leaf in ("lora_A", "lora_B") if case == "tied-lora" else ():
+        wanted[twin(f"lm_head.{leaf}", "model.embed_tokens")] += wanted.pop(f"lm_head.{leaf}").T
+    largest = max(np.abs(grad).max() for grad in wanted.values())
+    for backend in ("mlx", "torch"):
+        found = own_gradients(folder, adapter, backend, example, make_update(lr=0.0, max_grad_norm=None))
+        assert found.keys() == wanted.keys()
+        gap = max(np.abs(found[name] - wanted[name]).max() for name in wanted)
+        assert gap <= tolerances.GRADIENTS * largest
