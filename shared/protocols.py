@@ -50,7 +50,10 @@ class Model(Protocol):
     def info(self) -> ModelInfo: ...
 
     def attach(self, spec: AdapterSpec) -> None:
-        """Make adapters of `spec.modules` trainable, their matrices zero, or all parameters for kind "none"."""
+        """Make adapters of `spec.modules` trainable, their matrices zero, or all parameters for kind "none".
+
+        `spec.saved` become trainable as float32 copies of the base's modules, which hold its values.
+        """
         ...
 
     def log_probs(self, batch: Batch) -> np.ndarray:

@@ -61,6 +61,7 @@ def write_card(folder: Path, run: Run, *, kind: str, train_rows: int, result: Ma
     facts = {
         "rank, alpha, dropout": f"{config.adapter.rank}, {config.adapter.alpha:g}, {config.adapter.dropout:g}",
         "modules": f"{len(run.spec.modules)}: {config.adapter.targets}",
+        **({"trained whole": ", ".join(run.spec.saved)} if run.spec.saved else {}),
         "base quantized to": config.quantization,
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {config.schedule.name}",
         "batch": f"{config.train.batch_size} rows, dtype {config.train.dtype}, seed {config.train.seed}",
