@@ -148,7 +148,7 @@ def loss_and_gradients(
     return [total, mx.concatenate(pieces), *sums]
 
 
-def tied_base(root: nn.Module) -> nn.Module:
+def tied_base(root: Any) -> nn.Module:
     """Return the frozen embedding that is the head of a model without a module for it."""
     table: Any = root.model.embed_tokens
     return getattr(table, "base", table)  # below an adapter of its own

@@ -47,7 +47,8 @@ def float_copy(base: Any) -> Any:
 
 def with_values(module: Any, values: dict[str, mx.array]) -> Any:
     """Return a module of the same class and settings with other values; the first is not touched."""
-    other = type(module).__new__(type(module))
+    kind: Any = type(module)
+    other = kind.__new__(kind)
     other.__dict__.update(module.__dict__)
     other.__dict__["_no_grad"] = set()
     dict.update(other, module)
@@ -55,12 +56,12 @@ def with_values(module: Any, values: dict[str, mx.array]) -> Any:
     return other
 
 
-def find_norms(root: nn.Module) -> dict[str, int]:
+def find_norms(root: Any) -> dict[str, int]:
     """Return the width of every module that holds a vector of weights."""
     return {name: module.weight.size for name, module in root.named_modules() if is_norm(module)}
 
 
-def is_norm(module: nn.Module) -> bool:
+def is_norm(module: Any) -> bool:
     """Return whether a module holds a vector of weights, and at most a bias beside it."""
     return "weight" in module and set(module) <= {"weight", "bias"} and module.weight.ndim == 1
 

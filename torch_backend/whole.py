@@ -45,11 +45,12 @@ def float_copy(base: Any) -> nn.Module:
         return nn.Embedding.from_pretrained(weight, freeze=False)
     copy = nn.Linear(1, 1, bias=base.bias is not None)
     copy.weight = nn.Parameter(weight)
-    copy.bias = None if base.bias is None else nn.Parameter(base.bias.detach().float().clone())
+    if base.bias is not None:
+        copy.bias = nn.Parameter(base.bias.detach().float().clone())
     return copy
 
 
-def find_norms(root: nn.Module) -> dict[str, int]:
+def find_norms(root: Any) -> dict[str, int]:
     """Return the width of every module that holds a vector of weights."""
     return {name: int(module.weight.numel()) for name, module in root.named_modules() if is_norm(module)}
 
