@@ -198,10 +198,11 @@ CATALOGUE = {
         "Set `device: auto`, or install the framework's build for this GPU.",
     ),
     "E403": Kind(
-        "code in a model folder",
-        "config.json asks to run Python files of the folder (`auto_map`, `model_file`). That is never done: whoever "
-        "wrote them would hold your account.",
-        "Use a model of an architecture that mlx-lm and transformers have built in.",
+        "code in a model or adapter folder",
+        "config.json asks to run Python files of the folder (`auto_map`, `model_file`), or an adapter names code of "
+        "its own. That is never done on a folder's word: whoever wrote it would hold your account.",
+        "Use a model of an architecture that mlx-lm and transformers have built in; name an adapter's code that you "
+        "trust in MLXLORA_OWN_ADAPTERS.",
     ),
     "E404": Kind(
         "an adapter of a kind that is not loaded",

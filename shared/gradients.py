@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.adapters.spec import layer_of
-from shared.config import RunConfig
+
+if TYPE_CHECKING:
+    from shared.config import RunConfig
 
 KEY = "grad_norms"  # in a row of metrics.jsonl: {"layers.0.q_proj": norm, ...}
 DIGITS = 6  # significant ones in metrics.jsonl

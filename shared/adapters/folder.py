@@ -26,7 +26,7 @@ from shared.adapters.names import (
     turned,
     twin,
 )
-from shared.adapters.own import is_own, own_values
+from shared.adapters.own import check_named, is_own, own_values
 from shared.adapters.schema import (
     CONFIG_FILE,
     check_mlx,
@@ -326,8 +326,11 @@ def check_ranks(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
                 )
 
 
-def check_fit(adapter: Adapter, info: ModelInfo) -> None:
-    """Raise AdapterError unless the model has every adapted module, with the right widths."""
+def check_fit(adapter: Adapter, info: ModelInfo, *, own: str = "") -> None:
+    """Raise AdapterError unless the model has every adapted module, with the right widths.
+
+    own: the adapter of the user's own that a config names; another that the folder names is refused, not imported.
+    """
     adaptable = info.adaptable
     missing = [name for name in adapter.spec.modules if name not in adaptable]
     if missing:
@@ -338,6 +341,7 @@ def check_fit(adapter: Adapter, info: ModelInfo) -> None:
         )
     check_saved(adapter, info)
     if is_own(adapter.spec.kind):
+        check_named(adapter.spec.kind, own=own)
         wanted = {name: value.shape for name, value in own_values(adapter.spec, adaptable).items()}
         check_adapter({name: adapter.tensors[name] for name in adapter.tensors if not is_saved(name)}, expected=wanted)
         return

@@ -6,6 +6,8 @@ indexing, and methods such as `sum`, `mean`, `swapaxes`, `reshape`. Gradients ar
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from shared import seeds
-from shared.errors import ConfigError
+from shared.errors import CapabilityError, ConfigError
 from shared.registry import import_own
 from shared.types import AdapterSpec, Tensor
 
 Array = Any
+VARIABLE = "MLXLORA_OWN_ADAPTERS"  # names that the user trusts, with commas between
 OWN = ".own_adapter."  # between a module and its tensors
 
 
@@ -60,6 +63,18 @@ def is_own(kind: str) -> bool:
     (False, True)
     """
     return ":" in kind
+
+
+def check_named(kind: str, *, own: str) -> None:
+    """Raise CapabilityError unless the user named this adapter, in a config (own) or in MLXLORA_OWN_ADAPTERS.
+
+    A folder's word is not enough: what it names would be imported, and so its code run.
+    """
+    if kind not in (own, *os.environ.get(VARIABLE, "").split(",")):
+        raise CapabilityError(
+            f'the adapter is computed by code, "{kind}", which only its folder names',
+            code="E403", expected="that you name it too, where you trust it", fix=f"{VARIABLE}={shlex.quote(kind)}",
+        )  # fmt: skip
 
 
 def find_own(kind: str) -> OwnAdapter:

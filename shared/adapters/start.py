@@ -24,7 +24,7 @@ def start_values(config: RunConfig, spec: AdapterSpec, model: Model, base: Model
     if config.adapter.start is None:
         return first_values(spec, model, seed=config.train.seed)
     found = read_adapter(Path(config.adapter.start).expanduser())
-    check_fit(found, model.info)
+    check_fit(found, model.info, own=config.adapter.type)
     check_copies(found, base)
     own = replace(found.spec, tied=found.spec.tied and model.info.is_tied)
     check_same(own, spec, facts=Facts(model.info.num_layers, frozenset(model.info.adaptable)))

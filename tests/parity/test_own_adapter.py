@@ -45,7 +45,7 @@ def settings(kind, *more):
     return [f"adapter.type=own_adapters_for_a_test:{kind}", "train.updates=4", "optimizer.lr=2e-2", *more]
 
 
-def test_lora_as_a_users_own_has_pefts_logits(make_config, tiny_model_folder, tmp_path):
+def test_lora_as_a_users_own_has_pefts_logits(make_config, tiny_model_folder, tmp_path, monkeypatch):
     folder = tiny_model_folder()
     adapter = train(make_config(folder, *settings("LowRank", "backend=torch"))).adapter
     found = read_adapter(adapter)
@@ -57,6 +57,9 @@ def test_lora_as_a_users_own_has_pefts_logits(make_config, tiny_model_folder, tm
     write_config(tmp_path / "peft", layout.config)
     wanted = peft_logits(folder, tmp_path / "peft")
     assert np.abs(wanted - peft_logits(folder)).max() > 0.1
+    with pytest.raises(CapabilityError, match="which only its folder names"):
+        logits_of(folder, adapter, "torch")
+    monkeypatch.setenv("MLXLORA_OWN_ADAPTERS", found.spec.kind)
     for backend in ("torch", "mlx"):
         found = logits_of(folder, adapter, backend)
         assert np.abs(found - wanted).max() <= tolerances.LOGITS * max(np.abs(wanted).max() / 10, 1)

@@ -265,6 +265,23 @@ def test_nothing_can_run_code_from_a_file():
     assert not wrong
 
 
+IMPORTING = {  # where a module is imported by a name that is made while the program runs, and who gives the name
+    "shared/registry.py": "our own tables, and what a user's config or environment names",
+    "mlxlora/model.py": "a family of mlx-lm's",
+}
+
+
+def test_modules_are_imported_by_name_in_few_places():
+    found = {
+        file.relative_to(ROOT).as_posix()
+        for file in files_of(*PACKAGES)
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.Attribute | ast.Name)
+        and "import_module" in (getattr(node, "attr", ""), getattr(node, "id", ""))
+    }
+    assert found == set(IMPORTING)
+
+
 def test_no_test_replaces_our_code_or_a_framework():
     """No mocks: a tiny real thing stands in their place."""
     wrong = [entry for file in files_of("tests") for entry in replacements(file)]
