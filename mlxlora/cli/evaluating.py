@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,7 @@ from mlxlora.cli.options import (
     check_backend,
     check_choice,
 )
-from mlxlora.cli.output import emit_object, say
+from mlxlora.cli.output import AnswerFile, emit_object, say
 
 if TYPE_CHECKING:
     from shared.exams import Graded
@@ -56,15 +56,18 @@ def evaluate(
     check_backend(backend)
     asked = number_of(generate, answers, max_tokens)
     sets = {path: find_rows(path, split=split) for path in data}
-    session = open_session(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization, note=say)
     found: list[dict[str, Any]] = []
-    for path, (rows, file) in sets.items():
-        loss = evaluate_rows(session, rows, max_length=max_length, train_on=train_on)
-        graded = answer_rows(session, rows, number=asked, max_tokens=max_tokens, note=say) if asked else []
-        if answers is not None:
-            write_answers(answers, graded, data=path, first=not found)
-        facts = {"scores": scores_of(graded), "file": file, "data": path, "backend": session.backend.name}
-        found.append(vars(loss) | facts)
+    with AnswerFile(answers) if answers is not None else nullcontext() as lines:
+        session = open_session(
+            model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization, note=say
+        )
+        for path, (rows, file) in sets.items():
+            loss = evaluate_rows(session, rows, max_length=max_length, train_on=train_on)
+            graded = answer_rows(session, rows, number=asked, max_tokens=max_tokens, note=say) if asked else []
+            if lines is not None:
+                write_answers(lines, graded, data=path)
+            facts = {"scores": scores_of(graded), "file": file, "data": path, "backend": session.backend.name}
+            found.append(vars(loss) | facts)
     if as_json:
         emit_object(found[0] if len(found) == 1 else {"sets": found})
     for facts in found if not as_json else ():
@@ -104,8 +107,7 @@ def show(found: dict[str, Any], *, name: str) -> None:
         print(f"{found[name]}: {', '.join(shares)} ({scores['answers']} answers)")
 
 
-def write_answers(file: Path, graded: list[Graded], *, data: str, first: bool) -> None:
-    """Write answers, one JSON object a line; raises OSError."""
-    with file.open("w" if first else "a", encoding="utf-8") as lines:
-        for answer in graded:
-            lines.write(json.dumps({"data": data, **vars(answer)}, ensure_ascii=False) + "\n")
+def write_answers(lines: AnswerFile, graded: list[Graded], *, data: str) -> None:
+    """Write the answers to a set of rows; raises OSError."""
+    for answer in graded:
+        lines.add(lines.next, {"data": data, **vars(answer)})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +23,7 @@ from mlxlora.cli.options import (
     check_choice,
     check_finite,
 )
-from mlxlora.cli.output import emit, emit_object, say
+from mlxlora.cli.output import AnswerFile, emit, emit_object, say
 
 if TYPE_CHECKING:
     from shared.data.prompts import Prompt
@@ -91,8 +91,9 @@ def generate(
     }  # fmt: skip
     check_settings(settings)
     asked = find_prompts(prompt or [], prompts, stream=stream)
-    session = open_checked(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization)
-    answer_prompts(session, asked, settings, chat=chat, stream=stream, output=output, as_json=as_json)
+    with AnswerFile(output) if output is not None else nullcontext() as file:
+        session = open_checked(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization)
+        answer_prompts(session, asked, settings, chat=chat, stream=stream, file=file, as_json=as_json)
 
 
 def find_prompts(texts: Sequence[str], file: Path | None, *, stream: bool) -> list[Prompt]:
@@ -110,11 +111,15 @@ def find_prompts(texts: Sequence[str], file: Path | None, *, stream: bool) -> li
 
 def answer_prompts(
     session: Session, asked: list[Prompt], settings: dict[str, Any], *, chat: bool | None, stream: bool,
-    output: Path | None, as_json: bool,
+    file: AnswerFile | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Print the answers to prompts, or one JSON object with them."""
+    """Print the answers to prompts, or one JSON object with them; write each to the file as soon as it is there."""
     from shared import sessions
     from shared.generation.answers import Answer
+
+    def keep(number: int, answer: Completion) -> None:
+        if file is not None:
+            file.add(number, {"prompt": asked[number].messages or asked[number].text, **asdict(answer)})
 
     sampling = sessions.sampling_for(session, **settings)
     first, *others = asked
@@ -126,15 +131,16 @@ def answer_prompts(
             print(piece, end="", flush=True)
         print()
         found = [answer.completion()]
+        keep(0, found[0])
     else:
-        found = complete_noted(session, prompts, sampling)
-    if output is not None:
-        write_answers(output, asked, found)
-    show(session, asked, found, as_json=as_json, printed=stream or output is not None)
+        found = complete_noted(session, prompts, sampling, keep)
+    show(session, asked, found, as_json=as_json, printed=stream or file is not None)
 
 
-def complete_noted(session: Session, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
-    """Return all answers; where there are many, say on stderr how many are done."""
+def complete_noted(
+    session: Session, prompts: list[list[int]], sampling: Sampling, keep: Callable[[int, Completion], None]
+) -> list[Completion]:
+    """Return all answers, each given to `keep` when it is done; where there are many, say on stderr how many are."""
     from shared.sessions import complete_all
 
     total, count = len(prompts), 0
@@ -143,20 +149,12 @@ def complete_noted(session: Session, prompts: list[list[int]], sampling: Samplin
 
     def tell(number: int, found: Completion) -> None:
         nonlocal count
+        keep(number, found)
         count += 1
         if total > sampling.batch_size and sys.stderr.isatty():
             print(f"\r{count} of {total} answered", end="" if count < total else "\n", file=sys.stderr, flush=True)
 
     return complete_all(session, prompts, sampling, tell)
-
-
-def write_answers(output: Path, asked: list[Prompt], found: list[Completion]) -> None:
-    """Write one JSON object per prompt, in order."""
-    from shared.durable import write_whole
-
-    rows = ({"prompt": one.messages or one.text, **asdict(answer)} for one, answer in zip(asked, found, strict=True))
-    write_whole(output.expanduser(), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    say(f"{len(found)} answers in {output}")
 
 
 def show(session: Session, asked: list[Prompt], found: list[Completion], *, as_json: bool, printed: bool) -> None:

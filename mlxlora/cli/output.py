@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 
@@ -29,3 +33,46 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[n]) for row in rows) for n in range(max(map(len, rows), default=0))]
     for row in rows:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip())
+
+
+class AnswerFile:
+    """A file of answers, one JSON object a line, in order; each is written once those before it are.
+
+    It is opened before any work is done, and an older file stays until the first answer. What is done when the work is
+    broken off is there. Raises OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser()
+        self.new = not self.path.exists()
+        self.lines = self.path.open("a", encoding="utf-8")
+        self.waiting: dict[int, str] = {}  # answered before one that stands above them
+        self.written = self.next = 0
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def add(self, number: int, row: Mapping[str, Any]) -> None:
+        """Take the answer to prompt `number`, counted from 0."""
+        self.waiting[number] = json.dumps(row, ensure_ascii=False) + "\n"
+        while self.next in self.waiting:
+            self.write(self.waiting.pop(self.next))
+            self.next += 1
+
+    def write(self, line: str) -> None:
+        """Write a line, the first in the place of what stood in the file."""
+        if not self.written and self.path.is_file():
+            self.lines.truncate(0)
+        self.lines.write(line)
+        self.lines.flush()
+        self.written += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with self.lines:
+            for _, line in sorted(self.waiting.items()):
+                self.write(line)
+        if self.written:
+            say(f"{self.written} answers in {self.path}")
+        elif self.new:
+            with suppress(OSError):
+                self.path.unlink()

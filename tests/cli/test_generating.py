@@ -9,6 +9,7 @@ import pytest
 
 import mlxlora
 from mlxlora.cli.main import run
+from mlxlora.cli.output import AnswerFile
 from shared.errors import ConfigError, DataError
 from shared.jobs.chat import Chat, chat_sampling
 from shared.registry import BACKENDS
@@ -143,6 +144,38 @@ def test_values_out_of_range_are_refused_before_a_model_is_looked_for(options, w
     err = call(capsys, "generate", "no/such/model-folder", "--prompt", "a", *options, code=2).err
     assert words in err
     assert err.count("\n") <= 3
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["generate --prompt a --output", "evaluate --data rows.jsonl --generate 1 --answers"],
+)
+def test_a_file_that_cannot_be_written_is_said_before_a_model_is_looked_for(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    err = call(capsys, *command.split(), "no/such/x.jsonl", "no/such/model-folder", code=7).err
+    assert "error E700: cannot use no/such/x.jsonl" in err
+
+
+def test_answers_are_kept_in_order_when_the_work_is_broken_off(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text("old\n")
+
+    def work():
+        with AnswerFile(file) as answers:
+            answers.add(1, {"n": 1})
+            assert file.read_text() == "old\n", "nothing is lost before there is something new"
+            answers.add(0, {"n": 0})
+            assert file.read_text() == '{"n": 0}\n{"n": 1}\n'
+            answers.add(3, {"n": 3})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert file.read_text() == '{"n": 0}\n{"n": 1}\n{"n": 3}\n'
+    with AnswerFile(tmp_path / "none.jsonl"):
+        pass
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_settings_of_python_are_checked_too():
