@@ -10,7 +10,7 @@ import typer
 
 from mlxlora.cli.generating import MinP, Penalty, Seed, Stop, TopK, TopP, check_settings, open_checked
 from mlxlora.cli.options import AdapterPath, BackendName, Debug, Dtype, Json, ModelPath, Quantization
-from mlxlora.cli.output import emit_object, say
+from mlxlora.cli.output import emit_object, printable, say
 
 if TYPE_CHECKING:
     from shared.jobs.chat import Chat
@@ -27,7 +27,6 @@ COMMANDS = """/reset          forget what was said
 /exit           leave, as Ctrl-D does
 \"\"\"             begins and ends a message of several lines
 Ctrl-C          breaks an answer off"""
-UNSEEN = dict.fromkeys([n for n in range(32) if chr(n) not in "\n\t"] + [127])  # no model moves the cursor
 
 
 def chat(
@@ -142,7 +141,7 @@ def answer(talk: Chat, message: str) -> None:
     try:
         with closing(talk.stream(message)) as pieces:
             for piece in pieces:
-                print(piece.translate(UNSEEN), end="", flush=True)
+                print(printable(piece), end="", flush=True)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise

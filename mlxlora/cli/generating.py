@@ -23,7 +23,7 @@ from mlxlora.cli.options import (
     check_choice,
     check_finite,
 )
-from mlxlora.cli.output import AnswerFile, emit, emit_object, say
+from mlxlora.cli.output import AnswerFile, emit, emit_object, printable, say
 
 if TYPE_CHECKING:
     from shared.data.prompts import Prompt
@@ -128,7 +128,7 @@ def answer_prompts(
     if stream:
         answer = Answer(session.tokenizer.decode, sampling, len(prompts[0]))
         for _, piece, _ in sessions.follow(session, [answer], prompts, sampling):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
         found = [answer.completion()]
         keep(0, found[0])
@@ -164,11 +164,12 @@ def show(session: Session, asked: list[Prompt], found: list[Completion], *, as_j
     elif as_json:
         emit_object({"completions": [asdict(answer) for answer in found], "backend": session.backend.name})
     elif not printed and len(found) == 1:
-        print(found[0].text)
+        print(printable(found[0].text))
     elif not printed:
         for number, (one, answer) in enumerate(zip(asked, found, strict=True), start=1):
             begun = " ".join(one.last.split())
-            print(f"[{number}] {begun if len(begun) <= 70 else begun[:67] + '...'}\n{answer.text}\n")
+            begun = begun if len(begun) <= 70 else begun[:67] + "..."
+            print(printable(f"[{number}] {begun}\n{answer.text}\n"))
 
 
 def check_settings(settings: dict[str, Any]) -> None:

@@ -10,6 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+UNSEEN = dict.fromkeys([n for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"])  # C0, DEL, C1
+
+
+def printable(text: str) -> str:
+    """Return a model's text without control characters where stdout is a terminal: none moves its cursor."""
+    return text.translate(UNSEEN) if sys.stdout.isatty() else text
+
 
 def say(text: str) -> None:
     """Print a note on stderr."""

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import redirect_stdout
 
 import pytest
 
 import mlxlora
+from mlxlora.cli.generating import show
 from mlxlora.cli.main import run
 from mlxlora.cli.output import AnswerFile
+from shared.data.prompts import Prompt
 from shared.errors import ConfigError, DataError
+from shared.generation.answers import Completion, LogProbs
 from shared.jobs.chat import Chat, chat_sampling
 from shared.registry import BACKENDS
 from shared.sessions import complete, open_session, prompt_ids, sampling_for
 from shared.types import ModelInfo
+from tests.unit.test_display import Terminal
 
 PROMPTS = ["hello ", "he", "or hell, the world", "hello "]
 
@@ -176,6 +181,17 @@ def test_answers_are_kept_in_order_when_the_work_is_broken_off(tmp_path):
     with AnswerFile(tmp_path / "none.jsonl"):
         pass
     assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_no_text_of_a_model_controls_a_terminal_and_files_get_all_of_it(terminal):
+    said = "a\x1b[2Jb\x9b31mc\x85\x7f\r\td\né\n"
+    for asked in (["hello\x9b"], ["hello\x9b", "he"]):
+        with redirect_stdout(Terminal() if terminal else io.StringIO()) as screen:
+            found = [Completion(said, (), True, 1, "stop", None, LogProbs(0, 0, 0)) for _ in asked]
+            show(None, [Prompt(text) for text in asked], found, as_json=False, printed=False)
+        assert ("a[2Jb31mc\td\né\n" if terminal else said) in screen.getvalue()
+        assert ("\x9b" in screen.getvalue()) != terminal
 
 
 def test_settings_of_python_are_checked_too():
