@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from shared.adapters.spec import layer_of
+from shared.callbacks import Metrics
 
 if TYPE_CHECKING:
     from shared.config import RunConfig
@@ -105,22 +107,17 @@ def listed(places: Sequence[str]) -> str:
 
 
 class GradientCheck:
-    """A callback that says at the end of a run which layers vanish or explode."""
+    """A callback that says at the end of a run which layers vanish or explode, by all of its metrics.jsonl."""
 
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self.note = note
-        self.rows: list[Mapping[str, Any]] = []
-
-    def on_step(self, row: Mapping[str, Any]) -> None:
-        """Keep the norms of a row."""
-        self.rows += [{"step": row["step"], KEY: row[KEY]}] if KEY in row else []
+    def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
+        self.folder, self.note = folder, note
 
     def on_end(self, facts: Mapping[str, Any]) -> None:
         """Say what was found."""
-        for text in find_trouble(self.rows):
+        for text in find_trouble(Metrics(self.folder / "metrics.jsonl").read()):
             self.note(text)
 
 
-def gradient_checks(config: RunConfig, note: Callable[[str], None]) -> list[Any]:
+def gradient_checks(config: RunConfig, folder: Path, note: Callable[[str], None]) -> list[Any]:
     """Return the callback that a config asks for, or none."""
-    return [GradientCheck(note)] if config.log.gradients else []
+    return [GradientCheck(folder, note)] if config.log.gradients else []

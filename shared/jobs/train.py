@@ -131,7 +131,7 @@ def train_once(
         begin(folder, step=run.state.step if found else -1, resume=resume)
         given = command or command_line()
         with sinks(folder, config.log.to, note) as trackers:
-            checks = [*convergence_checks(config, note), *gradient_checks(config, note)]
+            checks = [*convergence_checks(config, note), *gradient_checks(config, folder, note)]
             run.callbacks = [trackers, *tracers, *checks, *callbacks]
             try:
                 return finish_run(run, prepared, backend.probe(), base=hashes.result(), command=given)
