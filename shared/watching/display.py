@@ -18,6 +18,8 @@ Row = Mapping[str, Any]
 WIDE, NARROW = 110, 60  # columns from which a bar is long, and below which there is none
 BAR = {WIDE: 24, NARROW: 10}  # its length from so many columns on
 
+TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}  # a user's own adapter goes by its own name
+
 
 def make_display(stream: TextIO | None = None) -> Callback:
     """Return the live display where the stream is a terminal, else plain lines."""
@@ -48,7 +50,8 @@ class Sturdy:
 
 def start_line(facts: Row) -> str:
     """Return one line on what is about to run."""
-    what = "full fine-tuning" if facts["adapter"] == "none" else f"LoRA on {facts['modules']} modules"
+    kind = facts["adapter"]
+    what = "full fine-tuning" if kind == "none" else f"{TITLES.get(kind, kind)} on {facts['modules']} modules"
     return (
         f"{facts['family']} on {facts['backend']} ({facts['device']}): {what}, "
         f"{facts['trained_parameters']:,} trained parameters; {facts['rows']['train']} rows, {of_tokens(facts)}; "

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from shared.watching.display import LiveDisplay, PlainDisplay, make_display
+from shared.watching.display import LiveDisplay, PlainDisplay, make_display, start_line
 
 FACTS = {
     "family": "llama", "backend": "torch", "device": "CPU", "adapter": "lora", "modules": 14, "trained_parameters": 9,
@@ -60,3 +60,17 @@ def test_plain_lines_say_how_long_the_rest_takes():
     lines = [line for line in stream.getvalue().splitlines() if "tokens/s" in line]
     assert re.search(r"update 500/1000  loss 1\.2346 .* peak 512 MiB  [\d.]+ s left$", lines[0])
     assert lines[1].endswith("peak 512 MiB")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("lora", "LoRA on 14 modules"),
+        ("rslora", "rsLoRA on 14 modules"),
+        ("dora", "DoRA on 14 modules"),
+        ("my.adapters:IA3", "my.adapters:IA3 on 14 modules"),
+        ("none", "full fine-tuning"),
+    ],
+)
+def test_the_first_line_names_what_is_trained(kind, words):
+    assert f": {words}, " in start_line({**FACTS, "adapter": kind})
