@@ -34,7 +34,7 @@ from shared.protocols import Backend, Model
 from shared.registry import check_installed, find_backend
 from shared.running.card import write_card
 from shared.running.checkpoint import Checkpoint, step_dirs
-from shared.running.deciding import add_result, evaluation_warnings, read_result, restore_best
+from shared.running.deciding import add_result, evaluation_warnings, has_result, read_result, restore_best
 from shared.running.lock import locked
 from shared.running.recovery import LateOutOfMemory
 from shared.running.run import LoopState, Run
@@ -159,7 +159,7 @@ def finish_run(
     if not complete:
         fit(run)
     target = run.folder / result_name(run.spec)
-    if not (complete and target.is_dir() and (run.folder / "report.html").is_file()):
+    if not (complete and has_result(run) and target.is_dir() and (run.folder / "report.html").is_file()):
         result = restore_best(run)
         write_result(run, prepared, result)
         add_result(run, result)

@@ -109,6 +109,18 @@ def stopped_early(run: Run) -> bool:
     return patience is not None and counted and run.state.evaluations_without_better >= patience
 
 
+def wanted_update(run: Run) -> int:
+    """Return which update's weights the config asks for as the result; -1: the best one's, which is not known."""
+    state = run.state
+    return state.best_step if run.config.evaluation.keeps_best and state.best is not None else state.step
+
+
+def has_result(run: Run) -> bool:
+    """Return whether the manifest has the result of this state; it has none from a resume on until that is written."""
+    result = read_result(run.folder)
+    return result.get("last_update") == run.state.step and wanted_update(run) in (result.get("update"), -1)
+
+
 def restore_best(run: Run) -> dict[str, Any]:
     """Put the best checkpoint's weights into the model where the config asks for it; return what the result is.
 
@@ -119,7 +131,7 @@ def restore_best(run: Run) -> dict[str, Any]:
     result: dict[str, Any] = {"update": state.step, "last_update": state.step, "stopped_early": is_early}
     if state.best is not None and state.best_step >= 0:
         result |= {"metric": config.metric, "best": state.best, "best_update": state.best_step}
-    if not config.keeps_best or state.best is None or state.best_step == state.step:
+    if wanted_update(run) == state.step:
         return result
     best = (
         f"the best {config.metric} is {state.best:.4f}{f' of update {state.best_step}' if state.best_step >= 0 else ''}"

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from mlxlora.cli import main
+from shared import faults
 from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import build_config
-from shared.jobs.train import train
+from shared.jobs.train import TrainResult, train
 from shared.running import checkpoint
 from shared.tensors import load_file
 from tests.recovery.golden.make import BASE
@@ -135,6 +136,22 @@ def test_a_finished_run_says_the_same_again(data, whole):
     assert (result.already_complete, result.result_update, result.updates) == (True, BEST, LAST)
     assert result.eval_loss == before[2]["best"]
     assert result_of(whole["torch"]) == before
+
+
+def test_a_longer_run_killed_before_its_result_does_not_keep_the_old_one(data, tmp_path, monkeypatch):
+    def go(updates: int, **options: Any) -> TrainResult:
+        return train(
+            recipe(data, tmp_path, "evaluation.every=null", f"train.updates={updates}", backend="torch"), **options
+        )
+
+    go(2)
+    monkeypatch.setenv("MLXLORA_FAULT", "result.before_rename:1:memory")
+    faults.passed.clear()
+    with pytest.raises(MemoryError):
+        go(4, allow_change=["train.updates"])
+    monkeypatch.delenv("MLXLORA_FAULT")
+    assert go(4).result_update == 4
+    assert weights_of(tmp_path) == weights_at(tmp_path, 4)
 
 
 def test_a_best_checkpoint_that_is_damaged_is_said_and_the_last_weights_are_the_result(data, whole, tmp_path):
