@@ -25,7 +25,6 @@ from shared.errors import ModelError, OutOfMemory, StorageError
 from shared.estimate.plan import with_settings
 from shared.estimate.report import decide_run, what_fits
 from shared.export import write_model
-from shared.gradients import gradient_checks
 from shared.jobs.prepare import Prepared, prepare
 from shared.loop import fit
 from shared.optimizers import method_of
@@ -58,6 +57,7 @@ from shared.running.run_folder import (
 from shared.running.samples import take_samples
 from shared.strict import check_length
 from shared.types import AdapterSpec, Capability, Recompute
+from shared.watching.gradients import gradient_checks
 from shared.watching.report import write_report
 from shared.watching.sinks import check_sinks, sinks
 

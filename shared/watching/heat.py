@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from shared.gradients import EXPLODING, FEWEST, VANISHING, by_layer, find_trouble, norms_of
+from shared.gradients import by_layer, norms_of
+from shared.watching.gradients import EXPLODING, FEWEST, VANISHING, find_trouble
 from shared.watching.words import escape, short
 
 COLUMNS = 40  # of updates; each shows the median of those it stands for

@@ -8,8 +8,9 @@ import pytest
 
 from shared.callbacks import Metrics
 from shared.config_file import build_config
-from shared.gradients import KEY, GradientCheck, find_trouble
+from shared.gradients import KEY
 from shared.jobs.train import train
+from shared.watching.gradients import GradientCheck, find_trouble
 
 LAYERS = 8
 

@@ -47,6 +47,7 @@ FIRST = {
     "importing",
     "durable",
     "optimizers",
+    "gradients",
 }
 FIRST_FOLDERS = {"data", "objectives", "quant", "adapters", "convert", "generation"}
 # Third-party packages per floor: at the top of a file, and inside functions.
