@@ -198,7 +198,9 @@ def generate(
     session, settings = _open(model, adapter=adapter, backend=backend, options=options)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     ids = [sessions.prompt_ids(session, text, chat=chat) for text in prompts]
-    texts = [found.text for found in sessions.complete_all(session, ids, sessions.sampling_for(session, **settings))]
+    sampling = sessions.sampling_for(session, **settings)
+    sessions.check_room(session, ids, sampling)
+    texts = [found.text for found in sessions.complete_all(session, ids, sampling)]
     return texts[0] if isinstance(prompt, str) else texts
 
 
@@ -216,7 +218,9 @@ def stream(
 
     session, settings = _open(model, adapter=adapter, backend=backend, options=options)
     ids = sessions.prompt_ids(session, prompt, chat=chat)
-    for piece, _ in sessions.stream(session, ids, sessions.sampling_for(session, **settings)):
+    sampling = sessions.sampling_for(session, **settings)
+    sessions.check_room(session, [ids], sampling)
+    for piece, _ in sessions.stream(session, ids, sampling):
         yield piece
 
 

@@ -166,6 +166,26 @@ def prompt_ids(
     return ids
 
 
+def most_tokens(session: Session) -> int | None:
+    """Return how many tokens, prompt and answer together, the model takes; None: nobody says."""
+    info = session.model.info
+    return min((limit for limit in (info.max_positions, info.max_tokens) if limit is not None), default=None)
+
+
+def check_room(session: Session, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Raise DataError for a prompt whose answer may need more positions than the model was made for."""
+    most = session.model.info.max_positions
+    for number, ids in enumerate(prompts, start=1):
+        if most is not None and len(ids) + sampling.max_tokens > most:
+            which = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            fits = f"max_tokens {most - len(ids)}, or a shorter prompt" if len(ids) < most else "a shorter prompt"
+            raise DataError(
+                f"{which} has {len(ids)} tokens, with {sampling.max_tokens} of an answer more than the model has "
+                f"positions: {most}",
+                fix=fits,
+            )
+
+
 def stream(session: Session, ids: Sequence[int], sampling: Sampling) -> Iterator[tuple[str, Token]]:
     """Yield (new text, token) as tokens come; text is held back while it may be half a character or a stop string."""
     answer = Answer(session.tokenizer.decode, sampling, len(ids))

@@ -125,6 +125,7 @@ def answer_prompts(
     first, *others = asked
     prompts = [sessions.prompt_ids(session, first, chat=chat, note=say)]
     prompts += [sessions.prompt_ids(session, one, chat=chat) for one in others]
+    sessions.check_room(session, prompts, sampling)
     if stream:
         answer = Answer(session.tokenizer.decode, sampling, len(prompts[0]))
         for _, piece, _ in sessions.follow(session, [answer], prompts, sampling):

@@ -10,7 +10,7 @@ from shared.errors import DataError
 from shared.generation.answers import Answer, Completion
 from shared.generation.config import CHAT
 from shared.protocols import Rows
-from shared.sessions import Session, follow, sampling_for
+from shared.sessions import Session, follow, most_tokens, sampling_for
 from shared.types import Sampling
 
 Message = dict[str, Any]
@@ -77,8 +77,7 @@ class Chat:
 
     def room(self, tokens: int) -> int:
         """Return how many tokens an answer may have behind so many; raises DataError where none fits."""
-        info = self.session.model.info
-        most = min((limit for limit in (info.max_positions, info.max_tokens) if limit is not None), default=None)
+        most = most_tokens(self.session)
         if most is None:
             return self.sampling.max_tokens
         if tokens >= most:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from contextlib import redirect_stdout
 
 import pytest
@@ -199,6 +200,18 @@ def test_settings_of_python_are_checked_too():
         mlxlora.generate("no/such/model-folder", "a", top_p=2)
     with pytest.raises(ConfigError, match='did you mean "top_k"'):
         mlxlora.generate("no/such/model-folder", "a", topk=2)
+
+
+def test_a_prompt_whose_answer_has_no_room_is_refused_before_anything_is_generated(tiny_model_folder, capsys):
+    base = ["generate", tiny_model_folder(), "--backend", "torch"]  # 256 positions
+    found = call(capsys, *base, "--prompt", "a", "--prompt", "b" * 250, "--max-tokens", 20, code=2)
+    assert re.search(
+        r"prompt 2 has 25\d tokens, with 20 of an answer more than the model has positions: 256", found.err
+    )
+    assert "fix: max_tokens " in found.err
+    assert not found.out
+    with pytest.raises(DataError, match="a shorter prompt"):
+        mlxlora.generate(str(tiny_model_folder()), "b" * 300, max_tokens=1, backend="torch")
 
 
 def test_filters_without_effect_are_noted(tiny_model_folder, capsys):
