@@ -22,7 +22,7 @@ class HeldOut:
 
     rows: dict[str, list[Row]]
     roots: dict[str, Path] = field(default_factory=dict[str, Path])
-    files: dict[str, Path] = field(default_factory=dict[str, Path])  # NAME/FILE, as in the manifest
+    files: dict[str, Path] = field(default_factory=dict[str, Path])  # evaluation.sets.NAME/FILE, as in the manifest
 
 
 def load_held_out(config: RunConfig, valid: list[Row], dropped: dict[str, int]) -> HeldOut:
@@ -42,7 +42,7 @@ def load_held_out(config: RunConfig, valid: list[Row], dropped: dict[str, int]) 
             what = f"evaluation.sets.{name}: {error.what}"
             raise DataError(what, code=error.code, expected=error.expected, fix=error.fix) from None
         found.roots[name] = root
-        found.files.update({f"{name}/{file.name}": file for file in files})
+        found.files.update({f"evaluation.sets.{name}/{file.name}": file for file in files})
     batches = config.evaluation.batches
     most = None if batches == "all" else batches * config.train.batch_size
     for name, rows in found.rows.items():

@@ -261,7 +261,7 @@ def check_trainable(prepared: Prepared) -> None:
 def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:
     """Return facts for the manifest and the display."""
     info, spec = run.model.info, run.spec
-    rows_of_sets = {name: len(rows) for name, rows in prepared.sets.items()}
+    sets = {"sets": {name: len(rows) for name, rows in prepared.sets.items()}} if prepared.sets else {}
     trained = sum(math.prod(tensor.shape) for _, tensor in run.model.tensors("adapter"))
     return {
         "model": run.config.model,
@@ -270,7 +270,7 @@ def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:
         "adapter": spec.kind,
         "modules": len(spec.modules),
         "trained_parameters": trained,
-        "rows": {"train": len(prepared.train), "valid": len(prepared.valid), "kind": prepared.kind, **rows_of_sets},
+        "rows": {"train": len(prepared.train), "valid": len(prepared.valid), "kind": prepared.kind, **sets},
         **({"dropped": prepared.dropped} if prepared.dropped else {}),
         **count_tokens(prepared),
         "updates": run.updates,

@@ -176,7 +176,7 @@ def changed_rows(folder: Path, own: Mapping[str, str], *, sets: Collection[str] 
         before = dict(json.loads((folder / "manifest.json").read_bytes())["data_sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return
-    for name in ("valid.jsonl", *(f"{name}/" for name in sets)):
+    for name in ("valid.jsonl", *(f"evaluation.sets.{name}/" for name in sets)):
         changed = [key for key in before if key.startswith(name) and before[key] != own.get(key, before[key])]
         if changed:
             yield f"{changed[0]} has changed: losses of evaluations before and behind do not compare"

@@ -205,6 +205,9 @@ def test_evaluations_on_sets_and_answers_change_no_weight(data, tmp_path):
         result = train(recipe(data, tmp_path / f"{backend}-more", *plain, *more, backend=backend))
         one, two = result_of(tmp_path / backend), result_of(tmp_path / f"{backend}-more")
         assert one[0] == two[0]
+        manifest = json.loads((tmp_path / f"{backend}-more/manifest.json").read_text())
+        assert manifest["rows"] == {"train": 6, "valid": 3, "kind": "prompt", "sets": {"train": 6}}
+        assert sorted(manifest["data_sha256"]) == ["evaluation.sets.train/train.jsonl", "train.jsonl", "valid.jsonl"]
         metrics = ("loss", "exact_match", "token_f1", "rouge_l")
         wanted = [f"eval_{name}{metric}" for name in ("", "train_") for metric in metrics]
         assert sorted(result.evaluation) == sorted(wanted)
