@@ -33,7 +33,7 @@ from shared.protocols import Backend, Model
 from shared.registry import check_installed, find_backend
 from shared.running.card import write_card
 from shared.running.checkpoint import Checkpoint, step_dirs
-from shared.running.deciding import add_result, evaluation_warnings, has_result, read_result, restore_best
+from shared.running.deciding import add_result, evaluation_warnings, has_ended, has_result, read_result, restore_best
 from shared.running.lock import locked
 from shared.running.recovery import LateOutOfMemory
 from shared.running.run import LoopState, Run
@@ -147,7 +147,7 @@ def finish_run(
 ) -> TrainResult:
     """Train what is left of a run, write its results, and return them."""
     facts = describe_run(run, prepared)
-    complete = run.state.finished
+    complete = run.state.finished = has_ended(run)
     if not complete:
         resolved = with_whole_paths(run.config, run.folder)
         data = prepared.data_files

@@ -115,6 +115,11 @@ def wanted_update(run: Run) -> int:
     return state.best_step if run.config.evaluation.keeps_best and state.best is not None else state.step
 
 
+def has_ended(run: Run) -> bool:
+    """Return whether nothing is left to train: all updates are done, or patience, as it is now, has run out."""
+    return run.state.finished and (run.state.step >= run.updates or stopped_early(run))
+
+
 def has_result(run: Run) -> bool:
     """Return whether the manifest has the result of this state; it has none from a resume on until that is written."""
     result = read_result(run.folder)

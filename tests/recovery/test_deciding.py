@@ -172,6 +172,15 @@ def test_without_restore_best_the_last_weights_are_the_result_and_nothing_more_i
     assert weights_of(tmp_path) == weights_at(tmp_path, LAST)
 
 
+def test_an_ended_run_follows_evaluation_settings_that_are_new(data, whole, tmp_path):
+    shutil.copytree(whole["torch"], tmp_path / "run")
+    result = train(recipe(data, tmp_path / "run", "evaluation.restore_best=false", backend="torch"))
+    assert (result.already_complete, result.result_update) == (True, LAST)
+    assert weights_of(tmp_path / "run") == weights_at(tmp_path / "run", LAST)
+    result = train(recipe(data, tmp_path / "run", "evaluation.patience=4", backend="torch"))
+    assert (result.already_complete, result.updates, result.result_update) == (False, LAST + 2, BEST)
+
+
 def test_min_delta_and_mode_decide_when_it_is_enough(data, tmp_path):
     """From update 6 to 8 the loss falls by 0.6 only; and more of it is better where the mode says so."""
     train(recipe(data, tmp_path / "delta", "evaluation.min_delta=0.7", "evaluation.patience=1", backend="torch"))
