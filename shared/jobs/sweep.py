@@ -132,13 +132,25 @@ def folder_name(settings: Mapping[str, Any]) -> str:
     >>> folder_name({"lr": 1e-4}), folder_name({"targets": ["q_proj", "v_proj"]})
     ('lr-0.0001', 'targets-q_proj-v_proj-2dbbd4')
     """
-    plain = "_".join(
-        f"{key}-{value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
-    )
+    plain = "_".join(f"{key}-{value_text(value)}" for key, value in settings.items())
     name = re.sub(r"-*[^\w.+-]+-*", "-", plain, flags=re.ASCII).strip("-.")
     if name == plain and len(name) <= LONGEST:
         return name
     return f"{name[:LONGEST]}-{hashlib.sha256(plain.encode()).hexdigest()[:6]}"
+
+
+def value_text(value: Any) -> str:
+    """Return a value as a folder's name has it: a text as it is, but in quotes where it would be another value's JSON.
+
+    >>> value_text("q_proj"), value_text(8), value_text("8")
+    ('q_proj', '8', '"8"')
+    """
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+    return json.dumps(value)
 
 
 def sweep(

@@ -101,7 +101,10 @@ def test_a_run_that_cannot_be_begun_is_refused_before_any_runs(tmp_path):
 
 
 def test_every_combination_has_a_name_of_its_own():
-    grid = {"adapter.targets": [["q_proj"], ["q_proj "], "q_proj", "a/b", "a b"], "train.seed": [0, 1]}
+    grid = {
+        "adapter.targets": [["q_proj"], ["q_proj "], "q_proj", "a/b", "a b", 8, "8", None, "null"],
+        "train.seed": [0, 1],
+    }
     names = [run.name for run in expand(grid)]
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 18
     assert all("/" not in name and "=" not in name and " " not in name for name in names)
