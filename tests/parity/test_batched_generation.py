@@ -15,7 +15,7 @@ from tests.parity.test_families import save
 from tests.parity.test_packing import MODELS, OTHERS
 
 LENGTHS = [5, 19, 1, 12, 12, 30]
-FEW = ("llama llama3 rope", "qwen2 tied, one head per group", "gemma2, window, soft-cap", "smollm3")
+FEW = ("llama llama3 rope", "gemma2, window, soft-cap", "smollm3")
 WHOLE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}  # heads are turned whole
 MOST = {**MODELS, **OTHERS, "no attention of ours": ("glm", {"head_dim": 16, "rope_parameters": WHOLE})}
 # Of Gemma 3 and Cohere 2 mlx-lm keeps a window's keys only; its Gemma 2 takes no masks of several rows.
