@@ -140,3 +140,13 @@ def test_against_peft_ends_where_peft_does(stored_model, tmp_path):
     found = json.loads(file.read_text())
     assert abs(found["ours_minus_peft"]) < 1e-4
     assert found["curve_gap"] < 1e-5
+
+
+@pytest.mark.slow
+def test_generating_measures_both_ways_and_compares_their_tokens(tiny_model_folder, tmp_path):
+    file = tmp_path / "generating.json"
+    sizes = ["--prompts", 2, "--tokens", 5, "--answer", 4, "--runs", 2]
+    script("generating.py", "--model", tiny_model_folder(), "--backend", "torch", *sizes, "--output", file)
+    found = json.loads(file.read_text())["results"]["torch"]
+    assert found["same_tokens"]
+    assert all(len(found["wall"][key]) == 2 and min(found["wall"][key]) > 0 for key in ("alone_s", "together_s"))
