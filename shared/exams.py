@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shared import faults
 from shared.data.rows import Row
 from shared.data.tokenize import Tokenizer, tokenize_rows
-from shared.errors import DataError
+from shared.errors import DataError, OutOfMemory, is_out_of_memory
 from shared.folder import end_tokens
 from shared.generation.config import GenerationConfig
 from shared.protocols import Model
@@ -80,20 +81,43 @@ def ask(
     model: Model, questions: Sequence[Question], tokenizer: Tokenizer, *, max_tokens: int,
     between: Callable[[], None] = lambda: None,
 ) -> list[Graded]:  # fmt: skip
-    """Return the greedy answers; `between` is called at every token, and what it raises ends it."""
-    stops = end_tokens(tokenizer.folder, tokenizer_eos=tokenizer.eos)
-    together = GenerationConfig().batch_size
-    sampling = Sampling(max_tokens, temperature=0.0, seed=0, stop_tokens=stops, batch_size=together)
-    said: list[list[int]] = [[] for _ in questions]
-    for token in model.generate([question.prompt for question in questions], sampling):
-        between()
-        if not token.stopped:
-            said[token.prompt].append(token.token)
-    texts = [tokenizer.decode(tokens).strip() for tokens in said]
+    """Return the greedy answers and their scores; `between` is called at every token, and what it raises ends it."""
+    prompts = [question.prompt for question in questions]
+    texts = [text.strip() for text in answer_all(model, prompts, tokenizer, max_tokens=max_tokens, between=between)]
     return [
         Graded(question.source, tokenizer.decode(question.prompt), question.wanted, got, score(question.wanted, got))
         for question, got in zip(questions, texts, strict=True)
     ]
+
+
+def answer_all(
+    model: Model, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, *, max_tokens: int,
+    between: Callable[[], None] = lambda: None,
+) -> list[str]:  # fmt: skip
+    """Return the greedy continuation of every prompt; raises OutOfMemory where one alone is too long.
+
+    Where memory runs out they begin again, half as many together.
+    """
+    stops = end_tokens(tokenizer.folder, tokenizer_eos=tokenizer.eos)
+    together = GenerationConfig().batch_size
+    while together:
+        sampling = Sampling(max_tokens, temperature=0.0, seed=0, stop_tokens=stops, batch_size=together)
+        said: list[list[int]] = [[] for _ in prompts]
+        try:
+            for token in model.generate(prompts, sampling):
+                faults.hit("evaluation.answer")
+                between()
+                if not token.stopped:
+                    said[token.prompt].append(token.token)
+            return [tokenizer.decode(tokens) for tokens in said]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        together //= 2
+    raise OutOfMemory(
+        f"out of memory answering a prompt of up to {max(map(len, prompts))} tokens",
+        fix="data.drop: [too_long] leaves out long rows; evaluation.generate null answers none",
+    )
 
 
 def score(wanted: str, got: str) -> dict[str, float]:

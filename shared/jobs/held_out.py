@@ -8,12 +8,13 @@ from pathlib import Path
 
 from shared.config import RunConfig
 from shared.data.rows import Row, content_hash, find_data, find_split
-from shared.data.sources import read
+from shared.data.sources import drop_long, read
 from shared.data.tokenize import Tokenizer
 from shared.errors import DataError
 from shared.exams import make_questions
 from shared.hub import pinned
 from shared.running.run import Exam
+from shared.types import Example
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ def load_held_out(config: RunConfig, valid: list[Row], dropped: dict[str, int]) 
     for name, rows in found.rows.items():
         found.rows[name] = rows[:most]
     return found
+
+
+def keep_short(found: HeldOut, examples: Mapping[str, list[Example]], *, most: int) -> dict[str, list[Example]]:
+    """Return every set's examples of at most so many tokens; the rows of the others leave `found`. Raises DataError."""
+    for name, some in examples.items():
+        pairs = zip(found.rows[name], some, strict=True)
+        found.rows[name] = [row for row, example in pairs if len(example.tokens) <= most]
+    return {name: drop_long(some, (len(some),), most=most)[0] for name, some in examples.items()}
 
 
 def make_exam(found: HeldOut, tokenizer: Tokenizer, config: RunConfig) -> Exam | None:

@@ -19,7 +19,7 @@ from shared.data.stream import Encoding, Stream, check_ids, open_stream, streams
 from shared.data.tokenize import Tokenizer, tokenize_rows
 from shared.folder import ModelFolder, find_folder, open_folder, sha256
 from shared.hub import pinned
-from shared.jobs.held_out import HeldOut, count_leaks, load_held_out, make_exam, pinned_sets
+from shared.jobs.held_out import HeldOut, count_leaks, keep_short, load_held_out, make_exam, pinned_sets
 from shared.running.run import Exam
 from shared.types import Example
 
@@ -58,7 +58,7 @@ def prepare(config: RunConfig) -> Prepared:
     if "too_long" in dropped:
         whole, most = len(train) + sum(map(len, tests.values())), config.data.max_length
         train, counts = drop_long(train, counts, most=most)
-        tests = {name: drop_long(some, (len(some),), most=most)[0] for name, some in tests.items()}
+        tests = keep_short(held_out, tests, most=most)
         dropped = {**dropped, "too_long": whole - len(train) - sum(map(len, tests.values()))}
     weights = weigh(config.data.sources, counts)
     check_vocabulary(base, [*train, *chain(*tests.values())])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from shared.adapters.spec import first_values
 from shared.data.stream import sample_of
 from shared.data.tokenize import Tokenizer
-from shared.folder import end_tokens
+from shared.exams import answer_all
 from shared.running.run import Run
-from shared.types import Example, Sampling
+from shared.types import Example
 from shared.watching.report import Sample
 
 PROMPTS = 3
@@ -25,11 +23,11 @@ def take_samples(run: Run, tokenizer: Tokenizer) -> list[Sample]:
         return []
     rows = [row for row in (run.valid or sample_of(run.train)) if len(row.tokens) <= MAX_PROMPT][:PROMPTS]
     prompts = [row.tokens[: prompt_length(row)].tolist() for row in rows]
-    after = answer(run, prompts, tokenizer)
+    after = answer_all(run.model, prompts, tokenizer, max_tokens=MAX_TOKENS)
     trained = dict(run.model.tensors("adapter"))
     try:
         run.model.load_tensors("adapter", first_values(run.spec, run.model, seed=0))
-        before = answer(run, prompts, tokenizer)
+        before = answer_all(run.model, prompts, tokenizer, max_tokens=MAX_TOKENS)
     finally:
         run.model.load_tensors("adapter", trained)
     return [
@@ -42,14 +40,3 @@ def prompt_length(row: Example) -> int:
     """Return how many tokens stand before the first supervised one; of a plain text, a quarter."""
     first = int(np.argmax(row.supervised))
     return first if first > 1 else max(len(row.tokens) // 4, 1)
-
-
-def answer(run: Run, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[str]:
-    """Return the greedy continuation of every prompt."""
-    ends = end_tokens(tokenizer.folder, tokenizer_eos=tokenizer.eos)
-    sampling = Sampling(MAX_TOKENS, 0.0, 0, ends, batch_size=PROMPTS)
-    texts: list[list[int]] = [[] for _ in prompts]
-    for token in run.model.generate(prompts, sampling):
-        if not token.stopped:
-            texts[token.prompt].append(token.token)
-    return [tokenizer.decode(tokens) for tokens in texts]

@@ -17,6 +17,7 @@ from shared import faults
 from shared.callbacks import Metrics
 from shared.config import RunConfig
 from shared.config_file import build_config
+from shared.jobs.prepare import prepare
 from shared.jobs.train import TrainResult, train
 from shared.running import checkpoint
 from shared.tensors import load_file
@@ -223,6 +224,16 @@ def test_evaluations_on_sets_and_answers_change_no_weight(data, tmp_path):
         assert [row["eval_loss"] for row in one[1] if "eval_loss" in row] == [
             row["eval_loss"] for row in two[1] if "eval_loss" in row
         ]
+
+
+def test_rows_that_are_dropped_as_too_long_are_not_asked(tmp_path):
+    rows = [{"prompt": "a " * number, "completion": "b"} for number in (2, 500, 3)]
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["data.drop=[too_long]", "data.max_length=64", "evaluation.generate=2"]
+    prepared = prepare(recipe(tmp_path, tmp_path / "run", *more, backend="torch"))
+    assert prepared.exam is not None
+    assert [question.source for question in prepared.exam.questions[""]] == ["valid.jsonl:1", "valid.jsonl:3"]
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared import faults
 from shared.data.rows import check_row
-from shared.errors import DataError
+from shared.errors import DataError, OutOfMemory
 from shared.exams import ask, make_questions, mean_scores, rouge_l, score, token_f1
 from shared.sessions import open_session
 
@@ -84,7 +85,7 @@ def test_rows_of_text_are_refused_by_name(make_tokenizer):
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
-def test_answers_are_transformers_own_greedy_texts(tiny_model_folder, make_tokenizer, backend):
+def test_answers_are_transformers_own_greedy_texts(tiny_model_folder, monkeypatch, backend):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -97,4 +98,10 @@ def test_answers_are_transformers_own_greedy_texts(tiny_model_folder, make_token
         ids = theirs.generate(torch.tensor([question.prompt]), max_new_tokens=6, do_sample=False)
         assert answer.got == session.tokenizer.decode(ids[0, len(question.prompt) :].tolist()).strip()
         assert answer.scores == score(answer.wanted, answer.got)
+    monkeypatch.setenv("MLXLORA_FAULT", "evaluation.answer:3:memory")
+    faults.passed.clear()
+    assert ask(session.model, questions, session.tokenizer, max_tokens=6) == answers, "half as many together"
+    monkeypatch.setenv("MLXLORA_FAULT", "evaluation.answer:1+:memory")
+    with pytest.raises(OutOfMemory, match="answering a prompt of up to"):
+        ask(session.model, questions, session.tokenizer, max_tokens=6)
     assert mean_scores(answers)["rouge_l"] == pytest.approx(sum(a.scores["rouge_l"] for a in answers) / 2)
