@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,20 @@ def config_faults() -> tuple[type[Exception], ...]:
 
 
 def config_fault(path: Path, error: Exception) -> ModelError:
-    """Return the error for a folder whose config a zoo cannot build a model of, on one line."""
+    """Return the error for a folder whose config a zoo cannot build a model of, on one line.
+
+    mlx-lm's `ModelArgs` take fewer defaults than transformers' configs, which need not state theirs.
+    """
+    text = " ".join(str(error).split())
+    if lacking := re.match(r"ModelArgs\.__init__\(\) missing \d+ required positional arguments?: (.*)", text):
+        keys = ", ".join(re.findall(r"'(\w+)'", lacking[1]))
+        return ModelError(
+            f"{path / 'config.json'} lacks {keys}, which mlx-lm's model of this family needs",
+            code="E302",
+            fix="add what is missing, or use the torch backend, where the family may have a default",
+        )
     return ModelError(
-        f"{path / 'config.json'}: {' '.join(str(error).split())}",
+        f"{path / 'config.json'}: {text}",
         code="E302",
         fix="config.json does not describe a model",
     )

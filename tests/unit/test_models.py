@@ -17,6 +17,7 @@ from shared.folder import open_folder, sha256
 from shared.tensors import Tensor, load_file, save_file
 from tests import tolerances
 from tests.adapters import save_adapter
+from tests.architectures import load
 from tests.conftest import save_tokenizer
 from tests.exports import save_family, save_gpt2_tokenizer
 
@@ -227,3 +228,22 @@ def test_weights_that_no_backend_would_load_are_not_copied(tiny_model_folder, af
         with pytest.raises(ModelError, match="NaN or infinity"):
             convert_model(str(folder), to=to, output=str(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("family", "keys"), [("gpt_neox", "rotary_emb_base, rotary_pct"), ("lfm2", "block_dim")])
+def test_keys_that_mlx_lm_needs_and_a_config_lacks_are_named(tiny_model_folder, tmp_path, family, keys):
+    folder = shutil.copytree(tiny_model_folder(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    usual = {
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True,
+    }
+    config |= {"model_type": family, **usual}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"config\.json lacks .*, which mlx-lm") as caught:
+        load("mlx", folder)
+    assert caught.value.code == "E302"
+    assert all(key in str(caught.value) for key in keys.split(", "))
