@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.config import RunConfig
+from shared.config import DataConfig, RunConfig
+from shared.data.formats import read_values
 from shared.data.rows import Row, content_hash, find_data, find_split
 from shared.data.sources import drop_long, read
 from shared.data.tokenize import Tokenizer
@@ -36,7 +37,7 @@ def load_held_out(config: RunConfig, valid: list[Row], dropped: dict[str, int]) 
         try:
             root = find_data(path)
             files = find_split(root)
-            found.rows[name] = list(read(files, config.data, dropped, prefix=f"{name}/"))
+            found.rows[name] = list(read(files, fitting(config.data, files[0]), dropped, prefix=f"{name}/"))
             if not found.rows[name]:
                 raise DataError(f"{files[0].name} has no rows", code="E211", expected="one JSON object per line")
         except DataError as error:
@@ -49,6 +50,13 @@ def load_held_out(config: RunConfig, valid: list[Row], dropped: dict[str, int]) 
     for name, rows in found.rows.items():
         found.rows[name] = rows[:most]
     return found
+
+
+def fitting(data: DataConfig, file: Path) -> DataConfig:
+    """Return the settings for a set of its own: data.columns only where its first row has one of them."""
+    first = next((value for value, _ in read_values(file)), None)
+    own = isinstance(first, dict) and not any(name in first for name in data.columns.values())
+    return data.model_copy(update={"columns": {}}) if own else data
 
 
 def keep_short(found: HeldOut, examples: Mapping[str, list[Example]], *, most: int) -> dict[str, list[Example]]:

@@ -236,6 +236,16 @@ def test_rows_that_are_dropped_as_too_long_are_not_asked(tmp_path):
     assert [question.source for question in prepared.exam.questions[""]] == ["valid.jsonl:1", "valid.jsonl:3"]
 
 
+def test_a_set_may_have_columns_of_its_own(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"q": "one", "a": "two"}\n')
+    (tmp_path / "same.jsonl").write_text('{"q": "three", "a": "four"}\n')
+    (tmp_path / "plain.jsonl").write_text('{"prompt": "three", "completion": "four"}\n')
+    sets = f"evaluation.sets={{same: {tmp_path}/same.jsonl, plain: {tmp_path}/plain.jsonl}}"
+    more = ["data.columns={prompt: q, completion: a}", "data.path=" + str(tmp_path / "train.jsonl"), sets]
+    prepared = prepare(recipe(tmp_path, tmp_path / "run", *more, backend="torch"))
+    assert prepared.sets["plain"][0].tokens.tolist() == prepared.sets["same"][0].tokens.tolist()
+
+
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_evaluate_gives_the_numbers_of_the_run_and_scores_of_every_set(data, whole, tmp_path, capsys, backend):
     files = [str(data / f"{name}.jsonl") for name in ("valid", "train")]
