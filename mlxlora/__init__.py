@@ -231,10 +231,12 @@ def chat(
 
     options: as `generate` has them; max_tokens 1024, temperature 0.7 and top_p 0.95 by default.
     """
-    from shared.jobs.chat import Chat, chat_sampling
+    from shared.generation.config import chat_settings
+    from shared.jobs.chat import Chat
+    from shared.sessions import sampling_for
 
     session, settings = _open(model, adapter=adapter, backend=backend, options=options)
-    return Chat(session, chat_sampling(session, **settings), system)
+    return Chat(session, sampling_for(session, **chat_settings(settings)), system)
 
 
 def _open(model: str, *, adapter: Adapters, backend: str, options: dict[str, Any]) -> tuple[Session, dict[str, Any]]:

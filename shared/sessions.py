@@ -14,7 +14,7 @@ from shared.data.layout import choose_layout
 from shared.data.prompts import Prompt
 from shared.data.rows import Row, find_data, find_split, read_rows
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
-from shared.errors import DataError
+from shared.errors import ConfigError, DataError, did_you_mean
 from shared.evaluate import Evaluation, evaluate_examples
 from shared.exams import Graded, ask, make_questions
 from shared.folder import ModelFolder, end_tokens, find_folder, open_folder
@@ -26,6 +26,7 @@ from shared.running.run_folder import hash_files, joint_hash
 from shared.strict import check_length
 from shared.types import Sampling, Token
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 HASHED_BYTES = 2**30  # hashing a larger base would take longer than a short answer
 Note = Callable[[str], None]
 
@@ -50,6 +51,8 @@ def open_session(
     adapter: a folder, or several as "folder=weight", which are added.
     dtype auto: bfloat16 on a GPU, float32 on a CPU. quantization auto: as the adapter was trained.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(f'dtype: unknown value "{dtype}"', fix=did_you_mean(dtype, DTYPES))
     if quantization != "auto":
         parse_scheme(quantization)
     found = read_weighted([str(adapter)] if isinstance(adapter, str | Path) else adapter) if adapter else None

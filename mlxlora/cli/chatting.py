@@ -48,17 +48,18 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk with a model; lines come from the terminal or from a pipe."""
-    from shared.generation.config import CHAT
-    from shared.jobs.chat import Chat, chat_sampling
+    from shared.generation.config import chat_settings
+    from shared.jobs.chat import Chat
+    from shared.sessions import sampling_for
 
-    settings = {
+    given = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "stop": stop or None, "seed": seed,
     }  # fmt: skip
-    settings = {**settings, **{key: value for key, value in CHAT.items() if settings[key] is None}}
+    settings = chat_settings(given)
     check_settings(settings)
     session = open_checked(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization)
-    talk = Chat(session, chat_sampling(session, **settings), system)
+    talk = Chat(session, sampling_for(session, **settings), system)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (arrows and history for input())
 

@@ -29,6 +29,11 @@ CHAT: dict[str, Any] = {"max_tokens": 1024, "temperature": 0.7, "top_p": 0.95}  
 WITHOUT_EFFECT = ("top_k", "top_p", "min_p")  # at temperature 0
 
 
+def chat_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a chat: its own defaults stand for what is not given, or None."""
+    return {**values, **{key: value for key, value in CHAT.items() if values.get(key) is None}}
+
+
 def read_settings(values: dict[str, Any]) -> GenerationConfig:
     """Return checked settings; None is a default. Raises ConfigError with the first problem."""
     given = {key: value for key, value in values.items() if value is not None}

@@ -8,9 +8,8 @@ from typing import Any
 
 from shared.errors import DataError
 from shared.generation.answers import Answer, Completion
-from shared.generation.config import CHAT
 from shared.protocols import Rows
-from shared.sessions import Session, follow, most_tokens, sampling_for
+from shared.sessions import Session, follow, most_tokens
 from shared.types import Sampling
 
 Message = dict[str, Any]
@@ -86,12 +85,6 @@ class Chat:
                 fix="begin anew (/reset), or say less at once",
             )
         return min(self.sampling.max_tokens, most - tokens)
-
-
-def chat_sampling(session: Session, **values: Any) -> Sampling:
-    """Return the sampling of a chat: settings of GenerationConfig, with a chat's own defaults."""
-    given = {key: value for key, value in values.items() if value is not None}
-    return sampling_for(session, **{**CHAT, **given})
 
 
 def system_message(text: str | None) -> list[Message]:

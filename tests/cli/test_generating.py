@@ -16,7 +16,7 @@ from mlxlora.cli.output import AnswerFile
 from shared.data.prompts import Prompt
 from shared.errors import ConfigError, DataError
 from shared.generation.answers import Completion, LogProbs
-from shared.jobs.chat import Chat, chat_sampling
+from shared.jobs.chat import Chat
 from shared.registry import BACKENDS
 from shared.sessions import complete, open_session, prompt_ids, sampling_for
 from shared.types import ModelInfo
@@ -200,6 +200,13 @@ def test_settings_of_python_are_checked_too():
         mlxlora.generate("no/such/model-folder", "a", top_p=2)
     with pytest.raises(ConfigError, match='did you mean "top_k"'):
         mlxlora.generate("no/such/model-folder", "a", topk=2)
+    with pytest.raises(ConfigError, match='dtype: unknown value "float23"'):
+        mlxlora.generate("no/such/model-folder", "a", dtype="float23")
+
+
+def test_a_chat_has_defaults_of_its_own_where_none_is_given(tiny_model_folder):
+    drawn = mlxlora.chat(str(tiny_model_folder()), backend="torch", temperature=0.2, max_tokens=None).sampling
+    assert (drawn.max_tokens, drawn.temperature, drawn.top_p) == (1024, 0.2, 0.95)
 
 
 def test_a_prompt_whose_answer_has_no_room_is_refused_before_anything_is_generated(tiny_model_folder, capsys):
@@ -223,7 +230,7 @@ def test_filters_without_effect_are_noted(tiny_model_folder, capsys):
 
 
 def test_an_answer_is_what_the_template_and_the_history_ask_for(session):
-    talk = Chat(session, chat_sampling(session, max_tokens=6, temperature=0), "be kind")
+    talk = Chat(session, sampling_for(session, max_tokens=6, temperature=0), "be kind")
     first = talk.say("hello")
     second = "".join(talk.stream("how?"))
     said = [
@@ -241,7 +248,7 @@ def test_an_answer_is_what_the_template_and_the_history_ask_for(session):
 
 
 def test_of_an_answer_that_is_broken_off_what_was_shown_stays(session):
-    talk = Chat(session, chat_sampling(session, max_tokens=50, temperature=0))
+    talk = Chat(session, sampling_for(session, max_tokens=50, temperature=0))
     pieces = talk.stream("hello")
     shown = next(pieces) + next(pieces)
     pieces.close()
@@ -252,7 +259,7 @@ def test_of_an_answer_that_is_broken_off_what_was_shown_stays(session):
 def test_a_conversation_ends_where_the_model_does(session):
     most = session.model.info.max_positions
     assert isinstance(session.model.info, ModelInfo)
-    talk = Chat(session, chat_sampling(session, max_tokens=10_000, temperature=0))
+    talk = Chat(session, sampling_for(session, max_tokens=10_000, temperature=0))
     start = len(talk.ids([{"role": "user", "content": "a"}]))
     found = talk.say("a")
     assert found.stopped or len(found.tokens) == most - start
