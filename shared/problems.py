@@ -40,8 +40,10 @@ def describe(root: type[BaseModel], error: ValidationError, *, place: str, place
         whole = ".".join(str(part) for part in path[:-1])
         return ConfigError(f"{where}: {whole} is too short", code="E202", expected=f"{path[-1] + 1} values at least")
     if first["type"] == "missing":
+        inner = keys_of(root, path)  # of a section, which --set takes apart
+        at = f"{key}.{inner[0]}" if inner else key
         return ConfigError(
-            f'{where}: key "{key}" is missing', code="E202", fix=f"add {key} to the config, or --set {key}=..."
+            f'{where}: key "{key}" is missing', code="E202", fix=f"add {key} to the config, or --set {at}=..."
         )
     found = first.get("input")
     shown = "" if isinstance(found, dict) else f", found {shorten(found)}"

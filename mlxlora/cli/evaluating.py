@@ -57,7 +57,7 @@ def evaluate(
     asked = number_of(generate, answers, max_tokens)
     sets = {path: find_rows(path, split=split) for path in data}
     found: list[dict[str, Any]] = []
-    with AnswerFile(answers) if answers is not None else nullcontext() as lines:
+    with AnswerFile(answers, option="--answers") if answers is not None else nullcontext() as lines:
         session = open_session(
             model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization, note=say
         )

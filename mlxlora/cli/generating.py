@@ -91,7 +91,7 @@ def generate(
     }  # fmt: skip
     check_settings(settings)
     asked = find_prompts(prompt or [], prompts, stream=stream)
-    with AnswerFile(output) if output is not None else nullcontext() as file:
+    with AnswerFile(output, option="--output") if output is not None else nullcontext() as file:
         session = open_checked(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization)
         answer_prompts(session, asked, settings, chat=chat, stream=stream, file=file, as_json=as_json)
 

@@ -47,6 +47,9 @@ app.add_typer(recipes)
 def main() -> None:
     """Run the command line and exit with the contract's code."""
     sys.stderr = cast(TextIO, Sturdy(sys.stderr))  # bars and warnings of libraries meet closed pipes too
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets a question mark
+        if (change := getattr(stream, "reconfigure", None)) is not None:
+            change(errors="replace")
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()

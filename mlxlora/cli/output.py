@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -42,14 +42,41 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip())
 
 
+def check_page(file: Path | None) -> None:
+    """Raise ConfigError where --html would replace a file that is no page."""
+    replaceable(file, "--html", lambda head: head.lstrip().lower().startswith(b"<!doctype html"), what="no page")
+
+
+def replaceable(file: Path | None, option: str, is_ours: Callable[[bytes], bool], *, what: str) -> None:
+    """Raise ConfigError where a file exists, is not empty and does not begin like one of ours."""
+    if file is None or not file.expanduser().is_file():
+        return
+    with file.expanduser().open("rb") as lines:
+        head = lines.readline(2**20)
+    if head and not is_ours(head):
+        from shared.errors import ConfigError
+
+        raise ConfigError(f"{option}: {file} exists and is {what}", code="E205", fix=f"choose another {option}")
+
+
+def is_answer(head: bytes) -> bool:
+    """Return whether a line is an answer as `AnswerFile` writes it."""
+    try:
+        found = json.loads(head)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and ("finish_reason" in found or {"wanted", "got", "scores"} <= found.keys())
+
+
 class AnswerFile:
     """A file of answers, one JSON object a line, in order; each is written once those before it are.
 
     It is opened before any work is done, and an older file stays until the first answer. What is done when the work is
-    broken off is there. Raises OSError.
+    broken off is there. Raises OSError, and ConfigError for a file that holds something else.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, option: str) -> None:
+        replaceable(path, option, is_answer, what="no file of answers")
         self.path = path.expanduser()
         self.new = not self.path.exists()
         self.lines = self.path.open("a", encoding="utf-8")

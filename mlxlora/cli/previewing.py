@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlxlora.cli.options import Debug, Json, Set
-from mlxlora.cli.output import emit, emit_object, say
+from mlxlora.cli.output import check_page, emit, emit_object, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +44,7 @@ def preview(
     """Rows as the model gets them, supervised tokens coloured, and counts; loads no model."""
     import mlxlora
 
+    check_page(html)
     checked = mlxlora.load_config(config, overrides=overrides or [])
     if schedule:
         show_schedule(checked, as_json=as_json)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mlxlora.cli.options import BackendName, Debug, Json, check_backend
-from mlxlora.cli.output import emit, emit_object, print_table, say
+from mlxlora.cli.output import check_page, emit, emit_object, print_table, say
 
 runs = typer.Typer(name="runs", help="Runs that were made: list, look, compare.", no_args_is_help=True)
 
@@ -45,6 +45,7 @@ def show(folder: RunFolder, html: Html = None, as_json: Json = False, debug: Deb
     """One run: how far it came, its numbers, its curves, its settings."""
     from shared.jobs.runs import describe, number_text
 
+    check_page(html)
     found = describe(folder, html=html)
     if as_json:
         emit(found)
@@ -77,6 +78,7 @@ def compare(
 
     check_backend(backend)
     options = {"backend": backend, "note": say} if data is not None else {}
+    check_page(html)
     found = run(a, b, data=data, html=html, **options)
     if as_json:
         emit(found, **({"verdict": found.paired.verdict} if found.paired else {}))

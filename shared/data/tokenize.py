@@ -72,7 +72,9 @@ class Tokenizer:
         return found.get("default") if isinstance(found, dict) else found
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the ids of a text, with the model's own start token where `special`."""
+        """Return the ids of a text, with the model's own start token where `special`; raises DataError."""
+        if any("\ud800" <= char <= "\udfff" for char in text):  # what Python makes of such bytes in an argument
+            raise DataError("the text holds bytes that are not UTF-8", code="E211", fix="write it in UTF-8")
         return list(self.inner(text, add_special_tokens=special)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:

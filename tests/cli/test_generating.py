@@ -165,12 +165,13 @@ def test_a_file_that_cannot_be_written_is_said_before_a_model_is_looked_for(comm
 
 def test_answers_are_kept_in_order_when_the_work_is_broken_off(tmp_path):
     file = tmp_path / "answers.jsonl"
-    file.write_text("old\n")
+    old = '{"finish_reason": "stop"}\n'
+    file.write_text(old)
 
     def work():
-        with AnswerFile(file) as answers:
+        with AnswerFile(file, option="--output") as answers:
             answers.add(1, {"n": 1})
-            assert file.read_text() == "old\n", "nothing is lost before there is something new"
+            assert file.read_text() == old, "nothing is lost before there is something new"
             answers.add(0, {"n": 0})
             assert file.read_text() == '{"n": 0}\n{"n": 1}\n'
             answers.add(3, {"n": 3})
@@ -179,7 +180,7 @@ def test_answers_are_kept_in_order_when_the_work_is_broken_off(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         work()
     assert file.read_text() == '{"n": 0}\n{"n": 1}\n{"n": 3}\n'
-    with AnswerFile(tmp_path / "none.jsonl"):
+    with AnswerFile(tmp_path / "none.jsonl", option="--output"):
         pass
     assert not (tmp_path / "none.jsonl").exists()
 
@@ -290,3 +291,21 @@ def test_a_model_without_a_template_cannot_chat(tmp_path, tiny_model_folder, cap
     config.pop("chat_template", None)
     (model / "tokenizer_config.json").write_text(json.dumps(config))
     assert "has no chat template" in call(capsys, "chat", model, "--backend", "torch", code=2).err
+
+
+def test_a_file_of_something_else_is_not_replaced(tmp_path, capsys):
+    prompts, page = tmp_path / "prompts.jsonl", tmp_path / "run.yaml"
+    prompts.write_text('{"prompt": "a"}\n')
+    page.write_text("model: m\n")
+    for words in (
+        ["generate", "m", "--prompts", str(prompts), "--output", str(prompts)],
+        ["preview", str(page), "--html", str(page)],
+    ):
+        assert run(words) == 2
+        assert "E205" in capsys.readouterr().err
+    assert (prompts.read_text(), page.read_text()) == ('{"prompt": "a"}\n', "model: m\n")
+
+
+def test_bytes_that_are_not_utf_8_are_refused_in_a_prompt(make_tokenizer):
+    with pytest.raises(DataError, match="not UTF-8"):
+        make_tokenizer().encode("caf\udce9")
