@@ -123,11 +123,19 @@ def test_the_best_checkpoint_is_kept_and_is_the_result(whole, backend):
     assert f"update {BEST}, the best eval_loss" in (whole[backend] / "adapter/README.md").read_text()
 
 
-@pytest.mark.parametrize("backend", ["mlx", pytest.param("torch", marks=pytest.mark.slow)])
-def test_a_run_killed_in_saves_evaluations_and_at_its_end_has_the_same_result(data, whole, tmp_path, backend):
-    words = [str(data), str(tmp_path / "run"), backend, *POINTS]
+@pytest.mark.parametrize(
+    ("backend", "points"),
+    [
+        ("mlx", ("checkpoint.before_prune:3", "result.before_rename:1", "")),
+        pytest.param("mlx", POINTS, marks=pytest.mark.slow),
+        pytest.param("torch", POINTS, marks=pytest.mark.slow),
+    ],
+    ids=["mlx", "mlx-all", "torch-all"],
+)
+def test_a_run_killed_in_saves_evaluations_and_at_its_end_has_the_same_result(data, whole, tmp_path, backend, points):
+    words = [str(data), str(tmp_path / "run"), backend, *points]
     done = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["-9"] * (len(POINTS) - 1) + ["0"], done.stderr
+    assert done.stdout.split() == ["-9"] * (len(points) - 1) + ["0"], done.stderr
     assert result_of(tmp_path / "run") == result_of(whole[backend])
 
 
@@ -207,23 +215,23 @@ def test_a_resume_by_another_metric_counts_anew(data, whole, tmp_path):
     assert result.updates > LAST
 
 
-def test_evaluations_on_sets_and_answers_change_no_weight(data, tmp_path):
+@pytest.mark.parametrize("backend", ["torch", pytest.param("mlx", marks=pytest.mark.slow)])
+def test_evaluations_on_sets_and_answers_change_no_weight(data, tmp_path, backend):
     more = [f"evaluation.sets={{train: {data}/train.jsonl}}", "evaluation.generate=2", "evaluation.max_tokens=3"]
     plain = ["evaluation.patience=null", "train.updates=2"]
-    for backend in ("mlx", "torch"):
-        train(recipe(data, tmp_path / backend, *plain, backend=backend))
-        result = train(recipe(data, tmp_path / f"{backend}-more", *plain, *more, backend=backend))
-        one, two = result_of(tmp_path / backend), result_of(tmp_path / f"{backend}-more")
-        assert one[0] == two[0]
-        manifest = json.loads((tmp_path / f"{backend}-more/manifest.json").read_text())
-        assert manifest["rows"] == {"train": 6, "valid": 3, "kind": "prompt", "sets": {"train": 6}}
-        assert sorted(manifest["data_sha256"]) == ["evaluation.sets.train/train.jsonl", "train.jsonl", "valid.jsonl"]
-        metrics = ("loss", "exact_match", "token_f1", "rouge_l")
-        wanted = [f"eval_{name}{metric}" for name in ("", "train_") for metric in metrics]
-        assert sorted(result.evaluation) == sorted(wanted)
-        assert [row["eval_loss"] for row in one[1] if "eval_loss" in row] == [
-            row["eval_loss"] for row in two[1] if "eval_loss" in row
-        ]
+    train(recipe(data, tmp_path / backend, *plain, backend=backend))
+    result = train(recipe(data, tmp_path / f"{backend}-more", *plain, *more, backend=backend))
+    one, two = result_of(tmp_path / backend), result_of(tmp_path / f"{backend}-more")
+    assert one[0] == two[0]
+    manifest = json.loads((tmp_path / f"{backend}-more/manifest.json").read_text())
+    assert manifest["rows"] == {"train": 6, "valid": 3, "kind": "prompt", "sets": {"train": 6}}
+    assert sorted(manifest["data_sha256"]) == ["evaluation.sets.train/train.jsonl", "train.jsonl", "valid.jsonl"]
+    metrics = ("loss", "exact_match", "token_f1", "rouge_l")
+    wanted = [f"eval_{name}{metric}" for name in ("", "train_") for metric in metrics]
+    assert sorted(result.evaluation) == sorted(wanted)
+    assert [row["eval_loss"] for row in one[1] if "eval_loss" in row] == [
+        row["eval_loss"] for row in two[1] if "eval_loss" in row
+    ]
 
 
 def test_rows_that_are_dropped_as_too_long_are_not_asked(tmp_path):
