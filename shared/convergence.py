@@ -12,6 +12,7 @@ import numpy as np
 
 from shared.config import RunConfig
 
+NARROW = 0.02  # of the mean loss: an interval within it is told as level, a wider one as noise
 WINDOW = 32  # logged updates per test
 FALSE_ALARMS = 0.03  # share of runs of mere noise in which the loss is ever said to fall or to rise, at most
 
@@ -71,12 +72,13 @@ class ConvergenceCheck:
         alpha = FALSE_ALARMS / (self.tests * (self.tests + 1))
         steps, losses = zip(*self.points, strict=True)
         found = find_trend(steps, losses, alpha=alpha)
-        low, high = (
-            100 * change * (steps[-1] - steps[0]) / abs(float(np.mean(losses))) for change in (found.low, found.high)
+        low, high = (change * (steps[-1] - steps[0]) for change in (found.low, found.high))
+        narrow = max(-low, high) < NARROW * abs(float(np.mean(losses)))
+        hint = (
+            "" if found.verdict != "is level" else ": it may have converged" if narrow else ": too noisy to tell more"
         )
-        hint = ": it may have converged" if found.verdict == "is level" else ""
         self.note(
-            f"updates {steps[0]} to {steps[-1]}: the training loss {found.verdict}, by {low:+.1f} to {high:+.1f} % "
+            f"updates {steps[0]} to {steps[-1]}: the training loss {found.verdict}, by {low:+.3f} to {high:+.3f} nats "
             f"({1 - alpha:.1%} sure; of runs that only waver at most {FALSE_ALARMS:.0%} are ever told otherwise){hint}"
         )
         self.points.clear()

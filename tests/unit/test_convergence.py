@@ -62,3 +62,13 @@ def test_skipped_updates_have_no_loss_and_are_passed_over():
     check = ConvergenceCheck(lambda text: None)
     check.on_step({"step": 1})
     assert not check.points
+
+
+def test_noise_that_could_hide_a_fall_is_not_taken_for_convergence():
+    notes: list[str] = []
+    for spread in (0.001, 1.0):
+        check = ConvergenceCheck(notes.append)
+        for step in range(WINDOW):
+            check.on_step({"step": step + 1, "loss": 2.0 + spread * (step % 2)})
+    assert "it may have converged" in notes[0]
+    assert "too noisy to tell more" in notes[1]
