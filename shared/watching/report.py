@@ -275,7 +275,7 @@ def clipping(rows: Rows, settings: Flat) -> tuple[Curve, ...]:
     """Return the norm that longer gradients are clipped to, where some are."""
     limit, norms = number(settings.get("optimizer.max_grad_norm")), points(rows, "grad_norm")
     clipped = sum(norm > limit for _, norm in norms) if limit else 0
-    if not clipped:
+    if limit is None or not clipped:
         return ()
     ends = tuple((x, float(limit)) for x in (norms[0][0], norms[-1][0]))
     return (Curve(f"clipped above {limit:g}: {clipped / len(norms):.0%}", ends, "c"),)
