@@ -243,16 +243,3 @@ def sampling_for(session: Session, **values: Any) -> Sampling:
         stop_tokens=tuple(sorted({*ends, *(token for token in control.values() if token is not None)})),
         stop_strings=tuple(stop for stop, token in control.items() if token is None),
     )
-
-
-def exact_match(
-    session: Session, rows: list[dict[str, Any]], *, max_tokens: int
-) -> tuple[float, list[tuple[str, str, str]]]:
-    """Return the share of {"prompt", "completion"} rows answered exactly, and (prompt, wanted, got) of each."""
-    sampling = sampling_for(session, max_tokens=max_tokens, temperature=0.0)
-    prompts = [session.tokenizer.encode(row["prompt"]) for row in rows]
-    got = [
-        (row["prompt"], row["completion"].strip(), found.text.strip())
-        for row, found in zip(rows, complete_all(session, prompts, sampling), strict=True)
-    ]
-    return sum(wanted == found for _, wanted, found in got) / len(got), got

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 
 from shared.callbacks import Callback
 from shared.config_file import build_config
+from shared.data.rows import Row, read_rows
+from shared.exams import Graded, mean_scores
 from shared.jobs.train import train
 from shared.registry import BACKENDS, find_backend, resolve
-from shared.sessions import exact_match, open_session
+from shared.sessions import Session, answer_rows, open_session
 
 RECIPE: dict[str, Any] = {
     "adapter": {"rank": 8, "alpha": 16},
@@ -53,31 +54,41 @@ def quickstart(
 ) -> QuickstartResult:
     """Fine-tune the demo base and return what changed; demo: folder with base/ and task/."""
     base, task = str(demo / "base"), demo / "task"
-    rows = [json.loads(line) for line in (task / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(task / "test.jsonl")
     engine = find_backend(backend)
     note(f"asking the base {len(rows)} held-out questions on {engine.name} ({engine.probe().reason})")
-    before, first = exact_match(open_session(base, adapter=None, backend=engine.name), rows, max_tokens=MAX_TOKENS)
+    first = exam(open_session(base, adapter=None, backend=engine.name), rows)
     config = build_config(
         {**RECIPE, "model": base, "data": {"path": str(task)}, "backend": engine.name, "output": str(output)}
     )
     result = train(config, resume="never", callbacks=callbacks)
     adapter = str(result.adapter)
     note("asking again, with the adapter")
-    after, second = exact_match(open_session(base, adapter=adapter, backend=engine.name), rows, max_tokens=MAX_TOKENS)
+    second = exam(open_session(base, adapter=adapter, backend=engine.name), rows)
     other = other_backend(engine.name)
     other_after = agreement = None
     if other:
         note(f"loading the same adapter on {other}")
-        part = rows[:OTHER_ROWS]
-        other_after, third = exact_match(
-            open_session(base, adapter=adapter, backend=other), part, max_tokens=MAX_TOKENS
-        )
-        agreement = sum(a[2] == b[2] for a, b in zip(second, third, strict=False)) / len(third)
-    samples = tuple((a[0], a[1], a[2], b[2]) for a, b in list(zip(first, second, strict=True))[:SHOWN])
+        third = exam(open_session(base, adapter=adapter, backend=other), rows[:OTHER_ROWS])
+        other_after = share_exact(third)
+        agreement = sum(a.got == b.got for a, b in zip(second, third, strict=False)) / len(third)
+    pairs = zip(rows[:SHOWN], first, second, strict=False)
+    samples = tuple((row.fields["prompt"], a.wanted, a.got, b.got) for row, a, b in pairs)
     return QuickstartResult(
-        backend=engine.name, adapter=adapter, before=before, after=after, rows=len(rows), samples=samples,
-        other_backend=other, other_after=other_after, agreement=agreement, time_s=result.time_s,
+        backend=engine.name, adapter=adapter, before=share_exact(first), after=share_exact(second),
+        rows=len(rows), samples=samples, other_backend=other, other_after=other_after, agreement=agreement,
+        time_s=result.time_s,
     )  # fmt: skip
+
+
+def exam(session: Session, rows: list[Row]) -> list[Graded]:
+    """Return the greedy answers to all rows."""
+    return answer_rows(session, rows, number=len(rows), max_tokens=MAX_TOKENS)
+
+
+def share_exact(answers: Sequence[Graded]) -> float:
+    """Return the share of answers that are the wanted text."""
+    return mean_scores(answers)["exact_match"]
 
 
 def other_backend(name: str) -> str | None:
