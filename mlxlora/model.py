@@ -6,6 +6,7 @@ Parameter names are Hugging Face's throughout; `.base` parts of our own layers n
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,8 @@ from mlxlora.adapters import Dropout, adapter_modules, attach_lora, find_owner
 from mlxlora.attention import PACKABLE, Segments, packing, windowed
 from mlxlora.decoders import find_decoder
 from mlxlora.dora import attach_dora, magnitudes
-from mlxlora.elementwise import on_gpu
 from mlxlora.ends import attach_ends
+from mlxlora.experts import QuantizedExperts, check_experts
 from mlxlora.gated import gating
 from mlxlora.own import attach_own
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
@@ -31,8 +32,8 @@ from mlxlora.state import from_mlx, mlx_dtype, to_mlx
 from mlxlora.whole import attach_whole, find_norms
 from shared.adapters.own import is_own
 from shared.adapters.spec import is_trained, layer_of, within_layers
-from shared.errors import CapabilityError, ModelError
-from shared.experts import is_router, num_experts
+from shared.errors import ModelError
+from shared.experts import is_expert, is_router, num_experts
 from shared.families import (
     CHECKED,
     GATED,
@@ -193,15 +194,6 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     return model
 
 
-def check_experts(folder: ModelFolder, dtype: str) -> None:
-    """Raise CapabilityError for experts in a dtype that MLX multiplies on a GPU only (0.32)."""
-    if num_experts(folder.config) > 1 and dtype != "float32" and not on_gpu():
-        raise CapabilityError(
-            f"MLX on a CPU computes experts ({folder.family}) in float32 only, not in {dtype}",
-            fix="train.dtype: float32, or the torch backend",
-        )
-
-
 def build_empty(folder: ModelFolder) -> Any:
     """Return the zoo's model without values (MLX is lazy); raises ModelError for an unknown family."""
     try:
@@ -314,8 +306,11 @@ def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: mx.Dtype) -> None:
             raise ModelError(
                 f'{folder.path}: quantized module "{name}" has no place in the model', code="E308"
             ) from None
-        packed = folder.packed(name, shape=tuple(module.weight.shape))
-        if isinstance(module, nn.Embedding):
+        *rows, width = module.weight.shape
+        packed = folder.packed(name, shape=(math.prod(rows), width))
+        if is_expert(name):
+            setattr(owner, leaf, QuantizedExperts(packed, rows[0]))
+        elif isinstance(module, nn.Embedding):
             setattr(owner, leaf, QuantizedEmbedding(packed, dtype))
         else:
             setattr(owner, leaf, QuantizedLinear(packed, module.get("bias")))
@@ -364,7 +359,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         for name, module in zoo.named_modules()
         if isinstance(module, nn.Linear | QuantizedLinear)
         and layer_of(name) is not None
-        and not is_router(folder.family, name)
+        and not (is_expert(name) or is_router(folder.family, name))
     }
     return ModelInfo(
         family=folder.family,

@@ -23,7 +23,8 @@ MIXTURES: Mapping[str, tuple[str, tuple[str, str, str]]] = {
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 ROUTERS = (".block_sparse_moe.gate", ".mlp.gate", ".mlp.shared_expert_gate")
 BLOCK = "mlp"  # of transformers 5, in every family
-EXPERT = re.compile(r"\.experts\.\d+\.")
+STACK = ".switch_mlp."  # mlx-lm's, under the same block
+EXPERT = re.compile(r"\.(experts|switch_mlp)\.")
 FLOAT_EXPERTS = "not quantized: the experts of the {family} model; a float copy of all of them stays in memory"
 
 
@@ -40,11 +41,14 @@ def check_mixture(path: Path, config: Mapping[str, Any], names: Sequence[str]) -
             f'"{family}" is a Mixture-of-Experts model ({number} experts) of a family that this version does not know',
             expected=", ".join(sorted(MIXTURES)), fix="use a dense model, or one of these families",
         )  # fmt: skip
-    stacked = next((name for name in names if ".switch_mlp." in name or ".experts.gate_up_proj" in name), None)
+    held = {name.rpartition(".")[0] for name in names if name.endswith(".scales")}
+    stacks = (name for name in names if STACK in name or ".experts.gate_up_proj" in name)
+    stacked = next((name for name in stacks if name.rpartition(".")[0] not in held), None)
     if number > 1 and stacked:
         raise CapabilityError(
-            f'{path}: the experts are stacked ("{stacked}"), which this version does not read',
-            expected="one tensor per expert, as on the hub", fix="use the original folder",
+            f'{path}: the experts are stacked in float ("{stacked}"), which this version does not read',
+            expected="one tensor per expert, as on the hub, or stacks that mlx-lm quantized",
+            fix="use the original folder",
         )  # fmt: skip
 
 
@@ -64,6 +68,16 @@ def is_expert(module: str) -> bool:
     (True, False)
     """
     return EXPERT.search(module + ".") is not None
+
+
+def in_block(config: Mapping[str, Any], module: str) -> str:
+    """Return transformers' name of a module that mlx-lm stores.
+
+    >>> in_block({"model_type": "mixtral"}, "model.layers.0.block_sparse_moe.gate")
+    'model.layers.0.mlp.gate'
+    """
+    block = MIXTURES[config["model_type"]][0] if config.get("model_type") in MIXTURES else BLOCK
+    return module.replace(f".{block}.", f".{BLOCK}.")
 
 
 def stored_names(config: Mapping[str, Any], name: str) -> list[list[str]] | None:

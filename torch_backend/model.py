@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from shared.adapters.own import is_own
 from shared.adapters.spec import is_trained, layer_of, within_layers
 from shared.errors import ModelError
-from shared.experts import is_router, num_experts, stacked_shapes, stored_names
+from shared.experts import in_block, is_expert, is_router, num_experts, stacked_shapes, stored_names
 from shared.families import (
     CHECKED,
     GATED,
@@ -45,10 +45,11 @@ from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
 from torch_backend.decoders import PLAIN_DECODE, find_decoder, has_triton
 from torch_backend.dora import attach_dora, magnitudes
 from torch_backend.ends import attach_ends
+from torch_backend.experts import QuantizedExperts
 from torch_backend.gated import gating, is_gated
 from torch_backend.offload import offload_layers
 from torch_backend.own import attach_own
-from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
+from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear, decode_packed
 from torch_backend.state import from_torch, send, to_torch, torch_dtype
 from torch_backend.whole import attach_whole, find_norms
 
@@ -206,8 +207,9 @@ def fill(
     zoo: Any, folder: ModelFolder, *, dtype: torch.dtype, quantization: Scheme | None, tied: bool
 ) -> tuple[str, ...]:
     """Load every tensor of the folder, quantized where asked; return notes on what was left out."""
-    put_quantized(zoo, folder, dtype)
-    held, skipped = packed_keys(zoo), folder.packed_names
+    put_experts(zoo, folder)
+    routers = put_quantized(zoo, folder, dtype)
+    held, skipped = packed_keys(zoo) | routers, folder.packed_names
     expected = {name: tuple(value.shape) for name, value in zoo.state_dict().items() if name not in held}
     found = {name: entry.shape for name, entry in folder.entries.items() if name not in skipped}
     sources = {name: found_as for name in expected if (found_as := stored_names(folder.config, name)) is not None}
@@ -218,7 +220,7 @@ def fill(
         notes = KEEPS_SCHEME if folder.schemes else quantize_layers(zoo, folder, quantization)
     if tied:
         zoo.set_output_embeddings(nn.Identity())  # made anew by `tie_head` when the embedding is on its device
-    held = packed_keys(zoo)
+    held = packed_keys(zoo) | routers
     names = [name for name in zoo.state_dict() if name not in held and name in found]
     values = {name: read_value(folder, name, sources.get(name), shape=found[name], dtype=dtype) for name in names}
     zoo.load_state_dict(values, strict=False, assign=True)
@@ -240,9 +242,31 @@ def read_value(
     return stack
 
 
-def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> None:
-    """Replace the modules that the folder stores quantized, packed bytes taken as they are."""
-    for name in folder.places:
+def put_experts(zoo: nn.Module, folder: ModelFolder) -> None:
+    """Replace the experts of every layer that the folder stores as quantized stacks."""
+    blocks = dict.fromkeys(name.rpartition(".")[0] for name in folder.places if is_expert(name))
+    for block in blocks:
+        owner: Any = zoo.get_submodule(in_block(folder.config, block).rpartition(".")[0])
+        number, twice, width = owner.experts.gate_up_proj.shape
+        wide, tall = (number * twice // 2, width), (number * width, twice // 2)
+        shapes = {"gate_proj": wide, "up_proj": wide, "down_proj": tall}
+        missing = next((leaf for leaf in shapes if f"{block}.{leaf}" not in folder.places), None)
+        if missing:
+            raise ModelError(f'{folder.path}: tensor "{block}.{missing}.weight" is missing', fix="convert it again")
+        stacks = {leaf: folder.packed(f"{block}.{leaf}", shape=shape) for leaf, shape in shapes.items()}
+        owner.experts = QuantizedExperts(stacks, number=number, activation=owner.experts.act_fn)
+
+
+def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> set[str]:
+    """Replace the modules that the folder stores quantized, packed bytes taken as they are.
+
+    A router is decoded, as its class computes with a plain weight; return the names of those weights.
+    """
+    routers: set[str] = set()
+    for stored_name in folder.places:
+        if is_expert(stored_name):
+            continue
+        name = in_block(folder.config, stored_name)
         parent, _, leaf = name.rpartition(".")
         try:
             owner = zoo.get_submodule(parent)
@@ -251,8 +275,11 @@ def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> No
             raise ModelError(
                 f'{folder.path}: quantized module "{name}" has no place in the model', code="E308"
             ) from None
-        packed = folder.packed(name, shape=tuple(module.weight.shape))
-        if type(module) is nn.Linear:
+        packed = folder.packed(stored_name, shape=tuple(module.weight.shape))
+        if is_router(folder.family, stored_name) and type(module) is not nn.Linear:
+            module.weight = nn.Parameter(to_torch(decode_packed(packed, device="cpu")).to(dtype))
+            routers.add(f"{name}.weight")
+        elif type(module) is nn.Linear:
             setattr(owner, leaf, QuantizedLinear(packed, module.bias))
         elif type(module) is nn.Embedding or hasattr(module, "embed_scale"):
             scale = float(getattr(module, "embed_scale", 1.0))  # Gemma multiplies what it looks up
@@ -263,6 +290,7 @@ def put_quantized(zoo: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> No
                 code="E309",
                 fix="use the unquantized model",
             )
+    return routers
 
 
 def quantize_layers(zoo: nn.Module, folder: ModelFolder, scheme: Scheme) -> tuple[str, ...]:
@@ -321,7 +349,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         for name, module in zoo.named_modules()
         if isinstance(module, nn.Linear | QuantizedLinear)
         and layer_of(name) is not None
-        and not is_router(folder.family, name)
+        and not (is_expert(name) or is_router(folder.family, name))
     }
     return ModelInfo(
         family=folder.family,

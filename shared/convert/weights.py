@@ -22,6 +22,7 @@ from shared.convert.quantize import make_plan, write
 from shared.convert.shards import Planned, rewrite_shard, row_blocks, write_index, write_shards
 from shared.convert.source import Weight, blocks, is_by_rows, open_rows, packed_rows, plain_weights
 from shared.errors import CapabilityError
+from shared.experts import is_expert
 from shared.folder import COMPUTED, ModelFolder, open_folder, read_entries
 from shared.quant.grid import has_grid, requantize
 from shared.registry import find_quantizer
@@ -83,6 +84,7 @@ def write_plain(folder: ModelFolder, changes: Mapping[str, AnyChange], staged: P
 
     Without a quantized weight and with nothing else to convert, all other bytes are the source's.
     """
+    check_stacks(folder)
     weights = plain_weights(folder)
     fused = Fused({name: Survival() for name, change in changes.items() if not change.is_nothing()})
     kinds = {name: dtype if dtype and weight.dtype in FLOATS else weight.dtype for name, weight in weights.items()}
@@ -104,6 +106,17 @@ def write_plain(folder: ModelFolder, changes: Mapping[str, AnyChange], staged: P
     write_config(folder, staged, dtype=None if same else common_dtype(kinds.values()), plain=True)
     write_tokenizer(folder, staged)
     return fused
+
+
+def check_stacks(folder: ModelFolder) -> None:
+    """Raise CapabilityError for quantized stacks of experts, which have no plain name in transformers."""
+    stack = next((module for module in folder.places if is_expert(module)), None)
+    if stack:
+        raise CapabilityError(
+            f'{folder.path}: the experts are quantized stacks ("{stack}"), which this version writes only as they are',
+            code="E405",
+            fix="fuse with --scheme same, or into the model that it was quantized from",
+        )
 
 
 def common_dtype(kinds: Iterable[str]) -> str:

@@ -8,12 +8,15 @@ Source: mlx-lm 0.32.2 `utils.py`. Ternary weights are stored as the affine codes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shared.errors import CapabilityError, ModelError
-from shared.quant.place import Place
+from shared.experts import STACK
+from shared.quant.place import Form, Place
 from shared.tensors import FLOATS, Entry
 from shared.types import FIXED, Packed, Scheme, Stored, Tensor
 
@@ -68,9 +71,20 @@ def find_place(path: Path, module: str, quantization: dict[str, Any] | None, ent
             f'{path}: "{module}" does not hold {bits} bits in groups of {group}: weight {weight.shape}, '
             f"scales {scales.shape}", code="E308", fix="convert the model again",
         )  # fmt: skip
-    shape = (scales.shape[0], scales.shape[1] * group)
+    shape = (math.prod(scales.shape[:-1]), scales.shape[-1] * group)
     stored = Stored(Scheme(mode, bits, group), shape, scales.dtype if mode == "affine" else "BF16")
-    return Place(stored, {leaf: f"{module}.{leaf}" for leaf in leaves})
+    form = Form("weight", as_rows, partial(as_stack, number=weight.shape[0])) if len(weight.shape) > 2 else None
+    return Place(stored, {leaf: f"{module}.{leaf}" for leaf in leaves}, form=form)
+
+
+def as_rows(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the arrays of stacked experts (E, O, ..) with their rows one below the other (E O, ..)."""
+    return {key: Tensor(one.dtype, one.data.reshape(-1, one.shape[-1])) for key, one in arrays.items()}
+
+
+def as_stack(packed: Packed, *, number: int) -> dict[str, Tensor]:
+    """Return the arrays of experts, `number` of them stacked."""
+    return {key: Tensor(one.dtype, one.data.reshape(number, -1, one.shape[-1])) for key, one in packed.arrays.items()}
 
 
 def by_shape(weight: Entry, scales: Entry) -> dict[str, Any] | None:
@@ -102,9 +116,9 @@ def fits(module: str, entries: Mapping[str, Entry], leaves: Iterable[str], *, bi
         weight.dtype == "U32"
         and (kinds <= {*FLOATS} if biases else kinds == {"U8"})
         and len(kinds) == 1
-        and all(len(entry.shape) == 2 and 0 not in entry.shape for entry in (weight, scales))
-        and weight.shape[0] == scales.shape[0]
-        and weight.shape[1] * 32 == scales.shape[1] * group * bits
+        and all(len(entry.shape) == 2 + (STACK in module) and 0 not in entry.shape for entry in (weight, scales))
+        and weight.shape[:-1] == scales.shape[:-1]
+        and weight.shape[-1] * 32 == scales.shape[-1] * group * bits
         and all(entry.shape == scales.shape for entry in biases)
     )
 

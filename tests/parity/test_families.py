@@ -12,7 +12,7 @@ from shared.adapters.spec import resolve
 from shared.config import AdapterConfig, parse_scheme
 from shared.data.batch import make_batch
 from shared.errors import CapabilityError, ModelError
-from shared.families import PROVEN, UNIFORM, windows_of
+from shared.families import PROVEN, UNIFORM, windows_of, with_old_keys
 from shared.folder import open_folder
 from shared.registry import BACKENDS
 from shared.strict import check_length
@@ -24,8 +24,12 @@ from tests.architectures import (
     EXPERTS,
     LLAMA3_ROPE,
     USUAL,
+    Trial,
+    alike,
     examine,
     load,
+    mlx_lm_logits,
+    rows,
     save,
     wanted_log_probs,
     written,
@@ -236,3 +240,64 @@ def test_experts_in_half_precision_are_refused_by_mlx_on_a_cpu(tmp_path):
     with pytest.raises(CapabilityError, match="in float32 only, not in bfloat16"):
         load("mlx", folder, dtype="bfloat16")
     load("torch", folder, dtype="bfloat16")
+
+
+MIXED = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 64, "norm_topk_prob": True},  # its routers take 8 bits
+}
+
+
+@pytest.mark.parametrize("family", sorted(MIXED))
+def test_mixtures_that_mlx_lm_quantized_load_and_train_alike(tmp_path, family):
+    folder = quantized_mixture(tmp_path, family)
+    trials = {backend: Trial(folder, backend, rows()) for backend in sorted(BACKENDS)}
+    gradients = {}
+    for backend, trial in trials.items():
+        trial.model = load(backend, folder)
+        assert alike(trial.logits(trial.ids), mlx_lm_logits(folder, None, trial.ids))
+        gradients[backend] = trial.gradient([make_batch(trial.examples, range(len(trial.examples)))])[1]
+        assert trial.trains()
+    np.testing.assert_allclose(trials["mlx"].losses, trials["torch"].losses, rtol=tolerances.CURVE)
+    largest = max(np.abs(array).max() for array in gradients["mlx"].values())
+    for name, array in gradients["mlx"].items():
+        np.testing.assert_allclose(gradients["torch"][name], array, atol=tolerances.GRADIENTS * largest, err_msg=name)
+
+
+def test_packed_experts_are_the_folders_bytes_on_both_backends(tmp_path):
+    import mlx.core as mx
+
+    folder = quantized_mixture(tmp_path, "mixtral")
+    name = "model.layers.1.block_sparse_moe.switch_mlp.down_proj"
+    stored = {key: read_tensor(open_folder(folder).entries[f"{name}.{key}"]) for key in ("weight", "scales", "biases")}
+    stack = load("torch", folder).zoo.model.layers[1].mlp.experts.down_proj
+    ours = load("mlx", folder).zoo.model.layers[1].block_sparse_moe.switch_mlp.down_proj
+    for key, tensor in stored.items():
+        assert getattr(stack, key).numpy().tobytes() == np.array(ours[key]).tobytes() == tensor.data.tobytes()
+    wanted = np.array(mx.dequantize(*(mx.array(tensor.data) for tensor in stored.values()), group_size=32, bits=4))
+    assert np.array_equal(ours.stack(mx.float32), wanted)
+    assert np.array_equal([stack.expert(number, stack.scales.dtype).numpy() for number in range(4)], wanted)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_missing_stack_of_experts_is_named(tmp_path, backend):
+    folder = quantized_mixture(tmp_path, "mixtral")
+    file = folder / "model.safetensors"
+    gone = "0.block_sparse_moe.switch_mlp.up"
+    tensors = {name: read_tensor(entry) for name, entry in read_header(file).items() if gone not in name}
+    save_file(file, tensors.items())
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(ModelError, match=r"switch_mlp\.up_proj\.weight.* is missing"):
+        load(backend, folder)
+
+
+def quantized_mixture(path, family):
+    """Return a small mixture as `mlx_lm convert -q` writes it."""
+    from mlx_lm import convert
+
+    folder = save(path / "float", family, MIXED[family])
+    file = folder / "config.json"
+    file.write_text(json.dumps(with_old_keys(json.loads(file.read_text()))))
+    convert(str(folder), mlx_path=str(path / "packed"), quantize=True, q_bits=4, q_group_size=32)
+    return path / "packed"
