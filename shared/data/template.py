@@ -167,7 +167,21 @@ def limits() -> Iterator[None]:
 def run_template(source: str, *, messages: list[dict[str, Any]], add_generation_prompt: bool, **values: Any) -> str:
     """Return the text of a conversation; raises DataError with the template's own words."""
     with limits():
-        return write_text(source, messages=messages, add_generation_prompt=add_generation_prompt, **values)
+        return write_chat(source, messages, add_generation_prompt=add_generation_prompt, **values)[0]
+
+
+def write_chat(
+    source: str, messages: list[dict[str, Any]], *, add_generation_prompt: bool, **values: Any
+) -> tuple[str, list[dict[str, Any]]]:
+    """Return a conversation's text, and its messages in the form that the template takes; without limits."""
+    forms = [[with_aliases(message, form) for message in messages] for form in (from_json, to_text)]
+    values["add_generation_prompt"] = add_generation_prompt
+    try:
+        return write_text(source, messages=forms[0], **values), forms[0]
+    except TEMPLATE_FAULTS:
+        if forms[0] == forms[1]:
+            raise
+        return write_text(source, messages=forms[1], **values), forms[1]  # DeepSeek's joins arguments to its own text
 
 
 def write_text(source: str, **values: Any) -> str:
@@ -197,14 +211,8 @@ def render_chat(source: str, *, messages: list[dict[str, Any]], **values: Any) -
     def render(chosen: list[dict[str, Any]], prompt: bool) -> str:
         return write_text(source, messages=chosen, add_generation_prompt=prompt, **values)
 
-    forms = [[with_aliases(message, form) for message in messages] for form in (from_json, to_text)]
     with limits():
-        try:
-            text, chosen = render(forms[0], False), forms[0]
-        except TEMPLATE_FAULTS:
-            if forms[0] == forms[1]:
-                raise
-            text, chosen = render(forms[1], False), forms[1]  # DeepSeek's joins arguments to its own text
+        text, chosen = write_chat(source, messages, add_generation_prompt=False, **values)
         return Rendered(text, find_turns(text, chosen, render))
 
 

@@ -166,3 +166,15 @@ def test_a_template_that_drops_a_turn_is_refused_by_the_turns_number():
     source = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{{ loop.revindex }}{% endfor %}"
     with pytest.raises(DataError, match="cannot find message 1"):
         render_chat(source, messages=TALK)
+
+
+@pytest.mark.parametrize("written", ["c.function.arguments|tojson", "'call ' + c.function.arguments"])
+def test_the_prompt_of_a_tool_call_is_how_its_training_text_begins(written):
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.thinking }}{{ m.content }}{% for c in m.tool_calls %}{{ "
+    source += written + " }}{% endfor %}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city":"Paris"}'}}
+    asked = [TALK[0], {"role": "assistant", "content": "", "reasoning": "hm", "tool_calls": [call]}, TALK[0]]
+    prompt = run_template(source, messages=asked, add_generation_prompt=True)
+    assert "Paris" in prompt
+    assert "hm" in prompt
+    assert render_chat(source, messages=[*asked, TALK[1]]).text.startswith(prompt)
