@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
+from shared.data.cache import digest_of, tokenizer_files
 from shared.data.index import Index, Part, open_index
 from shared.data.rows import Row, content_hash, find_data, split_files
 from shared.data.sources import Weights, check_valid, label, name_sources, read
@@ -71,9 +72,10 @@ class Stream(Sequence[Example]):
         return [self[number] for number in dict.fromkeys([*even, *self.rows.found.longest])]
 
     def digest(self, weights: Weights) -> str:
-        """Return the SHA-256 of the files, of what is taken of them, and of the sample's tokens and masks."""
-        found = self.rows.found
-        facts = [list(found.sha256.values()), found.counts, found.num_valid, found.empty, weights]
+        """Return the SHA-256 of the files, what is taken of them, the tokenizer's files, and the sample's tokens."""
+        found, folder = self.rows.found, self.encoding.tokenizer.folder
+        makers = [[file.name, digest_of(file)] for file in tokenizer_files(folder)]  # rows beyond the sample tell too
+        facts = [list(found.sha256.values()), found.counts, found.num_valid, found.empty, weights, makers]
         digest = hashlib.sha256(json.dumps(facts).encode())
         for example in self.sample:
             digest.update(example.tokens.tobytes() + example.supervised.tobytes())
