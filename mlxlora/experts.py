@@ -13,8 +13,10 @@ from mlxlora.elementwise import on_gpu
 from mlxlora.quantized import QuantizedLinear, base_arrays
 from mlxlora.state import TO_MLX
 from shared.errors import CapabilityError
-from shared.experts import num_experts
+from shared.experts import STACK, num_experts
 from shared.folder import ModelFolder
+from shared.protocols import Quantizer
+from shared.quant.experts import pack_experts
 from shared.types import Packed
 
 
@@ -60,6 +62,19 @@ def gathered_product(base: QuantizedExperts, is_sorted: bool) -> Any:
         return grad, *(mx.zeros_like(array) for array in (indices, *rest))
 
     return matmul
+
+
+def quantize_experts(zoo: Any, folder: ModelFolder, quantizer: Quantizer) -> list[str]:
+    """Quantize the experts of every layer from the stored tensors; return the names of those left out."""
+    left: list[str] = []
+    for name, module in list(zoo.named_modules()):
+        if not name.endswith(STACK.rstrip(".")):
+            continue
+        stacks = pack_experts(folder, quantizer, ".".join(name.split(".")[:3]))
+        left += [name] if stacks is None else []
+        for leaf, packed in (stacks or {}).items():
+            module[leaf] = QuantizedExperts(packed, num_experts(folder.config))
+    return left
 
 
 def check_experts(folder: ModelFolder, dtype: str) -> None:

@@ -24,7 +24,7 @@ from mlxlora.attention import PACKABLE, Segments, packing, windowed
 from mlxlora.decoders import find_decoder
 from mlxlora.dora import attach_dora, magnitudes
 from mlxlora.ends import attach_ends
-from mlxlora.experts import QuantizedExperts, check_experts
+from mlxlora.experts import QuantizedExperts, check_experts, quantize_experts
 from mlxlora.gated import gating
 from mlxlora.own import attach_own
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
@@ -333,6 +333,7 @@ def quantize_layers(zoo: nn.Module, folder: ModelFolder, scheme: Scheme) -> tupl
         owner, leaf = find_owner(zoo, name)
         packed = quantizer.quantize(folder.value(f"{name}.weight"))
         setattr(owner, leaf, QuantizedLinear(packed, module.get("bias")))
+    left += quantize_experts(zoo, folder, quantizer)
     return left_out(left, scheme, folder.config)
 
 

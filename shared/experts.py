@@ -23,6 +23,7 @@ MIXTURES: Mapping[str, tuple[str, tuple[str, str, str]]] = {
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 ROUTERS = (".block_sparse_moe.gate", ".mlp.gate", ".mlp.shared_expert_gate")
 BLOCK = "mlp"  # of transformers 5, in every family
+STACKED = ("gate_proj", "up_proj", "down_proj")
 STACK = ".switch_mlp."  # mlx-lm's, under the same block
 EXPERT = re.compile(r"\.(experts|switch_mlp)\.")
 FLOAT_EXPERTS = "not quantized: the experts of the {family} model; a float copy of all of them stays in memory"
@@ -98,6 +99,13 @@ def stored_names(config: Mapping[str, Any], name: str) -> list[list[str]] | None
         return [[f"{layer}.{block}.{part}"]] if block != BLOCK and part else None
     prefix = f"{layer}.{block}.experts"
     return [[f"{prefix}.{number}.{leaf}.weight" for leaf in parts] for number in range(num_experts(config))]
+
+
+def expert_names(config: Mapping[str, Any], layer: str, leaf: str) -> list[str]:
+    """Return the stored tensors, by expert, of one of the matrices `STACKED` of a layer."""
+    block, leaves = MIXTURES[config["model_type"]]
+    stored = leaves[STACKED.index(leaf)]
+    return [f"{layer}.{block}.experts.{number}.{stored}.weight" for number in range(num_experts(config))]
 
 
 def stacked_shapes(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import CapabilityError, ModelError
-from shared.experts import FLOAT_EXPERTS, num_experts
+from shared.experts import FLOAT_EXPERTS, is_expert
 from shared.types import Scheme
 
 # Families whose logits are those of `head_facts`, checked by the parity tests. Any other family is
@@ -188,10 +188,10 @@ def unknown_layout(family: str) -> ModelError:
 
 def left_out(names: Sequence[str], scheme: Scheme, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return notes on what stays float: layers whose width does not divide into groups, and experts, if any."""
-    notes = []
-    if names:
-        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        notes.append(f"not quantized, width not divisible by {scheme.group_size}: {min(names)}{more}")
-    if num_experts(config) > 1:
+    notes, linears = [], [name for name in names if not is_expert(name)]
+    if linears:
+        more = f" (and {len(linears) - 1} more)" if len(linears) > 1 else ""
+        notes.append(f"not quantized, width not divisible by {scheme.group_size}: {min(linears)}{more}")
+    if len(linears) < len(names):
         notes.append(FLOAT_EXPERTS.format(family=config["model_type"]))
     return tuple(notes)

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.experts import num_experts
+from shared.folder import ModelFolder
+from shared.protocols import Quantizer
+from shared.quant.experts import pack_experts
 from shared.types import Packed, Stored
 from torch_backend.decoders import find_decoder
 from torch_backend.quantized import QuantizedLinear
@@ -63,3 +67,18 @@ class QuantizedExperts(nn.Module):
             y = _ExpertMatmul.apply(self.act_fn(gate) * up, self.down_proj, number)
             total_ND = total_ND.index_add(0, rows, (y * weights_NK[rows, places, None]).to(total_ND.dtype))
         return total_ND
+
+
+def quantize_experts(zoo: nn.Module, folder: ModelFolder, quantizer: Quantizer) -> list[str]:
+    """Quantize the experts of every layer from the stored tensors; return the names of those left out."""
+    left: list[str] = []
+    for name, module in list(zoo.named_modules()):
+        if not (name.endswith(".experts") and hasattr(module, "gate_up_proj")):
+            continue
+        stacks = pack_experts(folder, quantizer, ".".join(name.split(".")[:3]))
+        if stacks is None:
+            left.append(name)
+            continue
+        owner: Any = zoo.get_submodule(name.rpartition(".")[0])
+        owner.experts = QuantizedExperts(stacks, number=num_experts(folder.config), activation=owner.experts.act_fn)
+    return left

@@ -45,7 +45,7 @@ from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
 from torch_backend.decoders import PLAIN_DECODE, find_decoder, has_triton
 from torch_backend.dora import attach_dora, magnitudes
 from torch_backend.ends import attach_ends
-from torch_backend.experts import QuantizedExperts
+from torch_backend.experts import QuantizedExperts, quantize_experts
 from torch_backend.gated import gating, is_gated
 from torch_backend.offload import offload_layers
 from torch_backend.own import attach_own
@@ -310,6 +310,7 @@ def quantize_layers(zoo: nn.Module, folder: ModelFolder, scheme: Scheme) -> tupl
         parent, _, leaf = name.rpartition(".")
         packed = quantizer.quantize(folder.value(f"{name}.weight"))
         setattr(zoo.get_submodule(parent), leaf, QuantizedLinear(packed, module.bias))
+    left += quantize_experts(zoo, folder, quantizer)
     return left_out(left, scheme, folder.config)
 
 

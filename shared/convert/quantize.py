@@ -103,7 +103,7 @@ def make_plan(model: str, *, scheme: str, overrides: Sequence[str], base3: bool)
     if num_experts(folder.config) > 1:
         raise CapabilityError(
             f"{folder.path}: the experts of a {folder.family} model are not quantized by this version",
-            fix="use the float folder; `quantization:` of a recipe quantizes all but the experts",
+            fix="use the float folder; `quantization:` of a recipe quantizes the experts too",
         )
     if not shapes:
         raise ModelError(f"{folder.path} holds no float matrices that could be quantized", code="E309")

@@ -59,6 +59,7 @@ class Shape:
     floats: Mapping[str, tuple[int, int]]  # tensors that are not packed -> (elements, bytes of each as stored)
     packed: Mapping[str, int]  # packed arrays -> bytes
     schemes: Mapping[str, Scheme]  # of modules stored quantized
+    experts: Mapping[str, tuple[int, int]]  # stored in float, one by one
     tied: bool
 
     @property
@@ -154,8 +155,20 @@ def read_shape(folder: ModelFolder) -> Shape:
         info=info, width=width, attention=heads * head_size, heads=heads,
         keys=int(config.get("num_key_value_heads") or heads) * head_size,
         mlp=int(config.get("intermediate_size") or 4 * width),
-        floats=floats, packed=packed, schemes=folder.schemes, tied=tied,
+        floats=floats, packed=packed, schemes=folder.schemes, experts=float_experts(folder), tied=tied,
     )  # fmt: skip
+
+
+def float_experts(folder: ModelFolder) -> dict[str, tuple[int, int]]:
+    """Return the shapes (out, in) of experts that are not stored quantized, by module."""
+    entries = {
+        name.removesuffix(".weight"): entry for name, entry in folder.entries.items() if name.endswith(".weight")
+    }
+    return {
+        module: (entry.shape[0], entry.shape[1])
+        for module, entry in entries.items()
+        if is_expert(module) and len(entry.shape) == 2
+    }
 
 
 def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
@@ -322,8 +335,11 @@ def weight_bytes(shape: Shape, *, dtype: str, scheme: Scheme | None) -> int:
     """Return the bytes of the base's weights in memory."""
     total = sum(shape.packed.values())
     quantizer = find_quantizer(scheme) if scheme else None
+    matrices: dict[str, tuple[int, int]] = dict(shape.info.linears)
+    if quantizer is not None and quantizer.by_rows and all(map(quantizer.fits, shape.experts.values())):
+        matrices |= shape.experts
     for name, (elements, stored) in shape.floats.items():
-        linear = shape.info.linears.get(name.rpartition(".")[0]) if name.endswith(".weight") else None
+        linear = matrices.get(name.rpartition(".")[0]) if name.endswith(".weight") else None
         if quantizer is not None and linear is not None and quantizer.fits(linear):
             total += quantizer.num_bytes(linear, scale_bytes=stored)
         else:

@@ -12,6 +12,7 @@ from shared.adapters.spec import resolve
 from shared.config import AdapterConfig, parse_scheme
 from shared.data.batch import make_batch
 from shared.errors import CapabilityError, ModelError
+from shared.experts import is_expert
 from shared.families import PROVEN, UNIFORM, windows_of, with_old_keys
 from shared.folder import open_folder
 from shared.registry import BACKENDS
@@ -173,11 +174,16 @@ def test_a_missing_expert_is_named(tmp_path, backend):
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-def test_experts_and_router_of_a_mixture_stay_as_they_are(tmp_path, backend):
-    model = load(backend, mixture(tmp_path / "model"), quantization=parse_scheme("affine-4bit-g64"))
+def test_router_of_a_mixture_stays_as_it_is(tmp_path, backend):
+    """With it experts whose widths do not divide into groups."""
+    folder = mixture(tmp_path / "model")
+    model = load(backend, folder, quantization=parse_scheme("affine-4bit-g64"))
     assert {name.rpartition(".")[2] for name in model.info.linears} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert set(model.info.quantized) == set(model.info.linears)
-    assert any("not quantized: the experts" in note for note in model.info.notes)
+    assert {name for name in model.info.quantized if not is_expert(name)} == set(model.info.linears)
+    assert sum(map(is_expert, model.info.quantized)) == 3 * model.info.num_layers
+    wide = load(backend, folder, quantization=parse_scheme("affine-4bit-g128"))
+    assert not any(map(is_expert, wide.info.quantized))
+    assert any("not quantized: the experts" in note for note in wide.info.notes)
     with pytest.raises(CapabilityError, match="keep its 4 experts as different tensors"):
         resolve(AdapterConfig(type="none"), model.info)
 
@@ -290,6 +296,27 @@ def test_a_missing_stack_of_experts_is_named(tmp_path, backend):
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(ModelError, match=r"switch_mlp\.up_proj\.weight.* is missing"):
         load(backend, folder)
+
+
+@pytest.mark.parametrize("family", sorted(MIXED))
+def test_experts_quantized_at_load_are_the_same_codes_on_both_backends(tmp_path, family):
+    import mlx.core as mx
+
+    folder, scheme = save(tmp_path / "model", family, MIXED[family]), parse_scheme("affine-4bit-g32")
+    mlx, torch = (load(backend, folder, quantization=scheme) for backend in ("mlx", "torch"))
+    assert not any("experts" in note for note in (*mlx.info.notes, *torch.info.notes))
+    block = mlx.zoo.model.layers[1]
+    stacks = (block.block_sparse_moe if family == "mixtral" else block.mlp).switch_mlp
+    for leaf in ("gate_proj", "up_proj", "down_proj"):
+        other = getattr(torch.zoo.model.layers[1].mlp.experts, leaf)
+        for key in ("weight", "scales", "biases"):
+            assert np.array(stacks[leaf][key]).tobytes() == getattr(other, key).numpy().tobytes()
+        assert mx.array_equal(
+            stacks[leaf].stack(mx.float32).reshape(-1), other.decoded(other.scales.dtype).flatten().numpy()
+        )
+    examples = rows()
+    batch = make_batch(examples, range(len(examples)))
+    np.testing.assert_allclose(mlx.log_probs(batch), torch.log_probs(batch), atol=2 * tolerances.LOGITS)
 
 
 def quantized_mixture(path, family):
