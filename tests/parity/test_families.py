@@ -10,6 +10,7 @@ import pytest
 import mlxlora
 from shared.adapters.spec import resolve
 from shared.config import AdapterConfig, parse_scheme
+from shared.convert.weights import write_plain
 from shared.data.batch import make_batch
 from shared.errors import CapabilityError, ModelError
 from shared.experts import is_expert
@@ -317,6 +318,18 @@ def test_experts_quantized_at_load_are_the_same_codes_on_both_backends(tmp_path,
     examples = rows()
     batch = make_batch(examples, range(len(examples)))
     np.testing.assert_allclose(mlx.log_probs(batch), torch.log_probs(batch), atol=2 * tolerances.LOGITS)
+
+
+def test_stacks_of_experts_are_written_only_as_they_are_and_not_read_in_float(tmp_path):
+    from mlx_lm import convert
+
+    folder = quantized_mixture(tmp_path, "mixtral")
+    with pytest.raises(CapabilityError, match="quantized stacks") as caught:
+        write_plain(open_folder(folder), {}, tmp_path, dtype=None)
+    assert caught.value.code == "E405"
+    convert(str(tmp_path / "float"), mlx_path=str(tmp_path / "stacked"))
+    with pytest.raises(CapabilityError, match="stacked in float"):
+        open_folder(tmp_path / "stacked")
 
 
 def quantized_mixture(path, family):
