@@ -258,3 +258,12 @@ def test_a_template_that_touches_no_row_of_the_sample_is_another_identity(base, 
     (base / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     _, after = both(base, data)
     assert before.data_hash != after.data_hash
+
+
+def test_an_index_leaves_nothing_behind_where_the_cache_cannot_be_used(base, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    both(base, write(tmp_path / "d", ROWS))
+    assert not list((tmp_path / "tmp").glob("mlxlora-rows-*"))
