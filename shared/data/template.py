@@ -1,7 +1,7 @@
 """A model's own chat template, run in a sandbox, and the places in its text that the assistant says.
 
 A template is somebody else's program: it cannot reach Python objects (ImmutableSandboxedEnvironment), may
-write at most 1 MB, loop over at most 10,000 numbers at once, and take 1 second and 256 MB.
+write at most 1 MB, loop over at most 10,000 numbers at once, and take 1 second each time it runs, and 256 MB.
 """
 
 from __future__ import annotations
@@ -122,6 +122,13 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
+def renew_time() -> None:
+    """Give the render that begins a time of its own, where time is limited: a long conversation takes many."""
+    main = threading.current_thread() is threading.main_thread()
+    if main and hasattr(signal, "getitimer") and signal.getitimer(signal.ITIMER_VIRTUAL)[0]:
+        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+
+
 @contextmanager
 def memory_limit(num_bytes: int) -> Iterator[None]:
     """Raise MemoryError in the block where the process grows by more; only Linux can tell and limit its size.
@@ -186,6 +193,7 @@ def write_chat(
 
 def write_text(source: str, **values: Any) -> str:
     """Return what a template writes, without limits of time and memory."""
+    renew_time()
     parts: list[str] = []
     size = 0
     for part in compile_template(source).generate(**values):

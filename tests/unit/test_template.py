@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from shared.data.template import MAX_OUTPUT, render_chat, run_template, time_limit
+from shared.data.template import MAX_OUTPUT, MAX_SECONDS, render_chat, run_template, time_limit
 from shared.errors import DataError
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -178,3 +178,11 @@ def test_the_prompt_of_a_tool_call_is_how_its_training_text_begins(written):
     assert "Paris" in prompt
     assert "hm" in prompt
     assert render_chat(source, messages=[*asked, TALK[1]]).text.startswith(prompt)
+
+
+def test_a_conversation_of_many_turns_has_time_for_each_of_them():
+    slow = "{% for j in range(30) %}{% for i in range(9000) %}{% set x = i %}{% endfor %}{% endfor %}"
+    slow += "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    began = time.process_time()
+    assert len(render_chat(slow, messages=TALK * 40).spans) == 40
+    assert time.process_time() - began > MAX_SECONDS, "or the test shows nothing"
