@@ -12,11 +12,11 @@ import mlx.core as mx
 from mlxlora.elementwise import on_gpu
 from mlxlora.quantized import QuantizedLinear, base_arrays
 from mlxlora.state import TO_MLX
+from shared.convert.experts import pack_experts
 from shared.errors import CapabilityError
 from shared.experts import STACK, num_experts
 from shared.folder import ModelFolder
 from shared.protocols import Quantizer
-from shared.quant.experts import pack_experts
 from shared.types import Packed
 
 

@@ -12,6 +12,7 @@ from shared.errors import CapabilityError, ModelError
 from shared.experts import FLOAT_EXPERTS, is_expert
 from shared.types import Scheme
 
+EMBEDDINGS = frozenset(("embed_tokens", "wte", "word_embeddings", "embeddings", "tok_embeddings", "embed_in"))
 # Families whose logits are those of `head_facts`, checked by the parity tests. Any other family is
 # compared with the zoo's own logits when it is loaded, and refused where they differ.
 CHECKED = frozenset({"llama", "mistral", "qwen2"})

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from shared.adapters.spec import EMBEDDINGS
 from shared.errors import CapabilityError, ModelError, did_you_mean
 from shared.experts import check_mixture
+from shared.families import EMBEDDINGS
 from shared.hub import download, is_hub_id
 from shared.quant.folders import find_places
 from shared.quant.place import Place

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.convert.experts import pack_experts
 from shared.experts import num_experts
 from shared.folder import ModelFolder
 from shared.protocols import Quantizer
-from shared.quant.experts import pack_experts
 from shared.types import Packed, Stored
 from torch_backend.decoders import find_decoder
 from torch_backend.quantized import QuantizedLinear

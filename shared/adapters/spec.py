@@ -11,6 +11,7 @@ import numpy as np
 
 from shared.adapters.own import OWN, find_own, is_own, own_values
 from shared.errors import CapabilityError, ConfigError, did_you_mean
+from shared.families import EMBEDDINGS
 from shared.seeds import normal, uniform
 from shared.tensors import to_float32
 from shared.types import AdapterSpec, ModelInfo, Tensor
@@ -28,7 +29,6 @@ ADAPTER_LEAVES = (
     ".modules_to_save.weight",
     ".modules_to_save.bias",
 )  # how names of adapter tensors end
-EMBEDDINGS = frozenset(("embed_tokens", "wte", "word_embeddings", "embeddings", "tok_embeddings", "embed_in"))
 SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # siblings that read one tensor
 SQUARED_ELEMENTS = 2**22  # widened to float64 at a time: 32 MiB
 LAYER = re.compile(r"\.(\d+)\.")
