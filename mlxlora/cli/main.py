@@ -43,6 +43,8 @@ app.command()(merge)
 app.add_typer(runs)
 app.add_typer(recipes)
 
+TOLD = object()  # what a command returns that has said that it was stopped
+
 
 def main() -> None:
     """Run the command line and exit with the contract's code."""
@@ -65,7 +67,9 @@ def run(arguments: list[str]) -> int:
         arguments = [*arguments, "--help"]
     try:
         code = commands().main(arguments, prog_name="mlxlora", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        if code == 130:  # typer answers a Ctrl-C between its own steps, without a word
+            return fail("stopped", 130, as_json, "E800", quiet=True)
+        return 130 if code is TOLD else code if isinstance(code, int) else 0
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         place = getattr(error, "ctx", None)
@@ -100,7 +104,8 @@ def answering(command: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
-            return fail("stopped", 130, bool(kwargs.get("as_json")), "E800", quiet=True)
+            fail("stopped", 130, bool(kwargs.get("as_json")), "E800", quiet=True)
+            return TOLD
 
     return run
 
