@@ -203,17 +203,19 @@ def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `top` laid over it, section by section.
+def overlay(base: dict[str, Any], top: dict[str, Any], path: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """Return `base` with `top` laid over it, section by section; a setting that is a mapping is replaced whole.
 
-    >>> overlay({"a": {"b": 1}}, {"a": {"c": 2}})
-    {'a': {'b': 1, 'c': 2}}
+    >>> overlay({"train": {"seed": 1}}, {"train": {"epochs": 2}})
+    {'train': {'seed': 1, 'epochs': 2}}
+    >>> overlay({"data": {"splits": {"valid": "test"}}}, {"data": {"splits": {}}})
+    {'data': {'splits': {}}}
     """
     result = dict(base)
     for key, value in top.items():
-        below = result.get(key) or {}
-        both = isinstance(value, dict) and isinstance(below, dict)
-        result[key] = overlay(below, value) if both else value
+        below, inner = result.get(key) or {}, (*path, key)
+        both = isinstance(value, dict) and isinstance(below, dict) and known_keys(inner)
+        result[key] = overlay(below, value, inner) if both else value
     return result
 
 

@@ -29,11 +29,17 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="mlxlora",
-    help="Fine-tune language models with MLX and PyTorch: one recipe, one adapter that loads everywhere.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Fine-tune language models with MLX and PyTorch: one recipe, one adapter that loads everywhere."""
 
 
 @app.command()

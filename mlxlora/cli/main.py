@@ -65,6 +65,8 @@ def run(arguments: list[str]) -> int:
     as_json, debug = "--json" in arguments, "--debug" in arguments
     if arguments in ([], ["recipes"], ["runs"]):  # groups of commands
         arguments = [*arguments, "--help"]
+    if arguments[:1] == ["--version"]:
+        arguments = ["version", *arguments[1:]]
     try:
         code = commands().main(arguments, prog_name="mlxlora", standalone_mode=False)
         if code == 130:  # typer answers a Ctrl-C between its own steps, without a word

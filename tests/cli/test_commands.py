@@ -134,7 +134,8 @@ def test_help_takes_less_than_a_fifth_of_a_second():
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--help"], ["train", "--help"], ["generate", "--help"], ["chat", "--help"], ["version"]]
+    "words",
+    [[], ["--help"], ["train", "--help"], ["generate", "--help"], ["chat", "--help"], ["version"], ["--version"]],
 )
 def test_no_framework_is_loaded_to_say_what_there_is(words):
     code = (
@@ -493,8 +494,9 @@ def test_explain_tells_cause_and_remedy_of_every_code(capsys):
 def test_version_is_that_of_the_package(capsys):
     import mlxlora
 
-    assert call(capsys, "version") == f"{mlxlora.__version__}\n"
-    assert answer_of(call(capsys, "version", "--json"))["version"] == mlxlora.__version__
+    for word in ("version", "--version"):
+        assert call(capsys, word) == f"{mlxlora.__version__}\n"
+        assert answer_of(call(capsys, word, "--json"))["version"] == mlxlora.__version__
 
 
 @pytest.mark.parametrize("words", [["trian", "--json"], ["train", "no.yaml", "--json"], ["generate", "m", "--json"]])

@@ -341,6 +341,13 @@ def test_an_override_leaves_the_rest_of_its_section(load):
     assert load("train: {seed: 3, batch_size: 2}", overrides=["train.batch_size=4"]).train.seed == 3
 
 
+@pytest.mark.parametrize(("value", "found"), [("{}", {}), ("{v_proj: 2}", {"v_proj": 2})])
+def test_an_override_replaces_a_setting_that_is_a_mapping(load, value, found):
+    text = "adapter: {rank_pattern: {q_proj: 4}, alpha: 3}"
+    adapter = load(text, overrides=[f"adapter.rank_pattern={value}"]).adapter
+    assert (adapter.rank_pattern, adapter.alpha) == (found, 3)
+
+
 @pytest.mark.parametrize(("text", "override"), [("updates: 5", "epochs=2"), ("epochs: 5", "updates=2")])
 def test_setting_one_length_of_the_run_clears_the_other(load, text, override):
     config = load(f"train: {{{text}}}", overrides=[f"train.{override}"])
