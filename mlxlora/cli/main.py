@@ -15,6 +15,7 @@ import typer
 from typer.exceptions import TyperException
 from typer.main import get_command
 
+import mlxlora
 from mlxlora.cli.app import app
 from mlxlora.cli.chatting import chat
 from mlxlora.cli.converting import convert
@@ -65,6 +66,9 @@ def run(arguments: list[str]) -> int:
     as_json, debug = "--json" in arguments, "--debug" in arguments
     if arguments in ([], ["recipes"], ["runs"]):  # groups of commands
         arguments = [*arguments, "--help"]
+    if arguments == ["--version"]:  # at once: the command would load what checks its options
+        print(mlxlora.__version__)
+        return 0
     if arguments[:1] == ["--version"]:
         arguments = ["version", *arguments[1:]]
     try:
