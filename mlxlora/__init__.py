@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shared.convert.models import ModelResult
     from shared.convert.quantize import QuantizeResult
     from shared.estimate.report import Report
-    from shared.evaluate import Evaluation
+    from shared.evaluating.loss import Evaluation
     from shared.jobs.chat import Chat
     from shared.jobs.doctor import Check
     from shared.jobs.fuse import FuseResult
@@ -171,7 +171,7 @@ def evaluate(
     """
     from dataclasses import replace
 
-    from shared.exams import mean_scores
+    from shared.evaluating.exams import mean_scores
     from shared.sessions import answer_rows, evaluate_rows, find_rows, open_session
 
     rows, _ = find_rows(str(data), split=options.pop("split", None))

@@ -15,8 +15,8 @@ from shared.data.prompts import Prompt
 from shared.data.rows import Row, find_data, find_split, read_rows
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
 from shared.errors import ConfigError, DataError, did_you_mean
-from shared.evaluate import Evaluation, evaluate_examples
-from shared.exams import Graded, ask, make_questions
+from shared.evaluating.exams import Graded, ask, make_questions
+from shared.evaluating.loss import Evaluation, evaluate_examples
 from shared.folder import ModelFolder, end_tokens, find_folder, open_folder
 from shared.generation.answers import Answer, Completion
 from shared.generation.config import read_settings

@@ -22,7 +22,7 @@ from mlxlora.cli.options import (
 from mlxlora.cli.output import AnswerFile, emit_object, say
 
 if TYPE_CHECKING:
-    from shared.exams import Graded
+    from shared.evaluating.exams import Graded
 
 
 DataPaths = Annotated[
@@ -90,7 +90,7 @@ def number_of(generate: str | None, answers: Path | None, max_tokens: int | None
 
 def scores_of(graded: list[Graded]) -> dict[str, float]:
     """Return the mean scores of answers and how many these are; empty without any."""
-    from shared.exams import mean_scores
+    from shared.evaluating.exams import mean_scores
 
     return {"answers": len(graded), **mean_scores(graded)} if graded else {}
 

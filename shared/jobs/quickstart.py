@@ -10,7 +10,7 @@ from typing import Any
 from shared.callbacks import Callback
 from shared.config_file import build_config
 from shared.data.rows import Row, read_rows
-from shared.exams import Graded, mean_scores
+from shared.evaluating.exams import Graded, mean_scores
 from shared.jobs.train import train
 from shared.registry import BACKENDS, find_backend, resolve
 from shared.sessions import Session, answer_rows, open_session

@@ -17,7 +17,7 @@ from shared.config_file import build_config
 from shared.data.layout import choose_layout
 from shared.data.tokenize import tokenize_rows
 from shared.errors import CheckpointError, ConfigError, StorageError, did_you_mean
-from shared.evaluate import evaluate_each
+from shared.evaluating.loss import evaluate_each
 from shared.running.lock import FILE as LOCK
 from shared.sessions import find_rows, open_session
 from shared.types import Example

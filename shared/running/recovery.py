@@ -12,7 +12,7 @@ from shared.callbacks import tell
 from shared.data.cut import halve
 from shared.data.stream import sample_of, source_of
 from shared.errors import DivergedError, OutOfMemory, is_out_of_memory
-from shared.evaluate import evaluate_examples
+from shared.evaluating.loss import evaluate_examples
 from shared.protocols import Pending
 from shared.running.checkpoint import drop_after, step_dirs, step_of
 from shared.running.run import Run

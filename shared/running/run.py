@@ -13,7 +13,7 @@ from shared.config import RunConfig
 from shared.data.batch import Plan
 from shared.data.layout import Layout
 from shared.data.tokenize import Tokenizer
-from shared.exams import Question
+from shared.evaluating.exams import Question
 from shared.protocols import Model, Pending, Trainer
 from shared.signals import StopFlag
 from shared.types import AdapterSpec, Example, StepStats

@@ -7,7 +7,7 @@ import numpy as np
 from shared.adapters.spec import first_values
 from shared.data.stream import sample_of
 from shared.data.tokenize import Tokenizer
-from shared.exams import answer_all
+from shared.evaluating.exams import answer_all
 from shared.running.run import Run
 from shared.types import Example
 from shared.watching.report import Sample

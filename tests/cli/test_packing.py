@@ -12,7 +12,7 @@ import pytest
 
 from shared.data.batch import micro_batches
 from shared.data.layout import choose_layout
-from shared.evaluate import evaluate_examples
+from shared.evaluating.loss import evaluate_examples
 from tests import tolerances
 from tests.architectures import load, save, wanted_log_probs
 

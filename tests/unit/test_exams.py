@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shared import faults
 from shared.data.rows import check_row
 from shared.errors import DataError, OutOfMemory
-from shared.exams import ask, make_questions, mean_scores, rouge_l, score, token_f1
+from shared.evaluating.exams import ask, make_questions, mean_scores, rouge_l, score, token_f1
 from shared.sessions import open_session
 
 # wanted, got, token F1 of torchmetrics 1.9.0 (SQuAD), ROUGE-L of rouge-score 0.1.2 without its stemmer

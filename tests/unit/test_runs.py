@@ -15,7 +15,7 @@ from shared.config_file import build_config
 from shared.data.layout import choose_layout
 from shared.data.tokenize import tokenize_rows
 from shared.errors import CheckpointError, ConfigError
-from shared.evaluate import evaluate_each, evaluate_examples
+from shared.evaluating.loss import evaluate_each, evaluate_examples
 from shared.jobs.runs import compare, describe, list_runs, paired_bootstrap, read_run, sparkline
 from shared.jobs.train import train
 from shared.running.lock import locked

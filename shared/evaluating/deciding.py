@@ -13,8 +13,8 @@ from shared.callbacks import tell
 from shared.config import EvaluationConfig
 from shared.durable import write_json
 from shared.errors import CheckpointError
-from shared.evaluate import evaluate_examples
-from shared.exams import ask, mean_scores
+from shared.evaluating.exams import ask, mean_scores
+from shared.evaluating.loss import evaluate_examples
 from shared.running.checkpoint import folder_of, load
 from shared.running.record import write
 from shared.running.run import Run

@@ -26,7 +26,7 @@ class Evaluation:
     supervised_tokens: int
     tokens: int
     rows: int
-    scores: Mapping[str, float] = field(default_factory=dict[str, float])  # of answers, shared/exams.py
+    scores: Mapping[str, float] = field(default_factory=dict[str, float])  # of answers, shared/evaluating/exams.py
 
 
 def evaluate_examples(
