@@ -17,7 +17,7 @@ from shared.config import RunConfig
 from shared.data.ahead import Ahead
 from shared.data.batch import update_batches
 from shared.errors import Interrupted
-from shared.evaluating.deciding import evaluate, stopped_early
+from shared.running.evaluations import evaluate, stopped_early
 from shared.running.record import checkpoint, drain, has_row, log, max_loss, save_or_go_on, wants_norms
 from shared.running.recovery import step_or_split
 from shared.running.run import Run

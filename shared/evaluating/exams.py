@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,15 @@ class Question:
     wanted: str
     num_wanted: int  # tokens of the answer, the end token among them
     source: str
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The questions of every set of rows, "" the validation rows, and what an answer takes."""
+
+    questions: Mapping[str, Sequence[Question]]
+    tokenizer: Tokenizer
+    max_tokens: int
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from shared.data.rows import Row, content_hash, find_data, find_split
 from shared.data.sources import drop_long, read
 from shared.data.tokenize import Tokenizer
 from shared.errors import DataError
-from shared.evaluating.exams import make_questions
+from shared.evaluating.exams import Exam, make_questions
 from shared.hub import pinned
-from shared.running.run import Exam
 from shared.types import Example
 
 

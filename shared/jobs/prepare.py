@@ -17,10 +17,10 @@ from shared.data.rows import Row, content_hash
 from shared.data.sources import Weights, drop_long, load_rows, num_drawn, weigh
 from shared.data.stream import Encoding, Stream, check_ids, open_stream, streams
 from shared.data.tokenize import Tokenizer, tokenize_rows
+from shared.evaluating.exams import Exam
 from shared.evaluating.held_out import HeldOut, count_leaks, keep_short, load_held_out, make_exam, pinned_sets
 from shared.folder import ModelFolder, find_folder, open_folder, sha256
 from shared.hub import pinned
-from shared.running.run import Exam
 from shared.types import Example
 
 

@@ -24,7 +24,6 @@ from shared.durable import put_in_place, sync
 from shared.errors import ModelError, OutOfMemory, StorageError
 from shared.estimate.plan import with_settings
 from shared.estimate.report import decide_run, what_fits
-from shared.evaluating.deciding import add_result, evaluation_warnings, has_ended, has_result, read_result, restore_best
 from shared.export import write_model
 from shared.jobs.prepare import Prepared, prepare
 from shared.loop import fit
@@ -34,8 +33,10 @@ from shared.protocols import Backend, Model
 from shared.registry import check_installed, find_backend
 from shared.running.card import write_card
 from shared.running.checkpoint import Checkpoint, step_dirs
+from shared.running.evaluations import evaluation_warnings
 from shared.running.lock import locked
 from shared.running.recovery import LateOutOfMemory
+from shared.running.result import add_result, has_ended, has_result, read_result, restore_best
 from shared.running.run import LoopState, Run
 from shared.running.run_folder import (
     Identity,

@@ -52,7 +52,7 @@ model, tokenizer = load("{model}", adapter_path="adapter")"""
 
 
 def write_card(folder: Path, run: Run, *, kind: str, train_rows: int, result: Mapping[str, Any]) -> None:
-    """Write README.md with the settings and the losses of a run; result: as deciding.restore_best returns it."""
+    """Write README.md with the settings and the losses of a run; result: as result.restore_best returns it."""
     config, rows = run.config, run.metrics.read()
     base, _ = split_revision(config.model)
     losses = [row["loss"] for row in rows if "loss" in row]

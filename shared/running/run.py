@@ -12,20 +12,10 @@ from shared.callbacks import Callback, Metrics
 from shared.config import RunConfig
 from shared.data.batch import Plan
 from shared.data.layout import Layout
-from shared.data.tokenize import Tokenizer
-from shared.evaluating.exams import Question
+from shared.evaluating.exams import Exam
 from shared.protocols import Model, Pending, Trainer
 from shared.signals import StopFlag
 from shared.types import AdapterSpec, Example, StepStats
-
-
-@dataclass(frozen=True)
-class Exam:
-    """The questions of every set of rows, "" the validation rows, and what an answer takes."""
-
-    questions: Mapping[str, Sequence[Question]]
-    tokenizer: Tokenizer
-    max_tokens: int
 
 
 @dataclass

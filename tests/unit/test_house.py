@@ -49,7 +49,7 @@ FIRST = {
     "optimizers",
     "gradients",
 }
-FIRST_FOLDERS = {"data", "objectives", "quant", "adapters", "convert", "generation"}
+FIRST_FOLDERS = {"data", "objectives", "quant", "adapters", "convert", "generation", "evaluating"}
 # Third-party packages per floor: at the top of a file, and inside functions.
 OPEN = {
     0: {"numpy", "pydantic"},
