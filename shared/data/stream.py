@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from shared.data.cache import digest_of, tokenizer_files
 from shared.data.index import Index, Part, open_index
 from shared.data.rows import Row, content_hash, find_data, split_files
 from shared.data.sources import Weights, check_valid, label, name_sources, read
-from shared.data.tokenize import Tokenizer, tokenize_row
+from shared.data.tokenize import ROWS_AT_ONCE, Tokenizer, tokenize_row, tokenize_rows
 from shared.errors import ConfigError, DataError, ModelError
 from shared.types import Example
 
@@ -64,6 +64,15 @@ class Stream(Sequence[Example]):
         example = tokenize_row(row, how.tokenizer, train_on=how.train_on, max_length=how.max_length)
         check_ids(example, how.vocabulary, folder=how.tokenizer.folder)
         return example
+
+    def __iter__(self) -> Iterator[Example]:
+        """Yield all examples in order, some thousand tokenized together."""
+        how = self.encoding
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            rows = [self.rows.row(number) for number in range(start, min(start + ROWS_AT_ONCE, len(self)))]
+            for example in tokenize_rows(rows, how.tokenizer, train_on=how.train_on, max_length=how.max_length):
+                check_ids(example, how.vocabulary, folder=how.tokenizer.folder)
+                yield example
 
     @cached_property
     def sample(self) -> list[Example]:
@@ -135,22 +144,38 @@ def streams(config: RunConfig, *, least: int = STREAM_BYTES) -> bool:
         raise ConfigError(f"data.streaming true with {against}", fix="set data.streaming: false")
     if data.streaming is False or against is not None:
         return False
-    files = [
-        file for source in data.sources for file in split_files(find_data(source.path), "train", names=data.splits)
-    ]
-    other = next((file for file in files if file.suffix != ".jsonl"), None)
+    other = file_without_lines(data)
     if other is not None and data.streaming is True:
         raise ConfigError(
             f"data.streaming true, but {other.name} has no lines to be read one by one",
             expected=".jsonl", fix="write the rows as .jsonl, or set data.streaming: false",
         )  # fmt: skip
-    return other is None and (data.streaming is True or sum(file.stat().st_size for file in files) >= least)
+    size = sum(file.stat().st_size for file in train_files(data))
+    return other is None and (data.streaming is True or size >= least)
 
 
-def open_stream(data: DataConfig, *, valid_too: bool = True, most_valid: int | None = None) -> Streamed:
+def can_stream(data: DataConfig) -> bool:
+    """Return whether rows can be streamed, and are the same then as in memory."""
+    return not {"duplicate", "too_long"} & set(data.drop) and file_without_lines(data) is None
+
+
+def train_files(data: DataConfig) -> list[Path]:
+    """Return the files of all sources' training rows; raises DataError where there is none."""
+    roots = (find_data(source.path) for source in data.sources)
+    return [file for root in roots for file in split_files(root, "train", names=data.splits)]
+
+
+def file_without_lines(data: DataConfig) -> Path | None:
+    """Return the first training file that is not read line by line."""
+    return next((file for file in train_files(data) if file.suffix != ".jsonl"), None)
+
+
+def open_stream(
+    data: DataConfig, *, valid_too: bool = True, most_valid: int | None = None, held_out: Collection[str] = ()
+) -> Streamed:
     """Return where the rows are that a config names, all of them checked; raises DataError with file:line.
 
-    most_valid: rows to evaluate on that are wanted at most.
+    most_valid: rows to evaluate on that are wanted at most. held_out: hashes of others, to tell which are trained on.
     """
     valid: list[Row] = []
     parts: list[Part] = []
@@ -166,7 +191,7 @@ def open_stream(data: DataConfig, *, valid_too: bool = True, most_valid: int | N
                 parts += [Part(file, number, prefix, prefix + label(file, root)) for file in found]
             elif found:
                 valid += some(read(found, data, dropped, prefix=prefix), found[0], prefix)
-    index = open_index(parts, data, valid={content_hash([row]) for row in valid})
+    index = open_index(parts, data, valid={*held_out, *(content_hash([row]) for row in valid)})
     check_counts(index, data, roots)
     if "empty" in dropped:
         dropped["empty"] += index.found.empty

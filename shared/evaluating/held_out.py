@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shared.config import DataConfig, RunConfig
@@ -21,34 +21,43 @@ from shared.types import Example
 class HeldOut:
     """Rows by the name of their set, "" those of valid.jsonl; where the sets were found, and their files."""
 
-    rows: dict[str, list[Row]]
+    rows: dict[str, list[Row]] = field(default_factory=dict[str, list[Row]])
     roots: dict[str, Path] = field(default_factory=dict[str, Path])
     files: dict[str, Path] = field(default_factory=dict[str, Path])  # evaluation.sets.NAME/FILE, as in the manifest
+    dropped: dict[str, int] = field(default_factory=dict[str, int])  # why -> rows of the sets left out
 
 
-def load_held_out(config: RunConfig, valid: list[Row], dropped: dict[str, int]) -> HeldOut:
-    """Return the rows to evaluate on, as many as evaluation.batches says; `dropped` is added to.
-
-    Raises DataError with the set's name.
-    """
-    found = HeldOut({"": valid} if config.evaluation.every is not None else {})
+def load_sets(config: RunConfig) -> HeldOut:
+    """Return the rows of evaluation.sets, as many as are evaluated on; raises DataError with the set's name."""
+    found = HeldOut()
+    dropped = dict.fromkeys(config.data.drop, 0)
     for name, path in config.evaluation.sets.items() if config.evaluation.every is not None else ():
         try:
             root = find_data(path)
             files = find_split(root)
-            found.rows[name] = list(read(files, fitting(config.data, files[0]), dropped, prefix=f"{name}/"))
-            if not found.rows[name]:
+            rows = list(read(files, fitting(config.data, files[0]), dropped, prefix=f"{name}/"))
+            if not rows:
                 raise DataError(f"{files[0].name} has no rows", code="E211", expected="one JSON object per line")
         except DataError as error:
             what = f"evaluation.sets.{name}: {error.what}"
             raise DataError(what, code=error.code, expected=error.expected, fix=error.fix) from None
+        found.rows[name] = rows[: most_rows(config)]
         found.roots[name] = root
         found.files.update({f"evaluation.sets.{name}/{file.name}": file for file in files})
+    return replace(found, dropped=dropped)
+
+
+def with_valid(sets: HeldOut, valid: list[Row], config: RunConfig) -> HeldOut:
+    """Return the rows to evaluate on: those of the valid split first, as many as are evaluated on."""
+    if config.evaluation.every is None:
+        return sets
+    return replace(sets, rows={"": valid[: most_rows(config)], **sets.rows})
+
+
+def most_rows(config: RunConfig) -> int | None:
+    """Return how many rows of each set are evaluated on at most, None: all of them."""
     batches = config.evaluation.batches
-    most = None if batches == "all" else batches * config.train.batch_size
-    for name, rows in found.rows.items():
-        found.rows[name] = rows[:most]
-    return found
+    return None if batches == "all" else batches * config.train.batch_size
 
 
 def fitting(data: DataConfig, file: Path) -> DataConfig:
@@ -74,6 +83,11 @@ def make_exam(found: HeldOut, tokenizer: Tokenizer, config: RunConfig) -> Exam |
     first = {name: rows if asked == "all" else rows[:asked] for name, rows in found.rows.items()}
     questions = {name: make_questions(rows, tokenizer) for name, rows in first.items() if rows}
     return Exam(questions, tokenizer, config.evaluation.max_tokens) if questions else None
+
+
+def hashes_of(found: HeldOut) -> set[str]:
+    """Return the hashes of all rows to evaluate on."""
+    return {content_hash([row]) for rows in found.rows.values() for row in rows}
 
 
 def count_leaks(found: HeldOut, train: Collection[str]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,10 +15,20 @@ from shared.data.batch import Plan
 from shared.data.cache import tokenize_cached
 from shared.data.rows import Row, content_hash
 from shared.data.sources import Weights, drop_long, load_rows, num_drawn, weigh
-from shared.data.stream import Encoding, Stream, check_ids, open_stream, streams
+from shared.data.stream import Encoding, Stream, can_stream, check_ids, open_stream, streams
 from shared.data.tokenize import Tokenizer, tokenize_rows
 from shared.evaluating.exams import Exam
-from shared.evaluating.held_out import HeldOut, count_leaks, keep_short, load_held_out, make_exam, pinned_sets
+from shared.evaluating.held_out import (
+    HeldOut,
+    count_leaks,
+    hashes_of,
+    keep_short,
+    load_sets,
+    make_exam,
+    most_rows,
+    pinned_sets,
+    with_valid,
+)
 from shared.folder import ModelFolder, find_folder, open_folder, sha256
 from shared.hub import pinned
 from shared.types import Example
@@ -39,78 +49,112 @@ class Prepared:
     dropped: dict[str, int]  # why -> rows that the config leaves out
     kind: str  # of the first row: text, prompt or messages
     data_hash: str
+    other_hash: Callable[[], str] | None  # of the same rows read the other way (data.streaming), None: not possible
     data_files: dict[str, str]
     leaks: dict[str, int]  # rows to evaluate on that are training rows too: "valid.jsonl" or a set's name -> how many
 
 
+@dataclass(frozen=True)
+class Found:
+    """The rows of a run, whichever way they are read."""
+
+    train: Sequence[Example]
+    tests: dict[str, list[Example]]  # "" of the valid split, and those of evaluation.sets
+    held_out: HeldOut
+    counts: tuple[int, ...]  # training rows of each source
+    roots: tuple[Path, ...]
+    dropped: dict[str, int]
+    kind: str
+    hashes: dict[str, str]  # file -> SHA-256
+    seen: set[str]  # hashes of training rows, of those at least that are evaluated on too
+
+
 def prepare(config: RunConfig) -> Prepared:
-    """Read and check everything small: the base's headers, the rows, the tokenizer."""
+    """Read and check everything small: the base's headers, the rows, the tokenizer.
+
+    Streamed training rows are checked now too, but stay in their files and are tokenized when they are due.
+    """
     parse_scheme(config.quantization)
-    if streams(config):
-        return prepare_stream(config)
-    found = load_rows(config.data, valid_too=config.evaluation.every is not None)
+    read = read_streamed if streams(config) else read_whole
     base = open_folder(find_folder(config.model))
     tokenizer = Tokenizer(base.path)
-    counts, dropped = found.counts, found.dropped
-    held_out = load_held_out(config, found.valid, dropped)
-    train = make_examples(found.train, tokenizer, config.data)
+    found = read(config, base, tokenizer)
+    weights, tests = weigh(config.data.sources, found.counts), dict(found.tests)
+    left_out = {why: count + found.held_out.dropped.get(why, 0) for why, count in found.dropped.items()}
+    return Prepared(
+        config=pin(config, found.held_out, model=base.path, data=found.roots),
+        base=base,
+        tokenizer=tokenizer,
+        train=found.train,
+        valid=tests.pop("", []),
+        sets=tests,
+        exam=make_exam(found.held_out, tokenizer, config),
+        plan=Plan(sum(num_drawn(weights)) or len(found.train), config.train.batch_size, config.train.seed, weights),
+        dropped=left_out,
+        kind=found.kind,
+        data_hash=hash_of(found.train, weights),
+        other_hash=hash_otherwise(found.train, weights, config, base),
+        data_files=found.hashes,
+        leaks=count_leaks(found.held_out, found.seen),
+    )
+
+
+def read_whole(config: RunConfig, base: ModelFolder, tokenizer: Tokenizer) -> Found:
+    """Return all rows of a run, tokenized."""
+    found = load_rows(config.data, valid_too=config.evaluation.every is not None)
+    held_out = with_valid(load_sets(config), found.valid, config)
+    train, counts, dropped = make_examples(found.train, tokenizer, config.data), found.counts, found.dropped
     tests = {name: make_examples(rows, tokenizer, config.data) for name, rows in held_out.rows.items() if rows}
     if "too_long" in dropped:
         whole, most = len(train) + sum(map(len, tests.values())), config.data.max_length
         train, counts = drop_long(train, counts, most=most)
         tests = keep_short(held_out, tests, most=most)
         dropped = {**dropped, "too_long": whole - len(train) - sum(map(len, tests.values()))}
-    weights = weigh(config.data.sources, counts)
     check_vocabulary(base, [*train, *chain(*tests.values())])
     seen = {content_hash([row]) for row in found.train} if any(held_out.rows.values()) else set[str]()
-    return Prepared(
-        config=pin(config, held_out, model=base.path, data=found.roots),
-        base=base,
-        tokenizer=tokenizer,
-        train=train,
-        plan=Plan(sum(num_drawn(weights)) or len(train), config.train.batch_size, config.train.seed, weights),
-        dropped=dropped,
-        valid=tests.pop("", []),
-        sets=tests,
-        exam=make_exam(held_out, tokenizer, config),
-        kind=found.train[0].kind,
-        data_hash=examples_hash(train, weights),
-        data_files={name: sha256(file) for name, file in {**found.files, **held_out.files}.items()},
-        leaks=count_leaks(held_out, seen),
-    )
+    hashes = {name: sha256(file) for name, file in {**found.files, **held_out.files}.items()}
+    return Found(train, tests, held_out, counts, found.roots, dropped, found.train[0].kind, hashes, seen)
 
 
-def prepare_stream(config: RunConfig) -> Prepared:
-    """Do as `prepare`, but leave the training rows in their files: checked now, tokenized when they are due."""
-    evaluates, batches = config.evaluation.every is not None, config.evaluation.batches
-    most = None if batches == "all" else batches * config.train.batch_size
-    found = open_stream(config.data, valid_too=evaluates, most_valid=most)
-    base = open_folder(find_folder(config.model))
-    tokenizer = Tokenizer(base.path)
-    held_out = load_held_out(config, found.valid, found.dropped)
-    tests = {name: make_examples(rows, tokenizer, config.data) for name, rows in held_out.rows.items() if rows}
-    how = Encoding(tokenizer, config.data.train_on, config.data.max_length, vocabulary_of(base))
-    train = Stream(found.index, how)
-    weights = weigh(config.data.sources, tuple(found.index.found.counts))
+def read_streamed(config: RunConfig, base: ModelFolder, tokenizer: Tokenizer) -> Found:
+    """Return the training rows of a run where they stand, and those to evaluate on, tokenized."""
+    sets = load_sets(config)
+    valid_too = config.evaluation.every is not None
+    rows = open_stream(config.data, valid_too=valid_too, most_valid=most_rows(config), held_out=hashes_of(sets))
+    held_out, seen = with_valid(sets, rows.valid, config), rows.index.found
+    train = Stream(rows.index, encoding(config, base, tokenizer))
+    tests = {name: make_examples(some, tokenizer, config.data) for name, some in held_out.rows.items() if some}
     if tests:
         check_vocabulary(base, list(chain(*tests.values())))
-    files = {**found.files, **held_out.files}
-    hashes = {name: sha256(file) for name, file in files.items() if name not in found.index.found.sha256}
-    return Prepared(
-        config=pin(config, held_out, model=base.path, data=found.roots),
-        base=base,
-        tokenizer=tokenizer,
-        train=train,
-        plan=Plan(sum(num_drawn(weights)) or len(train), config.train.batch_size, config.train.seed, weights),
-        dropped=found.dropped,
-        valid=tests.pop("", []),
-        sets=tests,
-        exam=make_exam(held_out, tokenizer, config),
-        kind=found.index.found.kind,
-        data_hash=train.digest(weights),
-        data_files=hashes | found.index.found.sha256,
-        leaks=count_leaks(held_out, set(found.index.found.leaks)),
-    )
+    hashes = {name: seen.sha256.get(name) or sha256(file) for name, file in {**rows.files, **held_out.files}.items()}
+    counts, leaks = tuple(seen.counts), set(seen.leaks)
+    return Found(train, tests, held_out, counts, rows.roots, rows.dropped, seen.kind, hashes, leaks)
+
+
+def encoding(config: RunConfig, base: ModelFolder, tokenizer: Tokenizer) -> Encoding:
+    """Return how streamed rows become examples."""
+    return Encoding(tokenizer, config.data.train_on, config.data.max_length, vocabulary_of(base))
+
+
+def hash_of(train: Sequence[Example], weights: Weights) -> str:
+    """Return the SHA-256 by which a resume knows its training rows."""
+    return train.digest(weights) if isinstance(train, Stream) else examples_hash(train, weights)
+
+
+def hash_otherwise(
+    train: Sequence[Example], weights: Weights, config: RunConfig, base: ModelFolder
+) -> Callable[[], str] | None:
+    """Return what `hash_of` gives where `data.streaming` is the other way; it reads all rows. None: there is no way."""
+    if isinstance(train, Stream):
+        return lambda: examples_hash(train, weights)
+    if not can_stream(config.data):
+        return None
+
+    def stream_hash() -> str:
+        index = open_stream(config.data, valid_too=False).index
+        return Stream(index, encoding(config, base, Tokenizer(base.path))).digest(weights)
+
+    return stream_hash
 
 
 def pin(config: RunConfig, held_out: HeldOut, *, model: Path, data: Sequence[Path]) -> RunConfig:
@@ -147,7 +191,7 @@ def vocabulary_of(base: ModelFolder) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def examples_hash(examples: Sequence[Example], weights: Weights) -> str:
+def examples_hash(examples: Iterable[Example], weights: Weights) -> str:
     """Return the SHA-256 of all tokens and masks, in order: what rows, template and tokenizer make together."""
     digest = hashlib.sha256(repr(weights).encode() if weights else b"")
     for example in examples:

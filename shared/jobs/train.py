@@ -192,7 +192,13 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
 
 def make_identity(prepared: Prepared, hashes: Future[dict[str, str]]) -> Identity:
     """Return what a resume compares; waits for the base's hashes."""
-    return Identity(flat_settings(prepared.config), prepared.data_hash, joint_hash(hashes.result()))
+    return Identity(
+        settings=flat_settings(prepared.config),
+        data=prepared.data_hash,
+        base=joint_hash(hashes.result()),
+        streamed=isinstance(prepared.train, Stream),
+        other_data=prepared.other_hash,
+    )
 
 
 def build_run(

@@ -45,12 +45,14 @@ class Identity:
     """What must be the same for a resume to be the same run."""
 
     settings: Mapping[str, Any]  # flat: "optimizer.lr" -> value
-    data: str  # hash of the training rows' tokens and masks
+    data: str  # hash of the training rows' tokens and masks; of streamed ones of their files and some tokens
     base: str  # hash of the base's weights and config
+    streamed: bool = False
+    other_data: Callable[[], str] | None = None  # the hash of the same rows where they are read the other way
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as state.json keeps it."""
-        return {"settings": dict(self.settings), "data": self.data, "base": self.base}
+        return {"settings": dict(self.settings), "data": self.data, "base": self.base, "streamed": self.streamed}
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
@@ -129,11 +131,27 @@ def find_checkpoint(
             raise ConfigError(
                 f"{folder} holds a run of its own, and --resume names another", fix="choose another --output"
             )
-    changed = check_identity(found, identity(), allowed=allowed) if found is not None else {}
-    if found is None or not changed:
+    if found is None:
+        return None
+    changed = check_identity(found, as_begun(identity(), found, note), allowed=allowed)
+    if not changed:
         return found
     note(f"changed since update {found.step}: {'; '.join(changed.values())}")
     return replace(found, state={**found.state, "loop": {**found.state["loop"], "finished": False}})
+
+
+def as_begun(own: Identity, found: checkpoint.Checkpoint, note: Callable[[str], None]) -> Identity:
+    """Return a run's identity with the hash of its rows as they were read when the checkpoint was made.
+
+    A file may have grown past the size from which it is streamed, or `data.streaming` have been set: rows, order and
+    tokens are the same, so only the hash is another.
+    """
+    theirs = found.state.get("identity", {})
+    if theirs.get("data") == own.data or theirs.get("streamed") == own.streamed or own.other_data is None:
+        return own  # an older checkpoint does not say whether its rows were streamed
+    before, now = ("in memory", "streamed") if own.streamed else ("streamed", "in memory")
+    note(f"training rows are {now} now and were {before} before: all of them are compared first")
+    return replace(own, data=own.other_data())
 
 
 def check_fresh(folder: Path, note: Callable[[str], None]) -> None:

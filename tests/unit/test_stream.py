@@ -14,11 +14,13 @@ from shared.config_file import build_config
 from shared.data.batch import update_batches
 from shared.data.layout import Layout
 from shared.data.stream import Stream, streams
-from shared.errors import ConfigError, DataError
+from shared.errors import CheckpointError, ConfigError, DataError
 from shared.estimate.report import read_lengths
 from shared.folder import open_folder
 from shared.jobs.prepare import prepare
 from shared.jobs.train import train
+from shared.running.checkpoint import Checkpoint
+from shared.running.run_folder import Identity, as_begun
 
 ROWS = [{"prompt": f"what is {n}? ", "completion": f"hello {'x' * (n % 7)} {n}"} for n in range(61)]
 
@@ -86,6 +88,17 @@ def test_what_is_dropped_and_parted_is_as_in_memory(base, tmp_path):
     assert 5 < len(streamed.valid) < 40
     memory, streamed = both(base, data, evaluation={"batches": 1})
     assert_same(memory, streamed)
+
+
+def test_leaks_of_evaluation_sets_are_counted_as_in_memory(base, tmp_path):
+    write(tmp_path / "a", ROWS)
+    write(tmp_path / "a", [ROWS[1], {"prompt": "q", "completion": "z"}], "valid.jsonl")
+    write(tmp_path / "sets", [*ROWS[3:6], {"prompt": "p", "completion": " "}], "own.jsonl")
+    settings = {"evaluation": {"sets": {"own": str(tmp_path / "sets/own.jsonl")}, "batches": 1}}
+    memory, streamed = both(base, {"path": str(tmp_path / "a"), "drop": ["empty"]}, **settings)
+    assert_same(memory, streamed)
+    assert streamed.leaks == {"valid.jsonl": 1, "own": 3}
+    assert streamed.dropped == {"empty": 1}
 
 
 def test_other_formats_of_rows_and_columns_are_as_in_memory(base, tmp_path):
@@ -223,7 +236,7 @@ class Breaker:
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
-def test_a_streamed_run_that_breaks_ends_with_the_bytes_of_one_in_memory(base, tmp_path, backend):
+def test_a_run_that_breaks_goes_on_streamed_or_in_memory_to_the_same_bytes(base, tmp_path, backend):
     folder = write(tmp_path / "d", ROWS)
 
     def config(output, *, on):
@@ -233,13 +246,45 @@ def test_a_streamed_run_that_breaks_ends_with_the_bytes_of_one_in_memory(base, t
             {**values, "backend": backend, "device": "cpu", "train": settings, "checkpoint": {"every": 4}}
         )
 
-    whole = train(config("whole", on=False))
-    with pytest.raises(Break):
-        train(config("broken", on=True), callbacks=[Breaker()])
-    again = train(config("broken", on=True))
-    assert [one["step"] for one in json_lines(again.output / "metrics.jsonl")] == [10, 12]
-    results = [(one.adapter / "adapter_model.safetensors").read_bytes() for one in (whole, again)]
-    assert results[0] == results[1]
+    def adapter(result):
+        return (result.adapter / "adapter_model.safetensors").read_bytes()
+
+    whole = adapter(train(config("whole", on=False)))
+    for first, then in ((True, True), (True, False), (False, True)):
+        name = f"{first}-{then}"
+        with pytest.raises(Break):
+            train(config(name, on=first), callbacks=[Breaker()])
+        again = train(config(name, on=then))
+        assert [one["step"] for one in json_lines(again.output / "metrics.jsonl")] == [10, 12]
+        assert adapter(again) == whole
+        assert train(config(name, on=first)).already_complete
+
+
+def test_a_run_does_not_go_on_where_rows_changed_and_are_read_another_way(base, tmp_path):
+    def config(*, on):
+        data = {"path": str(tmp_path / "d"), "streaming": on}
+        settings = {"updates": 2, "batch_size": 4, "dtype": "float32"}
+        values = {"model": str(base), "data": data, "output": str(tmp_path / "run"), "train": settings}
+        return build_config({**values, "backend": "torch", "device": "cpu"})
+
+    write(tmp_path / "d", ROWS)
+    train(config(on=True))
+    for on in (False, True):  # of the second, the checkpoint is streamed as well
+        write(tmp_path / "d", [*ROWS[1:], ROWS[0]])
+        with pytest.raises(CheckpointError, match="data: the training rows"):
+            train(config(on=on))
+
+
+def test_an_older_checkpoint_that_does_not_say_how_rows_were_read_is_compared_both_ways(base, tmp_path):
+    memory, streamed = both(base, write(tmp_path / "d", ROWS))
+    assert streamed.other_hash() == memory.data_hash
+    assert memory.other_hash() == streamed.data_hash
+    state = {"identity": {"settings": {}, "data": memory.data_hash, "base": "b"}}
+    found = Checkpoint(step=1, adapter={}, optimizer={}, state=state)
+    own = Identity({}, streamed.data_hash, "b", streamed=True, other_data=streamed.other_hash)
+    told = []
+    assert as_begun(own, found, told.append).data == memory.data_hash
+    assert told == ["training rows are streamed now and were in memory before: all of them are compared first"]
 
 
 def json_lines(file):
