@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 
@@ -299,6 +300,7 @@ def test_the_estimate_takes_the_lengths_of_some_streamed_rows(base, tmp_path):
 
 def test_a_template_that_touches_no_row_of_the_sample_is_another_identity(base, tmp_path):
     data = write(tmp_path / "d", ROWS)
+    base = shutil.copytree(base, tmp_path / "model")  # other tests have the folder too
     _, before = both(base, data)
     (base / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     _, after = both(base, data)
