@@ -8,20 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxlora.cli.generating import MinP, Penalty, Seed, Stop, TopK, TopP, check_settings, open_checked
+from mlxlora.cli.generating import open_checked
 from mlxlora.cli.options import AdapterPath, BackendName, Debug, Dtype, Json, ModelPath, Quantization
 from mlxlora.cli.output import emit_object, printable, say
+from mlxlora.cli.sampling import FROM_OPTIONS, Settings, check_settings, takes_sampling
 
 if TYPE_CHECKING:
     from shared.jobs.chat import Chat
 
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="What the model is told beforehand.")]
-MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", min=1, help="Tokens of an answer, at most. [default: 1024]")
-]
-Temperature = Annotated[
-    float | None, typer.Option("--temperature", min=0.0, help="0: the likeliest token each time. [default: 0.7]")
-]
 COMMANDS = """/reset          forget what was said
 /system TEXT    another system prompt, without TEXT none; begins anew
 /exit           leave, as Ctrl-D does
@@ -29,18 +24,12 @@ COMMANDS = """/reset          forget what was said
 Ctrl-C          breaks an answer off"""
 
 
+@takes_sampling(max_tokens=1024, temperature=0.7, top_p=0.95, seed=0)
 def chat(
     model: ModelPath,
     adapter: AdapterPath = None,
     system: System = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = None,
-    stop: Stop = None,
-    seed: Seed = None,
+    sampling: Settings = FROM_OPTIONS,
     backend: BackendName = "auto",
     dtype: Dtype = "auto",
     quantization: Quantization = "auto",
@@ -52,11 +41,7 @@ def chat(
     from shared.jobs.chat import Chat
     from shared.sessions import sampling_for
 
-    given = {
-        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "stop": stop or None, "seed": seed,
-    }  # fmt: skip
-    settings = chat_settings(given)
+    settings = chat_settings(sampling)
     check_settings(settings)
     session = open_checked(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization)
     talk = Chat(session, sampling_for(session, **settings), system)

@@ -21,9 +21,9 @@ from mlxlora.cli.options import (
     Quantization,
     check_backend,
     check_choice,
-    check_finite,
 )
 from mlxlora.cli.output import AnswerFile, emit, emit_object, printable, say
+from mlxlora.cli.sampling import FROM_OPTIONS, Settings, check_settings, takes_sampling
 
 if TYPE_CHECKING:
     from shared.data.prompts import Prompt
@@ -31,25 +31,6 @@ if TYPE_CHECKING:
     from shared.sessions import Session
     from shared.types import Sampling
 
-# Without a number the default stands in shared/generation/config.py, which needs pydantic.
-TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="Only the K likeliest tokens; 0: all.")]
-TopP = Annotated[
-    float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Only the likeliest that sum to this probability.")
-]
-MinP = Annotated[
-    float | None, typer.Option("--min-p", min=0.0, max=1.0, help="Only tokens with this share of the likeliest one's.")
-]
-Penalty = Annotated[
-    float | None, typer.Option("--repetition-penalty", min=0.0, help="Above 1: what was said is less likely.")
-]
-Stop = Annotated[
-    list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends an answer; may stand several times.")
-]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same text. [default: 0]")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="At most so many tokens. [default: 128]")]
-Temperature = Annotated[
-    float | None, typer.Option("--temperature", min=0.0, help="0: the likeliest token each time. [default: 0]")
-]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Prompts computed together. [default: 8]")]
 Prompts = Annotated[
     list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to go on from; may stand several times.")
@@ -61,19 +42,13 @@ Wrap = Annotated[bool | None, typer.Option("--chat/--raw", help="Wrap prompts in
 Output = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write answers as JSON lines to a file.")]
 
 
+@takes_sampling(max_tokens=128, temperature=0, seed=0)
 def generate(
     model: ModelPath,
     prompt: Prompts = None,
     prompts: PromptFile = None,
     adapter: AdapterPath = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = None,
-    stop: Stop = None,
-    seed: Seed = None,
+    sampling: Settings = FROM_OPTIONS,
     batch_size: BatchSize = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
     chat: Wrap = None,
@@ -85,10 +60,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Texts that follow prompts."""
-    settings = {
-        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "stop": stop or None, "seed": seed, "batch_size": batch_size,
-    }  # fmt: skip
+    settings = {**sampling, "batch_size": batch_size}
     check_settings(settings)
     asked = find_prompts(prompt or [], prompts, stream=stream)
     with AnswerFile(output, option="--output") if output is not None else nullcontext() as file:
@@ -171,19 +143,6 @@ def show(session: Session, asked: list[Prompt], found: list[Completion], *, as_j
             begun = " ".join(one.last.split())
             begun = begun if len(begun) <= 70 else begun[:67] + "..."
             print(printable(f"[{number}] {begun}\n{answer.text}\n"))
-
-
-def check_settings(settings: dict[str, Any]) -> None:
-    """Raise ConfigError for what no generation can use, before a model is loaded; note what has no effect."""
-    for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
-        if settings[key] is not None:
-            check_finite(f"--{key.replace('_', '-')}", settings[key])
-    from shared.generation.config import WITHOUT_EFFECT, read_settings
-
-    greedy = read_settings(settings).temperature == 0
-    idle = [f"--{key.replace('_', '-')}" for key in WITHOUT_EFFECT if settings[key]]
-    if idle and greedy:
-        say(f"{idle[0]} changes nothing at temperature 0, which takes the likeliest token; --temperature 1 draws")
 
 
 def open_checked(model: str, *, adapter: list[str] | None, backend: str, dtype: str, quantization: str) -> Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
@@ -29,7 +30,7 @@ CHAT: dict[str, Any] = {"max_tokens": 1024, "temperature": 0.7, "top_p": 0.95}  
 WITHOUT_EFFECT = ("top_k", "top_p", "min_p")  # at temperature 0
 
 
-def chat_settings(values: dict[str, Any]) -> dict[str, Any]:
+def chat_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a chat: its own defaults stand for what is not given, or None."""
     return {**values, **{key: value for key, value in CHAT.items() if values.get(key) is None}}
 

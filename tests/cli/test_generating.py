@@ -16,6 +16,7 @@ from mlxlora.cli.output import AnswerFile
 from shared.data.prompts import Prompt
 from shared.errors import ConfigError, DataError
 from shared.generation.answers import Completion, LogProbs
+from shared.generation.config import CHAT, GenerationConfig
 from shared.jobs.chat import Chat
 from shared.registry import BACKENDS
 from shared.sessions import complete, open_session, prompt_ids, sampling_for
@@ -208,6 +209,15 @@ def test_settings_of_python_are_checked_too():
 def test_a_chat_has_defaults_of_its_own_where_none_is_given(tiny_model_folder):
     drawn = mlxlora.chat(str(tiny_model_folder()), backend="torch", temperature=0.2, max_tokens=None).sampling
     assert (drawn.max_tokens, drawn.temperature, drawn.top_p) == (1024, 0.2, 0.95)
+
+
+@pytest.mark.parametrize(("command", "own"), [("generate", {}), ("chat", CHAT)])
+def test_the_help_shows_the_defaults_of_the_config(command, own, capsys):
+    said = " ".join(call(capsys, command, "--help").out.split())
+    defaults = {**GenerationConfig().model_dump(), **own}
+    shown = dict(re.findall(r"--(max-tokens|temperature|top-p|seed|batch-size) <[^-]*\[default: ([\d.]+)\]", said))
+    assert {"max-tokens", "temperature", "seed"} <= shown.keys() >= {key.replace("_", "-") for key in own}
+    assert all(float(value) == defaults[option.replace("-", "_")] for option, value in shown.items())
 
 
 def test_a_prompt_whose_answer_has_no_room_is_refused_before_anything_is_generated(tiny_model_folder, capsys):
