@@ -17,10 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from shared.importing import versions_of
 from shared.machine import process_age
 
 MIB = 2**20
@@ -126,23 +126,12 @@ def report(work: Mapping[str, Any], meter: Meter, arguments: argparse.Namespace)
             "supervised": total(supervised) - work["counts"]["supervised"],
             "real": total(real) - work["counts"]["real"],
         },
-        "versions": versions(),
+        "versions": versions_of(PACKAGES),
         "machine": f"{platform.system()} {platform.machine()} {os.cpu_count()} cores",
     }
     if arguments.backend == "mlx":
         result["mlx_peak_mib"] = round(rows[-1]["peak_memory_bytes"] / MIB, 1)
     print("\n" + json.dumps(result), flush=True)
-
-
-def versions() -> dict[str, str]:
-    """Return what is installed of the packages that matter."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def rss() -> int:

@@ -20,9 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from shared.importing import versions_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "numpy")
@@ -148,12 +149,6 @@ def show(backend: str, found: dict[str, dict[str, float]]) -> None:
 
 def surroundings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the figures depend on: machine, load, versions."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     return {
         "model": arguments.model.name,
@@ -162,7 +157,7 @@ def surroundings(arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": f"{system}, Python {platform.python_version()}",
         "load": os.getloadavg()[0],
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "versions": versions,
+        "versions": versions_of(PACKAGES),
     }
 
 

@@ -10,14 +10,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shared.errors import CapabilityError
-from shared.importing import collector_paused, defer_front
+from shared.importing import collector_paused, defer_front, versions_of
 from shared.strict import check_recompute
 from shared.threads import keep_memory, wait_politely
 from shared.types import Capability, Method, Packed, Recompute, Scheme, Shapes, Tensor
@@ -165,12 +164,6 @@ def lend_blas() -> bool:
 
 def capability(*, device: str, reason: str, fix: str | None, schemes: Iterable[str] = ()) -> Capability:
     """Return a capability record with the versions that are installed."""
-    versions = {}
-    for package in ("mlx", "mlx-lm", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return Capability(
         name="mlx",
         available=device != "none",
@@ -180,7 +173,7 @@ def capability(*, device: str, reason: str, fix: str | None, schemes: Iterable[s
         dtypes=("float32", "bfloat16", "float16"),
         schemes=tuple(schemes),
         objectives=("sft",),
-        versions=versions,
+        versions=versions_of(("mlx", "mlx-lm", "transformers")),
     )
 
 

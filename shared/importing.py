@@ -6,7 +6,7 @@ import ast
 import gc
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -61,6 +61,17 @@ def defer_front(name: str) -> None:
 
     package.__dict__["__getattr__"] = run_front
     sys.modules[name] = package
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def read_constant(module: str, name: str) -> Any:

@@ -6,14 +6,13 @@ import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shared.errors import CapabilityError
-from shared.importing import collector_paused
+from shared.importing import collector_paused, versions_of
 from shared.strict import check_recompute
 from shared.threads import wait_politely
 from shared.types import Capability, Method, Packed, Recompute, Scheme, Shapes, Tensor
@@ -124,12 +123,6 @@ def probe_device() -> Capability:
 
 def capability(*, device: str, reason: str, fix: str | None, schemes: Iterable[str] = ()) -> Capability:
     """Return a capability record with the versions that are installed."""
-    versions = {}
-    for package in (*NEEDS, "bitsandbytes", "optimum-quanto"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return Capability(
         name="torch",
         available=device != "none",
@@ -139,7 +132,7 @@ def capability(*, device: str, reason: str, fix: str | None, schemes: Iterable[s
         dtypes=("float32", "bfloat16", "float16"),
         schemes=tuple(schemes),
         objectives=("sft",),
-        versions=versions,
+        versions=versions_of((*NEEDS, "bitsandbytes", "optimum-quanto")),
     )
 
 

@@ -355,13 +355,7 @@ def check_fit(adapter: Adapter, info: ModelInfo, *, own: str = "") -> None:
         if adapter.spec.kind == "dora":
             shapes["lora_magnitude_vector"] = (out,)
         for leaf, shape in shapes.items():
-            found = adapter.tensors.get(f"{name}.{leaf}")
-            if found is None or tuple(found.shape) != shape:
-                state = "is missing" if found is None else f"has shape {tuple(found.shape)}"
-                raise AdapterError(
-                    f'adapter tensor "{name}.{leaf}" {state}', expected=f"{shape} for this base",
-                    fix="use the base that the adapter was trained on",
-                )  # fmt: skip
+            check_tensor(adapter, f"{name}.{leaf}", shape)
 
 
 def check_saved(adapter: Adapter, info: ModelInfo) -> None:
@@ -374,13 +368,19 @@ def check_saved(adapter: Adapter, info: ModelInfo) -> None:
             )
         shape = (info.norms[name],) if name in info.norms else info.adaptable[name]
         shape = shape[::-1] if is_embedding(name) else shape
-        found = adapter.tensors.get(f"{name}{SAVED}.weight")
-        if found is None or tuple(found.shape) != shape:
-            state = "is missing" if found is None else f"has shape {tuple(found.shape)}"
-            raise AdapterError(
-                f'adapter tensor "{name}.weight" (modules_to_save) {state}', expected=f"{shape} for this base",
-                fix="use the base that the adapter was trained on",
-            )  # fmt: skip
+        check_tensor(adapter, f"{name}{SAVED}.weight", shape, called=f'"{name}.weight" (modules_to_save)')
+
+
+def check_tensor(adapter: Adapter, name: str, shape: tuple[int, ...], *, called: str = "") -> None:
+    """Raise AdapterError unless an adapter has a tensor, of this shape; called: what the message has for its name."""
+    found = adapter.tensors.get(name)
+    if found is None or tuple(found.shape) != shape:
+        what = called or f'"{name}"'
+        state = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+        raise AdapterError(
+            f"adapter tensor {what} {state}", expected=f"{shape} for this base",
+            fix="use the base that the adapter was trained on",
+        )  # fmt: skip
 
 
 def is_apart(spec: AdapterSpec, *, tied: bool) -> bool:

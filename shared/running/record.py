@@ -101,7 +101,11 @@ def checkpoint(run: Run) -> None:
         raise DivergedError(what, fix=roll_back(run, run.state.step - 1))
     run.metrics.flush(durable=True)  # no checkpoint is ahead of its metrics, not even after a power cut
     time_s = run.state.time_s + time.perf_counter() - run.row_began
-    state = {"loop": asdict(replace(run.state, time_s=time_s)), "identity": run.identity, "maker": run.maker}
+    state: dict[str, Any] = {
+        "loop": asdict(replace(run.state, time_s=time_s)),
+        "identity": run.identity,
+        "maker": run.maker,
+    }
     if run.config.evaluation.keeps_best and run.state.best_step >= 0:
         state["needs"] = [run.state.best_step]
     found = Checkpoint(run.state.step, adapter, optimizer, state)
