@@ -18,7 +18,7 @@ import numpy as np
 from shared.errors import CapabilityError, ModelError, did_you_mean
 from shared.experts import check_mixture
 from shared.families import EMBEDDINGS
-from shared.hub import download, is_hub_id
+from shared.hub import download, is_hub_id, near_paths
 from shared.quant.folders import find_places
 from shared.quant.place import Place
 from shared.quant.sound import find_fault
@@ -109,10 +109,12 @@ class ModelFolder:
 def open_folder(path: Path) -> ModelFolder:
     """Return a checked model folder; reads headers only. Raises ModelError or CapabilityError."""
     if not path.is_dir():
+        near = near_paths(path)
         raise ModelError(
             f"no model folder at {path}",
             code="E300",
             expected="a folder with config.json and model.safetensors, or a hub id",
+            fix=f'did you mean "{near[0]}"?' if near else None,
         )
     config = read_json(path / "config.json")
     check_config(path, config)

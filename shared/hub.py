@@ -7,6 +7,8 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,23 @@ def is_hub_id(text: str) -> bool:
 def is_offline() -> bool:
     """Return whether nothing may reach for the network."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def near_paths(path: Path) -> list[str]:
+    """Return what lies where a path that does not exist would lie: of its folder, else of one with a similar name."""
+    folder = path.parent
+    if not folder.is_dir():
+        near = [item.name for item in entries(folder.parent) if item.is_dir()]
+        folder = folder.parent / next(iter(get_close_matches(folder.name, near, n=1)), "")
+    names = [item.name for item in entries(folder)]
+    return [str(folder / name) for name in get_close_matches(path.name, names, n=3)]
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return what is in a folder, nothing where it cannot be read."""
+    with suppress(OSError):
+        return sorted(folder.iterdir())
+    return []
 
 
 def split_revision(text: str) -> tuple[str, str | None]:
@@ -116,7 +135,7 @@ def explain(problem: BaseException, name: str, kind: str, revision: str | None) 
     if busy is not None:
         return f"{what} takes no requests {busy}", "try again then; with HF_TOKEN more is allowed"
     if "OfflineModeIsEnabled" in kinds or is_offline():
-        return f'"{name}" is not downloaded, and the run is offline', "download it once without --offline"
+        return f'"{name}" is no folder here, is not downloaded, and the run is offline', "download it once, online"
     if response is not None:
         said = response.headers.get("X-Error-Code", "")
         return explain_status(response.status_code, said, what, name=name, kind=kind, revision=revision)

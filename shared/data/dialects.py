@@ -12,9 +12,18 @@ from shared.errors import DataError, did_you_mean
 # ShareGPT's and its relatives' names of the roles.
 SPEAKERS = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
-    "observation": "tool", "function_response": "tool", "function_call": "assistant",
+    "observation": "tool", "function_response": "tool", "function_call": "assistant", "function": "tool",
+    "ai": "assistant",
 }  # fmt: skip
-LISTS = ("messages", "conversations", "tools")
+LISTS = ("messages", "conversations", "tools", "functions")
+# Ways to write a row: the keys that make one, and those that are read beside them.
+FORMS = {
+    "messages": (("messages",), ("tools", "functions")),
+    "conversations": (("conversations",), ("system", "tools")),
+    "Alpaca": (("instruction", "output"), ("input", "system")),
+    "prompt": (("prompt", "completion"), ()),
+    "text": (("text",), ()),
+}
 
 
 def translate(value: dict[str, Any], *, source: str, columns: Mapping[Any, str] | None = None) -> dict[str, Any]:
@@ -27,15 +36,41 @@ def translate(value: dict[str, Any], *, source: str, columns: Mapping[Any, str] 
     """
     if columns:
         value = choose(value, columns, source=source)
+    form = find_form(value, source=source)
     value = {key: from_cell(inner) if key in LISTS else inner for key, inner in value.items()}
-    if "messages" in value:
-        return {**value, "messages": read_turns(value["messages"], source=source)}
-    if "conversations" in value:
+    if form == "Alpaca":
+        return {"messages": with_system(alpaca(value), value)}
+    if "messages" in value and form in ("messages", None):
+        tools = value.get("tools") or as_tools(value.get("functions"))
+        return {"messages": read_turns(value["messages"], source=source), "tools": tools}
+    if "conversations" in value and form in ("conversations", None):
         turns = with_system(read_turns(value["conversations"], source=source), value)
         return {"messages": turns, "tools": value.get("tools")}
-    if {"instruction", "output"} <= value.keys() and not {"prompt", "completion"} & value.keys():
-        return {"messages": with_system(alpaca(value), value)}
-    return value
+    return {key: inner for key, inner in value.items() if form is None or key in ("text", "prompt", "completion")}
+
+
+def find_form(value: dict[str, Any], *, source: str) -> str | None:
+    """Return which of FORMS a row is, None where it is none of them; raises DataError where it is several."""
+    found = [name for name, (keys, _) in FORMS.items() if all(value.get(key) is not None for key in keys)]
+    if found == ["Alpaca", "text"]:  # Alpaca's own files have the whole text beside its parts
+        found.remove("text")
+    if len(found) > 1:
+        both = " and ".join(" + ".join(f'"{key}"' for key in FORMS[name][0]) for name in found[:2])
+        only = "prompt: prompt, completion: completion" if found[0] == "prompt" else f"{found[0]}: {found[0]}"
+        chosen = "take one out of the row" if found[0] == "Alpaca" else f"choose: data.columns: {{{only}}}"
+        raise DataError(f"{source}: both {both}, and each would be another row to learn from", fix=chosen)
+    return found[0] if found else None
+
+
+def unread_keys(value: dict[str, Any], *, source: str) -> tuple[str, ...]:
+    """Return the keys of a row that hold something and are not read.
+
+    >>> unread_keys({"text": "a", "id": 7, "note": None}, source="rows.json:1")
+    ('id',)
+    """
+    form = find_form(value, source=source)
+    read = [key for keys in FORMS[form] for key in keys] if form else list(value)
+    return tuple(key for key, inner in value.items() if inner is not None and key not in read)
 
 
 def choose(value: dict[str, Any], columns: Mapping[Any, str], *, source: str) -> dict[str, Any]:
@@ -69,9 +104,45 @@ def with_system(messages: Any, value: dict[str, Any]) -> Any:
     return [{"role": "system", "content": value["system"]}, *messages]
 
 
+def as_tools(functions: Any) -> Any:
+    """Return OpenAI's older "functions" as tools."""
+    return [{"type": "function", "function": one} for one in functions] if isinstance(functions, list) else functions
+
+
 def read_turns(turns: Any, *, source: str) -> Any:
     """Return turns as messages; {"from", "value"} is ShareGPT's way to write them."""
-    return [from_sharegpt(turn, source=source) for turn in turns] if isinstance(turns, list) else turns
+    if not isinstance(turns, list):
+        return turns
+    return [read_message(from_sharegpt(turn, source=source), f"{source}: message {n}") for n, turn in enumerate(turns)]
+
+
+def read_message(message: Any, place: str) -> Any:
+    """Return a message with its content as one text, and OpenAI's older "function_call" as a call of a tool."""
+    if not isinstance(message, dict):
+        return message
+    if isinstance(message.get("content"), list):
+        message = {**message, "content": join_parts(message["content"], place)}
+    if message.get("role") == "function":
+        message = {**message, "role": "tool"}
+    if isinstance(message.get("function_call"), dict) and not message.get("tool_calls"):
+        message = {**message, "tool_calls": [{"type": "function", "function": message["function_call"]}]}
+    return {key: inner for key, inner in message.items() if key != "function_call"}
+
+
+def join_parts(parts: list[Any], place: str) -> str:
+    """Return the text of a content in parts, [{"type": "text", "text": "..."}]; raises DataError for any other part."""
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text":
+            raise DataError(
+                f'{place}: "content" has a part of type "{kind}", and this trains on texts', expected="parts of text",
+                fix="take the part out, or remove the row",
+            )  # fmt: skip
+        if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+            raise DataError(
+                f'{place}: "content" is a list, and not of texts', expected='a text, or [{"type": "text", "text"}]'
+            )
+    return "".join(part["text"] for part in parts)
 
 
 def from_sharegpt(turn: Any, *, source: str) -> Any:
@@ -81,7 +152,8 @@ def from_sharegpt(turn: Any, *, source: str) -> Any:
     speaker, said = turn["from"], turn.get("value")
     if speaker == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": [read_call(said, source=source)]}
-    return {"role": SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker, "content": said}
+    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {"role": role, "content": said, **{key: turn[key] for key in ("weight", "train") if key in turn}}
 
 
 def read_call(said: Any, *, source: str) -> dict[str, Any]:

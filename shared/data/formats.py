@@ -14,6 +14,8 @@ from shared.errors import CapabilityError, DataError
 
 MAX_LINE = 50_000_000
 BLANK = re.compile(r"[ \t\n\r]*")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+NAMES_OF_MARKS = {";": "semicolon", "\t": "tab", ",": "comma", "|": "bar"}
 
 
 def read_values(file: Path) -> Iterator[tuple[Any, str]]:
@@ -39,10 +41,11 @@ def read_json(file: Path) -> Iterator[tuple[Any, str]]:
     """Yield the values of a JSON array, or of lines; the place of an array's value is the line where it begins."""
     with file.open("rb") as stream:
         if not stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            yield from read_lines(file)
+            whole = read_object(file)
+            yield from read_lines(file) if whole is None else iter([(whole, f"{file.name}:1")])
             return
     text = to_text(file.read_bytes(), source=file.name)
-    at, line, decoder = text.index("[") + 1, 1, json.JSONDecoder()
+    at, line, decoder = text.index("[") + 1, 1, json.JSONDecoder(object_pairs_hook=each_once)
     seen, behind = 0, "["
     while behind in ("[", ","):
         at = skip(text, at)
@@ -65,6 +68,18 @@ def read_json(file: Path) -> Iterator[tuple[Any, str]]:
         )
 
 
+def read_object(file: Path) -> dict[str, Any] | None:
+    """Return the one object that a file holds over several lines, None where it holds anything else."""
+    if file.stat().st_size > MAX_LINE:
+        return None
+    raw = file.read_bytes()
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError):  # lines, mostly
+        return None
+    return parse_line(raw, source=f"{file.name}:1") if isinstance(found, dict) else None
+
+
 def skip(text: str, at: int) -> int:
     """Return the next place that is not blank."""
     found = BLANK.match(text, at)
@@ -75,7 +90,7 @@ def read_table(file: Path) -> Iterator[tuple[Any, str]]:
     """Yield a CSV or TSV file's rows as objects; the place is the line where a row begins."""
     csv.field_size_limit(MAX_LINE)
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        rows = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        rows = csv.reader(stream, delimiter=SEPARATORS[file.suffix], strict=True)
         header: list[str] | None = None
         line = 1
         while True:
@@ -87,20 +102,37 @@ def read_table(file: Path) -> Iterator[tuple[Any, str]]:
                     f"{source}: not UTF-8: {error.reason}", code="E211", fix="save the file as UTF-8"
                 ) from None
             except csv.Error as error:
-                raise DataError(f"{source}: not CSV: {error}", code="E211", fix="correct the line") from None
+                raise DataError(
+                    f"{source}: not CSV: {error}", code="E211", fix='between quotes, write "" for a quote'
+                ) from None
             line = rows.line_num + 1
             if row is None:
                 return
             if header is None:
                 header = row
-                if len(set(row)) < len(row):
-                    raise DataError(f"{source}: a column stands twice", code="E211", expected="a name for each column")
+                check_header(row, source=source, kind=file.suffix)
             elif len(row) not in (0, len(header)):
                 raise DataError(
-                    f"{source}: {len(row)} cells, the header has {len(header)}", code="E211", fix="correct the line"
-                )
+                    f"{source}: {len(row)} cells, the header has {len(header)}", code="E211",
+                    fix='put a text with separators in it into quotes: "one, two"',
+                )  # fmt: skip
             elif row:
                 yield dict(zip(header, row, strict=True)), source
+
+
+def check_header(header: list[str], *, source: str, kind: str) -> None:
+    """Refuse a table's first line where a column stands twice, or where other separators than the file's stand."""
+    if len(set(header)) < len(header):
+        raise DataError(f"{source}: a column stands twice", code="E211", expected="a name for each column")
+    own = SEPARATORS[kind]
+    other = next((mark for mark in NAMES_OF_MARKS if mark in header[0] and mark != own), None) if header else None
+    if len(header) == 1 and other is not None:
+        fitting = next((name for name, mark in SEPARATORS.items() if mark == other), None)
+        raise DataError(
+            f"{source}: the file looks {NAMES_OF_MARKS[other]}-separated: its header is one cell, {header[0]!r}",
+            code="E211", expected=f"{NAMES_OF_MARKS[own]}s between the cells of a {kind} file",
+            fix=f"rename it to {fitting}" if fitting else f"save it with {NAMES_OF_MARKS[own]}s",
+        )  # fmt: skip
 
 
 def read_parquet(file: Path) -> Iterator[tuple[Any, str]]:
@@ -146,7 +178,16 @@ def parse_line(raw: bytes, *, source: str) -> Any:
         raise DataError(f"{source}: a line of {len(raw)} bytes", code="E211", expected=f"at most {MAX_LINE}")
     text = to_text(raw.rstrip(), source=source)
     with json_faults(source):
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=each_once)
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; raises KeyError where a key stands in it twice, as nobody knows which of them is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise KeyError(next(key for key in found if keys.count(key) > 1))
+    return found
 
 
 def to_text(raw: bytes, *, source: str) -> str:
@@ -170,8 +211,33 @@ def json_faults(source: str) -> Iterator[None]:
             f"{source}: not JSON: {error.msg.removesuffix(' at')} at column {error.colno}, near {near!r}",
             code="E211",
             expected="one JSON object per line" if error.doc.count("\n") == 0 else "an array of JSON objects",
+            fix=json_advice(error.doc, error.pos),
         ) from None
+    except KeyError as error:
+        raise DataError(f'{source}: the key "{error.args[0]}" stands twice', fix="remove one of them") from None
     except RecursionError:
         raise DataError(f"{source}: nested too deeply", code="E211", expected="a flat object") from None
     except ValueError:  # Python reads no integer of more than 4300 digits
         raise DataError(f"{source}: a number that is too long to read", code="E211", expected="texts") from None
+
+
+def json_advice(text: str, at: int) -> str | None:
+    """Return what to do about the commonest ways in which a text is not JSON, None where it is none of them.
+
+    >>> json_advice('{"a": 1,}', 8)
+    'remove the comma before }'
+    """
+    before, behind = text[:at].rstrip(), text[at:].lstrip()
+    if before.endswith(",") and behind[:1] in ("}", "]"):
+        return f"remove the comma before {behind[0]}"
+    if behind.startswith(",") and behind[1:2] in ("}", "]"):  # newer Pythons point at the comma
+        return f"remove the comma before {behind[1]}"
+    if behind == "," and "\n" not in text:
+        return "remove the comma at the end: rows are lines, with nothing between them"
+    if behind.startswith("{") and before.endswith("}"):
+        return "a line for each object" if "\n" not in text else "a comma between the objects"
+    if behind.startswith("'"):
+        return "JSON has double quotes; Python's json.dumps writes them"
+    if before in ("{", "[") and not behind:
+        return "write every row on one line, or all rows as an array into a .json file"
+    return None

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.data.dialects import translate
+from shared.data.dialects import SPEAKERS, translate, unread_keys
 from shared.data.formats import READERS, read_values
 from shared.errors import ConfigError, DataError, did_you_mean
-from shared.hub import download, is_hub_id
+from shared.hub import download, is_hub_id, near_paths
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Kind = Literal["text", "prompt", "messages"]
 # What users bring from elsewhere, and where to look for it.
-FOREIGN = {"instruction": "Alpaca", "chosen": "a preference set", "input": "Alpaca"}
+FOREIGN = {"instruction": "Alpaca", "input": "Alpaca"}
+PAIRS = (  # names that a prompt and its completion often have
+    ("question", "answer"), ("query", "response"), ("instruction", "response"), ("prompt", "response"),
+    ("input", "output"), ("problem", "solution"), ("source", "target"),
+)  # fmt: skip
 NAMES = {"valid": ("valid", "validation")}  # of a split's files; the hub's data sets use the long one
 
 
@@ -28,22 +33,28 @@ class Row:
     kind: Kind
     fields: dict[str, Any]
     source: str
+    unread: tuple[str, ...] = ()  # keys of the file's row that hold something and are not in `fields`
 
 
 def find_data(path_or_id: str) -> Path:
     """Return the local file or folder of a path, a hub data set (org/name) or one folder of it (org/name:config)."""
     path = Path(path_or_id).expanduser()
     name, _, config = path_or_id.partition(":")
-    if path.exists() or not is_hub_id(name) or ":" in config:
-        if not path.exists():
-            raise DataError(f"no data at {path}", code="E210", expected="a folder with train.jsonl, or a file")
+    if path.exists():
         return path
-    if path.suffix in READERS:
-        near = [str(file) for file in path.parent.glob("*") if file.suffix in READERS]
-        fix = did_you_mean(path_or_id, near) if near else "check the path"
-        raise DataError(f"no such file: {path_or_id}; not a hub id either", code="E210", fix=fix)
+    near = near_paths(path)
+    hint = f'did you mean "{near[0]}"?' if near else None
+    if not is_hub_id(name) or ":" in config:
+        raise DataError(f"no data at {path}", code="E210", expected="a folder with train.jsonl, or a file", fix=hint)
+    if get_close_matches(path.suffix, READERS, n=1, cutoff=0.7):  # .jsnl too: no data set's name ends so
+        what = f"no such file: {path_or_id}; not a hub id either"
+        raise DataError(what, code="E210", fix=hint or f"check the path; this is {Path.cwd()}")
     patterns = [f"{config}/*{suffix}" if config else f"*{suffix}" for suffix in READERS]
-    root = download(name, kind="dataset", patterns=patterns, error=DataError, code="E210")
+    try:
+        root = download(name, kind="dataset", patterns=patterns, error=DataError, code="E210")
+    except DataError as error:
+        fix = f"{hint} Else: {error.fix}" if hint else error.fix
+        raise DataError(error.what, code=error.code, expected=error.expected, fix=fix) from None
     if config and not (root / config).is_dir():
         raise DataError(
             f'{name} has no files of a config "{config}"', code="E210", fix="look up the folders of the data set"
@@ -99,8 +110,18 @@ def read_rows(*files: Path, columns: Mapping[Any, str] | None = None) -> list[Ro
     """Return all rows of files; blank lines are passed over. Raises DataError with file:line."""
     rows = [row for file in files for row in iterate_rows(file, columns=columns)]
     if not rows:
-        raise DataError(f"{files[0].name} has no rows", code="E211", expected="one JSON object per line")
+        raise no_rows(files[0])
     return rows
+
+
+def no_rows(file: Path, *, prefix: str = "", dropped: int = 0) -> DataError:
+    """Return the error for a file without rows; dropped: how many data.drop has left out of it."""
+    if dropped:
+        what = f"{prefix}{file.name} has no rows left: data.drop leaves out all {dropped}"
+        return DataError(what, code="E211", fix="another data.drop, or other rows")
+    kind = {".csv": "a header, and rows below it", ".tsv": "a header, and rows below it", ".parquet": "a table of rows"}
+    expected = kind.get(file.suffix, "one JSON object per line")
+    return DataError(f"{prefix}{file.name} has no rows", code="E211", expected=expected, fix="is it the right file?")
 
 
 def iterate_rows(file: Path, *, columns: Mapping[Any, str] | None = None) -> Iterator[Row]:
@@ -112,8 +133,27 @@ def iterate_rows(file: Path, *, columns: Mapping[Any, str] | None = None) -> Ite
 def make_row(value: Any, *, source: str, columns: Mapping[Any, str] | None = None) -> Row:
     """Return a checked row of a file's value; raises DataError."""
     if not isinstance(value, dict):
-        raise DataError(f"{source}: a {type(value).__name__}", expected="a JSON object")
-    return check_row(translate(value, source=source, columns=columns), source=source)
+        fix = 'write it as {"text": "..."}' if isinstance(value, str) else None
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            fix = 'write it as {"messages": [...]}'
+        raise DataError(f"{source}: {kind_of(value)}", expected="a JSON object", fix=fix)
+    row = check_row(translate(value, source=source, columns=columns), source=source)
+    unread = () if columns else unread_keys(value, source=source)
+    return replace(row, unread=unread) if unread else row
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value is, in the words of JSON.
+
+    >>> kind_of(3), kind_of(None), kind_of([1])
+    ('a number (3)', 'null', 'a list')
+    """
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return f"a number ({json.dumps(value)[:20]})"
+    names: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def as_json(field: Any, *, source: str, key: str) -> str:
@@ -139,9 +179,13 @@ def check_row(value: dict[str, Any], *, source: str) -> Row:
             f'{source}: both "text" and "{asked}", and each would be another row to learn from',
             fix="take one out of the row, or say in data.columns which to read",
         )
+    if value.get("chosen") is not None and value.get("completion") is None:
+        raise preference_row(value, source=source)
     if "prompt" in value or "completion" in value:
         for key in ("prompt", "completion"):
-            check_text(value.get(key), source=source, key=key, may_be_empty=key == "prompt")
+            if value.get(key) is None:
+                raise DataError(f'{source}: "{key}" is null or missing', expected="a text", fix=advice(value))
+            check_text(value[key], source=source, key=key, may_be_empty=key == "prompt")
         return Row("prompt", {key: value[key] for key in ("prompt", "completion")}, source)
     if "text" in value:
         check_text(value["text"], source=source, key="text", may_be_empty=False)
@@ -149,24 +193,52 @@ def check_row(value: dict[str, Any], *, source: str) -> Row:
     raise unknown_row(value, source=source)
 
 
+def preference_row(value: dict[str, Any], *, source: str) -> DataError:
+    """Return the error for a row of answers that are better and worse, with the columns that make one of ours of it."""
+    columns = "messages: chosen" if isinstance(value["chosen"], list) else "text: chosen"
+    if isinstance(value["chosen"], str) and isinstance(value.get("prompt"), str):
+        columns = "prompt: prompt, completion: chosen"
+    return DataError(
+        f'{source}: "chosen": this looks like a preference set, whose rejected answers nothing here learns from',
+        fix=f"train on the chosen answers alone: data.columns: {{{columns}}}",
+    )
+
+
 def unknown_row(value: dict[str, Any], *, source: str) -> DataError:
-    """Return the error for a row without a known key: the keys seen, and the nearest known one."""
+    """Return the error for a row without a known set of keys: the keys seen, and what they may stand for."""
     seen = ", ".join(sorted(map(str, value))[:8]) or "none"
     foreign = next((f" (this looks like {name})" for key, name in FOREIGN.items() if key in value), "")
-    near = next(
-        (hint for key in value if "mean" in (hint := did_you_mean(str(key), ["text", "prompt", "messages"]))), None
-    )
     return DataError(
         f"{source}: unknown row, its keys are: {seen}{foreign}",
-        expected='{"text"}, {"prompt", "completion"} or {"messages": [...]}', fix=near,
+        expected='{"text"}, {"prompt", "completion"} or {"messages": [...]}', fix=advice(value),
     )  # fmt: skip
+
+
+def advice(value: dict[str, Any]) -> str | None:
+    """Return what may make a known row of an unknown one."""
+    if pair := next((pair for pair in PAIRS if all(isinstance(value.get(key), str) for key in pair)), None):
+        return f"data.columns: {{prompt: {pair[0]}, completion: {pair[1]}}}"
+    if (blank := next((key for key in value if key != key.strip()), None)) is not None:
+        return f'the name "{blank}" has blanks around it; take them out'
+    known = ["text", "prompt", "completion", "messages", "conversations"]
+    if (rows := next((key for key, inner in value.items() if are_rows(inner, known)), None)) is not None:
+        return f'write the list of "{rows}" alone: [{{...}}, ...]'
+    return next((hint for key in value if key not in known and "mean" in (hint := did_you_mean(str(key), known))), None)
+
+
+def are_rows(value: Any, known: Collection[str]) -> bool:
+    """Return whether a value is a list of what look like rows."""
+    return (
+        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and any(key in value[0] for key in known)
+    )
 
 
 def check_text(value: Any, *, source: str, key: str, may_be_empty: bool) -> None:
     """Refuse what is not a text that can be encoded."""
     if not isinstance(value, str):
-        found = "null or missing" if value is None else f"a {type(value).__name__}"
-        raise DataError(f'{source}: "{key}" is {found}', expected="a text")
+        found = "null or missing" if value is None else kind_of(value)
+        fix = f'write it as a text: "{value}"' if isinstance(value, int | float) and len(str(value)) < 40 else None
+        raise DataError(f'{source}: "{key}" is {found}', expected="a text", fix=fix)
     if not value and not may_be_empty:
         raise DataError(f'{source}: "{key}" is empty', fix="fill it in or remove the row")
     try:
@@ -182,17 +254,29 @@ def check_messages(messages: Any, *, source: str) -> None:
     if not isinstance(messages, list) or not messages:
         raise DataError(f'{source}: "messages" is empty or not a list', expected='[{"role", "content"}, ...]')
     for n, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{source}: message {n} has no role", expected='{"role": "user", "content": "..."}')
-        if message["role"] not in ROLES:
-            raise DataError(
-                f'{source}: message {n} has role "{message["role"]}"', fix=did_you_mean(message["role"], ROLES)
-            )
-        if message.get("tool_calls") and message.get("content") is None:
-            continue
-        check_text(message.get("content"), source=f"{source}: message {n}", key="content", may_be_empty=True)
+        check_message(message, source=f"{source}: message {n}")
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{source}: no assistant message, so nothing to learn", fix="add one or remove the row")
+
+
+def check_message(message: Any, *, source: str) -> None:
+    """Refuse a message without a known role, a text or calls, or with a weight that is neither 0 nor 1."""
+    if not isinstance(message, dict):
+        raise DataError(f"{source} is {kind_of(message)}", expected='{"role": "user", "content": "..."}')
+    role = message.get("role")
+    if not isinstance(role, str):
+        keys = ", ".join(map(str, message)) or "none"
+        raise DataError(f"{source} has no role, its keys are: {keys}", expected='{"role": "user", "content": "..."}')
+    if role not in ROLES:
+        hint = did_you_mean(SPEAKERS.get(role.lower(), role.lower()), ROLES)
+        raise DataError(f'{source} has role "{role}"', fix=hint)
+    for key in ("weight", "train"):
+        if role == "assistant" and message.get(key, 1) not in (0, 1):
+            raise DataError(f'{source}: "{key}" is {kind_of(message[key])}', expected="0 (not learned) or 1")
+    if not (message.get("tool_calls") and message.get("content") is None):
+        if message.get("content") is None and role == "assistant":
+            raise DataError(f'{source}: "content" is null or missing', expected='a text, or "tool_calls" beside it')
+        check_text(message.get("content"), source=source, key="content", may_be_empty=True)
 
 
 def check_tools(tools: Any, *, source: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from shared.data.dialects import translate
 from shared.data.formats import read_values
-from shared.data.rows import Row, content_hash, find_data, make_row, split_files
+from shared.data.rows import Row, content_hash, find_data, make_row, no_rows, split_files
 from shared.errors import ConfigError, DataError
 from shared.seeds import generator, permutation, row_order
 from shared.types import Example
@@ -50,10 +50,10 @@ def load_rows(data: DataConfig, *, valid_too: bool = True) -> Rows:
             found = split_files(root, split, names=data.splits) if split == "train" or valid_too else []
             check_valid(found, split, data)
             files |= {prefix + label(file, root): file for file in found}
-            known = len(rows)
+            known, left_out = len(rows), sum(dropped.values())
             rows += keep(read(found, data, dropped, prefix=prefix), seen, dropped)
             if found and len(rows) == known:
-                raise DataError(f"{prefix}{found[0].name} has no rows", expected="one JSON object per line")
+                raise no_rows(found[0], prefix=prefix, dropped=sum(dropped.values()) - left_out)
         kept, parted = part(train[before:], share=data.valid_split)
         if not kept:
             raise DataError(f"data.valid_split leaves no row of {root} to train on", fix="a smaller one, or more rows")

@@ -18,7 +18,7 @@ import numpy as np
 
 from shared.data.cache import digest_of, tokenizer_files
 from shared.data.index import Index, Part, open_index
-from shared.data.rows import Row, content_hash, find_data, split_files
+from shared.data.rows import Row, content_hash, find_data, no_rows, split_files
 from shared.data.sources import Weights, check_valid, label, name_sources, read
 from shared.data.tokenize import ROWS_AT_ONCE, Tokenizer, tokenize_row, tokenize_rows
 from shared.errors import ConfigError, DataError, ModelError
@@ -204,7 +204,7 @@ def some(rows: Iterator[Row], file: Path, prefix: str) -> list[Row]:
     """Return rows; raises DataError where there are none."""
     found = list(rows)
     if not found:
-        raise DataError(f"{prefix}{file.name} has no rows", expected="one JSON object per line")
+        raise no_rows(file, prefix=prefix)
     return found
 
 
@@ -214,4 +214,4 @@ def check_counts(index: Index, data: DataConfig, roots: Sequence[Path]) -> None:
         if count == 0 and data.valid_split is not None:
             raise DataError(f"data.valid_split leaves no row of {root} to train on", fix="a smaller one, or more rows")
         if count == 0:
-            raise DataError(f"{root.name} has no rows", expected="one JSON object per line")
+            raise no_rows(root, dropped=index.found.empty)

@@ -181,14 +181,12 @@ def write_chat(
     source: str, messages: list[dict[str, Any]], *, add_generation_prompt: bool, **values: Any
 ) -> tuple[str, list[dict[str, Any]]]:
     """Return a conversation's text, and its messages in the form that the template takes; without limits."""
-    forms = [[with_aliases(message, form) for message in messages] for form in (from_json, to_text)]
     values["add_generation_prompt"] = add_generation_prompt
-    try:
-        return write_text(source, messages=forms[0], **values), forms[0]
-    except TEMPLATE_FAULTS:
-        if forms[0] == forms[1]:
-            raise
-        return write_text(source, messages=forms[1], **values), forms[1]  # DeepSeek's joins arguments to its own text
+    forms = list(forms_of(messages))
+    for form in forms[:-1]:
+        with suppress(*TEMPLATE_FAULTS):
+            return write_text(source, messages=form, **values), form
+    return write_text(source, messages=forms[-1], **values), forms[-1]
 
 
 def write_text(source: str, **values: Any) -> str:
@@ -222,6 +220,21 @@ def render_chat(source: str, *, messages: list[dict[str, Any]], **values: Any) -
     with limits():
         text, chosen = write_chat(source, messages, add_generation_prompt=False, **values)
         return Rendered(text, find_turns(text, chosen, render))
+
+
+def forms_of(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield a conversation in the forms that templates take: arguments as objects or texts, content null or "".
+
+    DeepSeek's template joins arguments to its own text; ChatML's does so with content, which is null beside calls.
+    """
+    seen: list[list[dict[str, Any]]] = []
+    blank = [{**message, "content": message.get("content") or ""} for message in messages]
+    for said in (messages, blank):
+        for form in (from_json, to_text):
+            found = [with_aliases(message, form) for message in said]
+            if found not in seen:
+                seen.append(found)
+                yield found
 
 
 def with_aliases(message: dict[str, Any], form: Callable[[Any], Any]) -> dict[str, Any]:

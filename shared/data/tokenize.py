@@ -207,14 +207,22 @@ def mark_messages(question: Question, encoded: list[Encoded], row: Row, tokenize
     """Return a conversation's ids; every assistant turn and the token that ends it is supervised."""
     text, ids = question.texts[0], encoded[0].ids
     mask = [False] * len(ids)
-    for span in question.spans:
+    said = [message for message in row.fields["messages"] if message["role"] == "assistant"]
+    for message, span in zip(said, question.spans, strict=True):
+        if not is_learned(message):
+            continue
         for n in drop_after_end(tokens_of(span, encoded[0], text, tokenizer), ids, tokenizer):
             mask[n] = True
-    said_last = row.fields["messages"][-1]["role"] == "assistant"
-    if said_last and not ends_with_special(ids, tokenizer):
+    last = row.fields["messages"][-1]
+    if last["role"] == "assistant" and not ends_with_special(ids, tokenizer):
         ids = with_end(ids, tokenizer)
-        mask += [True] * (len(ids) - len(mask))
+        mask += [is_learned(last)] * (len(ids) - len(mask))
     return ids, mask
+
+
+def is_learned(message: dict[str, Any]) -> bool:
+    """Return whether an assistant's turn carries loss: OpenAI's weight 0, and train: false, say that it does not."""
+    return bool(message.get("weight", 1)) and bool(message.get("train", 1))
 
 
 def num_common(some: list[int], others: list[int]) -> int:
@@ -324,10 +332,12 @@ def make_example(row: Row, ids: list[int], mask: list[bool], train_on: str, max_
     supervised = np.array(mask[:max_length], dtype=bool)
     supervised[:1] = False
     if not supervised.any():
-        cut = f" within data.max_length {max_length}" if any(mask[1:]) else ""
-        return DataError(
-            f"{row.source}: no supervised token{cut} ({len(ids)} tokens, train_on: {train_on})",
-            code="E213",
-            fix="raise data.max_length or shorten the prompt" if cut else "give the row an answer, or remove it",
-        )
+        said = [message for message in row.fields.get("messages", ()) if message["role"] == "assistant"]
+        why, fix = "", "give the row an answer, or remove it"
+        if any(mask[1:]):
+            why, fix = f" within data.max_length {max_length}", "raise data.max_length or shorten the prompt"
+        elif said and not any(map(is_learned, said)):
+            why, fix = ", as its answers have weight 0", "set one of them to 1, or remove the row"
+        what = f"{row.source}: no supervised token{why} ({len(ids)} tokens, train_on: {train_on})"
+        return DataError(what, code="E213", fix=fix)
     return Example(np.array(ids[:max_length], dtype=np.int32), supervised, row.source)

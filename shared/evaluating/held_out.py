@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shared.config import DataConfig, RunConfig
 from shared.data.formats import read_values
-from shared.data.rows import Row, content_hash, find_data, find_split
+from shared.data.rows import Row, content_hash, find_data, find_split, no_rows
 from shared.data.sources import drop_long, read
 from shared.data.tokenize import Tokenizer
 from shared.errors import DataError
@@ -37,7 +37,7 @@ def load_sets(config: RunConfig) -> HeldOut:
             files = find_split(root)
             rows = list(read(files, fitting(config.data, files[0]), dropped, prefix=f"{name}/"))
             if not rows:
-                raise DataError(f"{files[0].name} has no rows", code="E211", expected="one JSON object per line")
+                raise no_rows(files[0])
         except DataError as error:
             what = f"evaluation.sets.{name}: {error.what}"
             raise DataError(what, code=error.code, expected=error.expected, fix=error.fix) from None

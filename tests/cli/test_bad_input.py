@@ -525,7 +525,7 @@ DATA = [
     case("messages without assistant", lines(chat(("user", "a"))), 2, "train.jsonl:1", "no assistant", "fix"),
     case("unknown role", lines(chat(("banana", "a"), ("assistant", "b"))), 2, "train.jsonl:1: message 0", "banana"),
     case("role near a real one", lines(chat(("asistant", "a"))), 2, "train.jsonl:1: message 0", 'mean "assistant"'),
-    case("text is a number", lines({"text": 7}), 2, 'train.jsonl:1: "text" is a int', "text"),
+    case("text is a number", lines({"text": 7}), 2, 'train.jsonl:1: "text" is a number', "text"),
     case("text empty", lines(GOOD, {"text": ""}), 2, 'train.jsonl:2: "text" is empty', "remove the row"),
     case("not UTF-8 in line 2", lines(GOOD, b'{"text": "caf\xe9"}'), 2, "train.jsonl:2: not UTF-8 at byte 13"),
     case("UTF-16", lambda w: w.rows(json.dumps(GOOD).encode("utf-16")), 2, "train.jsonl:1: not UTF-8", "UTF-8"),

@@ -98,6 +98,20 @@ def test_arguments_as_json_text_are_the_object(speak, arguments):
     assert speak(QWEN_3, messages) == f"{CALL}{E}<think>\n\n</think>\n\nSunny.{E}"
 
 
+def test_content_null_beside_calls_is_taken_by_templates_that_want_a_text(speak):
+    messages = [user("Rome?"), assistant(None, tool_calls=called(OBJECT)), SUNNY, assistant("Sunny.")]
+    assert speak(QWEN_3, messages) == f"{CALL}{E}<think>\n\n</think>\n\nSunny.{E}"
+    assert speak(CHATML, messages).replace("<|endoftext|>", "") == f"{E}Sunny.{E}"
+
+
+@pytest.mark.parametrize("key", ["weight", "train"])
+def test_turns_of_weight_0_carry_no_loss(speak, key):
+    messages = [user("a"), assistant("b", **{key: 0}), user("c"), assistant("d", **{key: 1})]
+    assert speak(CHATML, messages).replace("<|endoftext|>", "") == f"d{E}"
+    with pytest.raises(DataError, match="as its answers have weight 0"):
+        speak(CHATML, messages[:2])
+
+
 def test_a_template_that_wants_arguments_as_text_gets_them_so(speak):
     special = ("<|User|>", "<|Assistant|>", "<|output|>", "<|/output|>", "<|call|>", "<|/call|>", "<|end|>")
     said = speak(DEEPSEEK, TOOL_TALK, special=special, bos="<s>")

@@ -16,8 +16,8 @@ BAD = {
     "half an object": ('{"text": "a"', "not JSON: .* at column"),
     "single quotes": ("{'text': 'a'}", "not JSON"),
     "a list": ("[1, 2]", "a list"),
-    "a text": ('"a"', "a str"),
-    "null": ("null", "a NoneType"),
+    "a text": ('"a"', "a text"),
+    "null": ("null", ": null"),
     "two objects": ('{"text": "a"} {"text": "b"}', "not JSON: Extra data"),
     "a comma behind it": ('{"text": "a"},', "not JSON"),
     "no UTF-8": (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
@@ -33,21 +33,23 @@ BAD = {
         {"conversations": [{"from": "function_call", "value": "[1]"}]}, "a function_call that is no call",
     ),
     "Alpaca without an output": ({"instruction": "i", "input": "o"}, r"this looks like Alpaca"),
-    "Alpaca with a number": ({"instruction": "i", "output": 3}, 'message 1: "content" is a int'),
+    "Alpaca with a number": ({"instruction": "i", "output": 3}, 'message 1: "content" is a number'),
     "a preference set": ({"chosen": "a", "rejected": "b"}, r"this looks like a preference set"),
     "text null": ({"text": None}, '"text" is null or missing'),
-    "text a number": ({"text": 3}, '"text" is a int'),
+    "text a number": ({"text": 3}, '"text" is a number'),
     "text empty": ({"text": ""}, '"text" is empty'),
     "half a surrogate pair": ('{"text": "a\\ud83d"}', "half a surrogate pair at 1"),
     "no completion": ({"prompt": "p"}, '"completion" is null or missing'),
     "no prompt": ({"completion": "c"}, '"prompt" is null or missing'),
     "completion empty": ({"prompt": "p", "completion": ""}, '"completion" is empty'),
     "completion a list": ({"prompt": "p", "completion": ["c"]}, '"completion" is a list'),
-    "text and a prompt": ({"text": "a", "prompt": "p", "completion": "c"}, 'both "text" and "prompt"'),
+    "text and a prompt": (
+        {"text": "a", "prompt": "p", "completion": "c"}, r'both "prompt" \+ "completion" and "text".*\n.*data.columns',
+    ),
     "messages empty": ({"messages": []}, '"messages" is empty or not a list'),
     "messages a text": ({"messages": "hi"}, '"messages" is empty or not a list'),
     "messages null": ({"messages": None}, '"messages" is empty or not a list'),
-    "a message that is a text": ({"messages": ["hi"]}, "message 0 has no role"),
+    "a message that is a text": ({"messages": ["hi"]}, "message 0 is a text"),
     "a message without a role": ({"messages": [USER, {"content": "a"}]}, "message 1 has no role"),
     "a role that is a number": ({"messages": [{"role": 1, "content": "a"}]}, "message 0 has no role"),
     "an unknown role": (
@@ -61,6 +63,43 @@ BAD = {
         '{"messages": [{"role": "user", "content": "\\udc00"}, {"role": "assistant", "content": "a"}]}',
         "message 0: .*surrogate",
     ),
+    "content null of a user": ({"messages": [{"role": "user", "content": None}, ASSISTANT]}, "null or missing"),
+    "a part that is an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ASSISTANT]},
+        'message 0: "content" has a part of type "image_url"',
+    ),
+    "a weight of a half": ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, '"weight" is a number'),
+    "a role of ShareGPT's": (
+        {"messages": [{"role": "human", "content": "a"}, ASSISTANT]}, r'(?s)role "human".*did you mean "user"',
+    ),
+    "a text alone": ('"a"', r'(?s)a text\n.*{"text": "..."}'),
+    "messages alone": ([USER, ASSISTANT], r'(?s)a list\n.*{"messages": \[...\]}'),
+    "a key twice": ('{"text": "a", "text": "b"}', 'the key "text" stands twice'),
+    "a key twice, inside": (
+        '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}', 'the key "role" stands twice',
+    ),
+    "a prompt and messages": (
+        {"prompt": "p", "completion": "c", "messages": [USER, ASSISTANT]},
+        r'(?s)both "messages" and "prompt" \+ "completion".*data.columns: {messages: messages}',
+    ),
+    "a text and messages": ({"text": "t", "messages": [USER, ASSISTANT]}, 'both "messages" and "text"'),
+    "messages twice": (
+        {"conversations": [{"from": "gpt", "value": "a"}], "messages": [ASSISTANT]},
+        'both "messages" and "conversations"',
+    ),
+    "a preference set with a prompt": (
+        {"prompt": "p", "chosen": "a", "rejected": "b"}, r"(?s)preference set.*{prompt: prompt, completion: chosen}",
+    ),
+    "other names": ({"question": "q", "answer": "a"}, r"data.columns: {prompt: question, completion: answer}"),
+    "a response": ({"prompt": "q", "response": "a"}, r"data.columns: {prompt: prompt, completion: response}"),
+    "blanks around a name": ({"prompt": "q", " completion": "a"}, r'the name " completion" has blanks'),
+    "rows inside a row": ({"data": [GOOD, GOOD]}, 'write the list of "data" alone'),
+    "a number as an answer": ({"messages": [USER, {"role": "assistant", "content": 4}]}, r'write it as a text: "4"'),
+    "a comma inside, behind": ('{"text": "a",}', "remove the comma before }"),
+    "a comma behind, told": ('{"text": "a"},', "remove the comma at the end"),
+    "two objects, told": ('{"text": "a"} {"text": "b"}', "a line for each object"),
+    "Python's quotes": ("{'text': 'a'}", "JSON has double quotes"),
+    "the beginning of an object": ("{", "write every row on one line"),
     "nobody answers": ({"messages": [USER, USER]}, "no assistant message, so nothing to learn"),
 }  # fmt: skip
 
@@ -89,6 +128,78 @@ def test_a_bad_row_is_named_by_file_and_line(write_jsonl, kind):
 def test_each_kind_of_row_is_told_by_its_keys(write_jsonl, row, kind):
     found = read_rows(write_jsonl(row))
     assert found == [Row(kind, row, "train.jsonl:1")]
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "unread"),
+    [
+        ({"messages": None, "prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c"}, ()),
+        ({"prompt": "p", "messages": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]}, ("prompt",)),
+        (
+            {"instruction": "q", "output": "a", "text": "q a", "id": 3}, {"messages": [USER, ASSISTANT]},
+            ("text", "id"),
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ASSISTANT]},
+            {"messages": [USER, ASSISTANT]}, (),
+        ),
+        (
+            {
+                "messages": [USER, {"role": "assistant", "content": None, "function_call": {"name": "f"}},
+                             {"role": "function", "name": "f", "content": "3"}, ASSISTANT],
+                "functions": [{"name": "f"}],
+            },
+            {
+                "messages": [
+                    USER, {"role": "assistant", "content": None,
+                           "tool_calls": [{"type": "function", "function": {"name": "f"}}]},
+                    {"role": "tool", "name": "f", "content": "3"}, ASSISTANT],
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+            },
+            (),
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_row_means_is_read_and_the_rest_is_known(row, fields, unread):
+    assert make_row(row, source="a.jsonl:1") == Row(next(iter(fields)), fields, "a.jsonl:1", unread)
+
+
+def test_one_object_over_several_lines_of_json_is_one_row(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(GOOD, indent=2))
+    assert read_rows(tmp_path / "a.json") == [Row("text", GOOD, "a.json:1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "prompt;completion\na;b\n", r'(?s)a.csv:1: the file looks semicolon-separated.*save it'),
+        ("a.csv", "prompt\tcompletion\na\tb\n", r"(?s)looks tab-separated.*rename it to .tsv"),
+        ("a.tsv", "prompt,completion\na,b\n", r"(?s)looks comma-separated.*rename it to .csv"),
+        ("a.csv", "prompt,completion\n", r"(?s)has no rows.*a header, and rows below it"),
+        ("a.csv", "prompt,completion\na,b,c\n", r'(?s)a.csv:2: 3 cells, the header has 2.*into quotes'),
+        ("a.csv", 'prompt,completion\n"a "b" c",d\n', r'(?s)a.csv:2: not CSV.*write "" for a quote'),
+    ],
+)  # fmt: skip
+def test_a_table_that_looks_otherwise_says_how(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_a_csv_of_windows_with_a_mark_and_line_ends_in_cells_is_read(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfprompt,completion\r\n"one\r\ntwo",b\r\nc,d\r\n')
+    rows = read_rows(tmp_path / "a.csv")
+    assert [row.fields["prompt"] for row in rows] == ["one\r\ntwo", "c"]
+    assert [row.source for row in rows] == ["a.csv:2", "a.csv:4"]
+
+
+def test_a_parquet_file_without_rows_is_told(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), str(tmp_path / "a.parquet"))
+    with pytest.raises(DataError, match=r"(?s)a.parquet has no rows.*a table of rows"):
+        read_rows(tmp_path / "a.parquet")
 
 
 def test_extra_columns_are_left_out(write_jsonl):
@@ -194,7 +305,7 @@ def test_a_date_inside_of_messages_is_an_error_with_its_row():
         make_row({"messages": [turn]}, source="a.parquet:1")
 
 
-@pytest.mark.parametrize("name", ["data/trian.jsonl", "org/rows.csv"])
+@pytest.mark.parametrize("name", ["data/trian.jsonl", "dat/train.jsnl", "org/rows.csv"])
 def test_a_mistyped_file_is_not_taken_for_a_hub_id(tmp_path, monkeypatch, name):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train.jsonl").write_text('{"text": "a"}\n')
@@ -202,8 +313,15 @@ def test_a_mistyped_file_is_not_taken_for_a_hub_id(tmp_path, monkeypatch, name):
     with pytest.raises(DataError) as caught:
         find_data(name)
     assert str(caught.value).startswith(f"no such file: {name}; not a hub id either")
-    if name.startswith("data"):
+    if name.startswith("dat"):
         assert 'did you mean "data/train.jsonl"?' in str(caught.value)
+
+
+def test_a_mistyped_folder_is_told_beside_what_the_hub_says(tmp_path, monkeypatch):
+    (tmp_path / "data/wikisql").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r'(?s)"data/wikisq" is no folder here.*did you mean "data/wikisql".*Else:'):
+        find_data("data/wikisq")
 
 
 def test_splits_of_other_names_are_told_and_have_to_be_there(tmp_path):

@@ -156,7 +156,7 @@ def test_a_file_put_in_the_place_of_the_old_one_does_not_get_into_the_run(base, 
     [
         ('{"prompt": "a"', r"train\.jsonl:62: not JSON"),
         ('{"promt": "a", "completion": "b"}', r'train\.jsonl:62: "prompt" is null or missing'),
-        ('{"completion": "b", "prompt": 3}', r'train\.jsonl:62: "prompt" is a int'),
+        ('{"completion": "b", "prompt": 3}', r'train\.jsonl:62: "prompt" is a number'),
     ],
 )
 def test_a_bad_row_is_named_before_the_run(base, tmp_path, line, message):
