@@ -37,8 +37,8 @@ from shared.registry import find_backend
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "mlxlora/demo"
 IMPORTS = {
-    "mlx": ("mlxlora.backend", "mlxlora.model", "mlxlora.trainer", "mlx_lm.models.llama"),
-    "torch": ("torch_backend.backend", "torch_backend.model", "torch_backend.trainer",
+    "mlx": ("mlxlora.backend", "mlxlora.loading", "mlxlora.trainer", "mlx_lm.models.llama"),
+    "torch": ("torch_backend.backend", "torch_backend.loading", "torch_backend.trainer",
               "transformers.models.llama.modeling_llama"),
 }  # fmt: skip
 POINTS = (

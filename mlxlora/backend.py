@@ -56,7 +56,7 @@ class MLXBackend:
         choose_device(device)
         defer_front("mlx_lm")  # it imports transformers and torch, which no model of it needs: 2 s
         with collector_paused():
-            from mlxlora.model import load_model
+            from mlxlora.loading import load_model
 
         return load_model(folder, dtype=dtype, quantization=quantization, recompute=bool(recompute))
 

@@ -51,7 +51,7 @@ class TorchBackend:
         place = choose_device(device)
         check_recompute(recompute, place="torch on a CPU", cuda=place == "cuda")
         with collector_paused():
-            from torch_backend.model import load_model
+            from torch_backend.loading import load_model
 
         return load_model(folder, dtype=dtype, quantization=quantization, recompute=recompute, device=place)
 

@@ -29,7 +29,8 @@ from shared.folder import ModelFolder
 from shared.measuring.synthetic import make_rows
 from shared.types import AdapterSpec, Batch, Example, Method, Packed, Recompute, Scheme, Tensor, Update
 from torch_backend import attention
-from torch_backend.model import TorchModel, describe, set_recompute
+from torch_backend.loading import describe
+from torch_backend.model import TorchModel, set_recompute
 from torch_backend.objectives import Head
 from torch_backend.quantized import QuantizedLinear
 from torch_backend.state import from_torch

@@ -42,7 +42,7 @@ from shared.config_file import build_config, to_yaml
 root, names = Path(sys.argv[1]), sys.argv[2:]
 shutil.copytree(BASE, root / "base")
 main = importlib.import_module("mlxlora.cli.main")
-for name in ("transformers", "torch", "torch_backend.model") if len(names) > 1 else ():
+for name in ("transformers", "torch", "torch_backend.loading") if len(names) > 1 else ():
     importlib.import_module(name)
 
 def run(*words, fault=""):

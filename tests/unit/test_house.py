@@ -268,7 +268,7 @@ def test_nothing_can_run_code_from_a_file():
 
 IMPORTING = {  # where a module is imported by a name that is made while the program runs, and who gives the name
     "shared/registry.py": "our own tables, and what a user's config or environment names",
-    "mlxlora/model.py": "a family of mlx-lm's",
+    "mlxlora/loading.py": "a family of mlx-lm's",
 }
 
 

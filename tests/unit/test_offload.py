@@ -17,7 +17,7 @@ from shared.data.batch import make_batch
 from shared.errors import CapabilityError
 from shared.registry import BACKENDS, find_backend
 from shared.types import AdapterSpec, Method, Scheme
-from torch_backend.model import load_model
+from torch_backend.loading import load_model
 from torch_backend.offload import Shelf, Slot, offload_layers
 from torch_backend.trainer import TorchTrainer
 
