@@ -24,7 +24,6 @@ import numpy as np
 from memory import STEADY, Case, largest, measure_fresh, recipe, write_model
 
 from shared.adapters.spec import initial_adapter, resolve
-from shared.config import parse_scheme
 from shared.config_file import build_config
 from shared.data.batch import micro_batches
 from shared.data.layout import choose_layout
@@ -32,6 +31,7 @@ from shared.estimate import memory as model
 from shared.estimate.costs import NOTHING, Costs, Rows
 from shared.folder import open_folder
 from shared.registry import find_backend
+from shared.schemes import parse_scheme
 from shared.types import AdapterSpec, Example, Method, Update
 
 KINDS = [field.name for field in fields(Rows)]

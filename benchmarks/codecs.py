@@ -27,10 +27,10 @@ import numpy as np
 from common import heading, write
 from conversions import measure_conversions, print_conversions
 
-from shared.config import named_schemes, parse_scheme
 from shared.measuring.measure import Effort, ask_updates
 from shared.measuring.synthetic import Shape, write_llama
 from shared.registry import BACKENDS, QUANTIZERS, find_backend, find_quantizer
+from shared.schemes import named_schemes, parse_scheme
 from shared.types import Scheme, Tensor
 
 SMALL = Shape(layers=2, hidden=256, intermediate=512, heads=4, kv_heads=2, vocabulary=2048, tied=False)

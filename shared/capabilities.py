@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.config import named_schemes
 from shared.errors import MlxloraError
 from shared.protocols import Backend
 from shared.quant.folders import find_places
 from shared.registry import BACKENDS, find_quantizer, resolve
+from shared.schemes import named_schemes
 from shared.tensors import from_float32, to_float32
 from shared.types import Scheme
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +15,9 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
-from shared.errors import ConfigError, did_you_mean
+from shared.errors import ConfigError
 from shared.problems import Places, describe, keys_of
+from shared.schemes import parse_scheme
 from shared.sections import (
     Count,
     Name,
@@ -31,9 +29,7 @@ from shared.sections import (
     is_import_path,
     not_a_switch,
 )
-from shared.types import FIXED, TERNARY_RULES, MomentFormat, Scheme, Spikes
-
-DOUBLED = ("nf4", "fp4")  # formats whose scales may be quantized too
+from shared.types import MomentFormat, Spikes
 
 
 class SourceConfig(Section):
@@ -337,47 +333,6 @@ class RunConfig(Section):
             return Path(self.output).expanduser()
         data = "-".join(Path(source.path).stem for source in self.data.sources)
         return Path("runs") / f"{Path(self.model).name}-{data}"
-
-
-@cache
-def named_schemes() -> dict[str, Scheme]:
-    """Return every scheme that a config can name, by its name."""
-    groups = (32, 64, 128)
-    affine = [Scheme("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in groups]
-    schemes = [
-        *affine,
-        *(replace(scheme, solver="hqq") for scheme in affine),
-        *(Scheme("ternary", 2, group, solver=rule) for group in groups for rule in ("", *TERNARY_RULES)),
-        *(
-            Scheme(name, *FIXED[name], double=double)
-            for name in FIXED
-            for double in (False, True)[: 1 + (name in DOUBLED)]
-        ),
-    ]
-    return {str(scheme): scheme for scheme in schemes}
-
-
-def parse_scheme(text: str) -> Scheme | None:
-    """Return the scheme a quantization name stands for, None for "none".
-
-    Raises ConfigError for an unknown name.
-
-    >>> parse_scheme("affine-4bit-g64")
-    Scheme(name='affine', bits=4, group_size=64, double=False, solver='')
-    """
-    if text == "none":
-        return None
-    if scheme := named_schemes().get(text):
-        return scheme
-    if short := re.match(r"(?:q|int)?([234568])", text):
-        raise ConfigError(
-            f'quantization: unknown scheme "{text}"', code="E202", fix=f'did you mean "affine-{short[1]}bit-g64"?'
-        )
-    hint = did_you_mean(text, ["none", *named_schemes()])
-    listed = "`mlxlora doctor` lists them, e.g. affine-4bit-g64"  # hundreds, with the solvers
-    raise ConfigError(
-        f'quantization: unknown scheme "{text}"', code="E202", fix=hint if hint.startswith("did") else listed
-    )
 
 
 def validate(values: Any, *, place: str = "config", places: Places | None = None) -> RunConfig:

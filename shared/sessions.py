@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.adapters.folder import Adapter, check_copies, check_fit
-from shared.config import EvaluationConfig, parse_scheme
+from shared.config import EvaluationConfig
 from shared.convert.merge import read_weighted
 from shared.data.layout import choose_layout
 from shared.data.prompts import Prompt
@@ -23,6 +23,7 @@ from shared.generation.config import read_settings
 from shared.protocols import Backend, Model, Rows
 from shared.registry import find_backend
 from shared.running.run_folder import hash_files, joint_hash
+from shared.schemes import parse_scheme
 from shared.strict import check_length
 from shared.types import Sampling, Token
 

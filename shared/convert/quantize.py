@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from shared.adapters.spec import is_embedding, layer_of
-from shared.config import parse_scheme
 from shared.convert.files import DTYPES, QUANTIZED_KEYS, write_tokenizer
 from shared.convert.owners import Owner, check_together, find_owner
 from shared.convert.shards import SINGLE, row_blocks, write_index
@@ -25,6 +24,7 @@ from shared.experts import num_experts
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.protocols import Quantizer
 from shared.registry import find_quantizer
+from shared.schemes import parse_scheme
 from shared.tensors import is_finite, read_tensor, save_file, to_float32
 from shared.types import Packed, Scheme, Tensor
 

@@ -21,13 +21,14 @@ from typing import Any
 
 from shared.adapters.own import is_own, own_values
 from shared.adapters.spec import is_embedding, layer_of, natural, resolve, short_name
-from shared.config import RunConfig, parse_scheme
+from shared.config import RunConfig
 from shared.estimate.costs import Costs, Rows, find_costs, is_measured
 from shared.experts import is_expert, is_router
 from shared.families import GATED
 from shared.folder import COMPUTED, ModelFolder
 from shared.optimizers import method_of, num_bytes
 from shared.registry import find_quantizer
+from shared.schemes import parse_scheme
 from shared.types import AdapterSpec, ModelInfo, Recompute, Scheme
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from shared.adapters.folder import Adapter, check_copies, is_apart, read_adapter
-from shared.config import named_schemes
 from shared.convert.change import find_changes
 from shared.convert.files import WORDS
 from shared.convert.source import check_whole, plain_weights
@@ -21,6 +20,7 @@ from shared.data.rows import Row
 from shared.data.tokenize import tokenize_rows
 from shared.errors import AdapterError, CapabilityError, ConfigError, MlxloraError, did_you_mean
 from shared.folder import ModelFolder, find_folder, open_folder
+from shared.schemes import named_schemes
 from shared.sessions import find_rows, open_session, other_base
 from shared.types import Example
 

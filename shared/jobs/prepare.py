@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from shared.config import DataConfig, RunConfig, parse_scheme
+from shared.config import DataConfig, RunConfig
 from shared.data.batch import Plan
 from shared.data.cache import tokenize_cached
 from shared.data.rows import Row, content_hash
@@ -31,6 +31,7 @@ from shared.evaluating.held_out import (
 )
 from shared.folder import ModelFolder, find_folder, open_folder, sha256
 from shared.hub import pinned
+from shared.schemes import parse_scheme
 from shared.types import Example
 
 

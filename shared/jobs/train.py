@@ -16,7 +16,7 @@ from shared.adapters.spec import resolve
 from shared.adapters.start import start_values
 from shared.adapters.writing import write_adapter
 from shared.callbacks import Callback, tell
-from shared.config import RunConfig, parse_scheme
+from shared.config import RunConfig
 from shared.convergence import convergence_checks
 from shared.data.layout import training_layout
 from shared.data.stream import Stream, sample_of
@@ -56,6 +56,7 @@ from shared.running.run_folder import (
     write_manifest,
 )
 from shared.running.samples import take_samples
+from shared.schemes import parse_scheme
 from shared.strict import check_length
 from shared.types import AdapterSpec, Capability, Recompute
 from shared.watching.gradients import gradient_checks

@@ -18,12 +18,12 @@ from typing import Any
 import psutil
 
 from shared.ceilings import Ceilings, ceilings_path, read_ceilings, write_ceilings
-from shared.config import parse_scheme
 from shared.errors import ConfigError, StorageError, did_you_mean
 from shared.machine import Machine, this_machine
 from shared.measuring.measure import Effort, Updates, ask_ceilings, ask_updates
 from shared.measuring.synthetic import Shape, make_rows, step_flops, write_llama
 from shared.registry import BACKENDS, check_installed, find_backend
+from shared.schemes import parse_scheme
 from shared.types import Recompute
 from shared.watching.display import megabytes
 

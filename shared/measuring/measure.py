@@ -19,7 +19,7 @@ from typing import Any
 from shared import errors
 from shared.adapters.spec import first_values, resolve
 from shared.ceilings import Ceilings, measure_ceilings
-from shared.config import RunConfig, parse_scheme
+from shared.config import RunConfig
 from shared.config_file import build_config
 from shared.data.batch import Plan, update_batches
 from shared.data.layout import Layout, training_layout
@@ -31,6 +31,7 @@ from shared.measuring.synthetic import make_rows
 from shared.optimizers import method_of
 from shared.protocols import Backend, Model, Trainer
 from shared.registry import find_backend
+from shared.schemes import parse_scheme
 from shared.types import Example, Recompute
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shared.config import named_schemes
 from shared.errors import CapabilityError
 from shared.registry import QUANTIZERS, find_quantizer
+from shared.schemes import named_schemes
 from shared.tensors import from_float32
 from shared.types import Packed, Scheme
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from shared.config import named_schemes
 from shared.quant.affine import AffineQuantizer
 from shared.registry import find_quantizer
+from shared.schemes import named_schemes
 from shared.tensors import from_float32
 from shared.types import Scheme
 from torch_backend.decoders import decode_affine

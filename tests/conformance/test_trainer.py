@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from shared import reference
-from shared.config import parse_scheme
 from shared.data.batch import make_batch, micro_batches
 from shared.data.layout import Layout
 from shared.errors import CheckpointError
+from shared.schemes import parse_scheme
 from shared.tensors import to_float32
 from shared.types import Method, Scheme, Tensor
 from tests import tolerances

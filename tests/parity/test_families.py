@@ -9,7 +9,7 @@ import pytest
 
 import mlxlora
 from shared.adapters.spec import resolve
-from shared.config import AdapterConfig, parse_scheme
+from shared.config import AdapterConfig
 from shared.convert.weights import write_plain
 from shared.data.batch import make_batch
 from shared.errors import CapabilityError, ModelError
@@ -17,6 +17,7 @@ from shared.experts import is_expert
 from shared.families import PROVEN, UNIFORM, windows_of, with_old_keys
 from shared.folder import open_folder
 from shared.registry import BACKENDS
+from shared.schemes import parse_scheme
 from shared.strict import check_length
 from shared.tensors import read_header, read_tensor, save_file
 from shared.types import Sampling

@@ -10,11 +10,12 @@ import pytest
 
 from mlxlora import attention as on_mlx
 from shared.adapters.spec import initial_adapter, resolve
-from shared.config import AdapterConfig, parse_scheme
+from shared.config import AdapterConfig
 from shared.data.batch import make_batch, micro_batches
 from shared.data.layout import Layout, choose_layout
 from shared.errors import CapabilityError
 from shared.registry import BACKENDS, find_backend
+from shared.schemes import parse_scheme
 from shared.tensors import to_float32
 from shared.types import AdapterSpec, Batch, Example, Method, ModelInfo, Tensor
 from tests import tolerances

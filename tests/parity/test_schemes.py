@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from shared.adapters.spec import initial_adapter, resolve
-from shared.config import AdapterConfig, named_schemes
+from shared.config import AdapterConfig
 from shared.data.batch import micro_batches
 from shared.data.layout import Layout
 from shared.jobs.parity import parity
 from shared.registry import BACKENDS, QUANTIZERS, find_backend
+from shared.schemes import named_schemes
 from shared.tensors import load_file, save_file
 from shared.types import Method
 from tests import tolerances

@@ -21,13 +21,13 @@ from shared.adapters.folder import read_as
 from shared.adapters.names import MLX_LEAVES, mlx_name, peft_name, turned
 from shared.adapters.schema import CONFIG_FILE, KNOWN, MLX_KNOWN
 from shared.adapters.spec import leaves_of
-from shared.config import named_schemes
 from shared.convert.adapters import FILES, OTHER, convert_adapter
 from shared.errors import MlxloraError
 from shared.quant.folders import READERS, find_places
 from shared.quant.quanto_folder import MAP
 from shared.quant.sound import find_fault
 from shared.registry import QUANTIZERS, find_quantizer
+from shared.schemes import named_schemes
 from shared.tensors import NUMPY, Entry, from_float32, is_finite, read_header, read_tensor, save_file, to_float32
 from shared.types import Packed, Scheme, Tensor
 

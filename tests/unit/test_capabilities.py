@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from shared.capabilities import Cell, current_table, examine, examine_schemes, shorten, summarize, table, tell
-from shared.config import named_schemes
 from shared.registry import BACKENDS, find_backend
+from shared.schemes import named_schemes
 from shared.tensors import from_float32, to_float32
 from shared.types import Scheme
 from torch_backend.backend import TorchBackend

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shared.config import named_schemes, parse_scheme, schema, validate
+from shared.config import schema, validate
 from shared.config_file import build_config, load_config, parse_override, parse_yaml, to_yaml
 from shared.errors import ConfigError
 from shared.registry import QUANTIZERS
+from shared.schemes import named_schemes, parse_scheme
 from shared.types import Scheme
 
 GOLDEN = Path(__file__).with_name("golden_config.json")

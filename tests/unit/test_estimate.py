@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from shared.adapters.spec import resolve
-from shared.config import RunConfig, parse_scheme
+from shared.config import RunConfig
 from shared.config_file import build_config
 from shared.data.rows import Row
 from shared.errors import ConfigError, OutOfMemory, StorageError
@@ -46,6 +46,7 @@ from shared.estimate.plan import (
 from shared.estimate.report import choose_rows, fit, make_report, write_config
 from shared.folder import open_folder
 from shared.quant.affine import AffineQuantizer
+from shared.schemes import parse_scheme
 from shared.types import AdapterSpec, Scheme, Tensor
 
 PLACES = ("mlx-cpu", "mlx-gpu", "torch-cpu", "torch-gpu")

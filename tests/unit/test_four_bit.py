@@ -8,11 +8,11 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from shared.config import parse_scheme
 from shared.errors import ModelError
 from shared.quant.four_bit import CHUNK, CODES, FourBitQuantizer, compress, encode, expand, search_table
 from shared.quant.row_int8 import RowInt8Quantizer
 from shared.registry import find_quantizer
+from shared.schemes import parse_scheme
 from shared.tensors import from_float32, to_float32
 from shared.types import Scheme, Tensor
 from torch_backend.state import to_torch

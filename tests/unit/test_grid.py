@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shared.config import named_schemes
 from shared.quant.grid import GRIDS, Grid, has_grid, requantize, with_codes
 from shared.registry import find_quantizer
+from shared.schemes import named_schemes
 from shared.tensors import from_float32, to_float32
 from shared.types import Packed
 

@@ -29,7 +29,7 @@ UNMIRRORED = {
 MAX_FILE, MAX_FUNCTION = 420, 40
 FRAMEWORKS = {"mlx", "mlx_lm", "torch", "triton", "transformers", "accelerate", "bitsandbytes", "optimum", "peft"}
 GROUND = {
-    "errors", "catalogue", "faults", "masking", "types", "protocols", "sections", "problems", "config",
+    "errors", "catalogue", "faults", "masking", "types", "protocols", "sections", "problems", "schemes", "config",
     "registry",
 }  # fmt: skip
 FIRST = {

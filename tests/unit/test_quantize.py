@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import mlxlora
-from shared.config import named_schemes
 from shared.convert.owners import find_owner
 from shared.convert.quantize import pack_blocks, quantize
 from shared.errors import ConfigError, ModelError
 from shared.folder import open_folder
 from shared.registry import find_quantizer
+from shared.schemes import named_schemes
 from shared.tensors import Tensor, from_float32, load_file, read_tensor, save_file
 from shared.types import Scheme
 
