@@ -24,8 +24,8 @@ value as it was used. An unknown key is an error that names its line and the nea
 COMMANDS = """\
 Every command takes `--json` (one object as the last line of stdout), `--debug` (the traceback of an error) and
 `--offline` (no network); `version` needs no `--debug`. Exit codes: 0 done, 1 a bug of ours, 2 usage, config or
-data, 3 model, adapter or checkpoint, 4 a capability or a dependency is missing, 5 diverged, 6 out of memory, 7
-storage, 130 and 143 interrupted with the state saved. [Errors](errors.md) explains each code."""
+data, 3 model, adapter or checkpoint, 4 a capability or a dependency is missing, 5 diverged (not finite), 6 out of
+memory, 7 storage, 130 and 143 interrupted with the state saved. [Errors](errors.md) explains each code."""
 RECIPE_INTRO = """\
 `mlxlora recipes ls` lists them, `mlxlora recipes cp NAME [DEST]` copies one with rows to try it on, and `--demo`
 copies the embedded demo base too. Each is run by the tests on both backends. Where it fits is what `mlxlora

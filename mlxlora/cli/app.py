@@ -119,7 +119,7 @@ def show_result(result: TrainResult, *, model: str) -> None:
     loss = f", loss {result.loss:.4f}" if result.loss is not None else ""
     kind = result.adapter.name  # adapter, or model after full fine-tuning
     target = [model, "--adapter", str(result.adapter)] if kind == "adapter" else [str(result.adapter)]
-    early = " (stopped early)" if result.stopped_early else ""
+    early = " (stopped early)" if result.stopped_early else " (diverged)" if result.diverged else ""
     best = f", the best of update {result.result_update}" if result.result_update != result.updates else ""
     print(f"{state}: {result.updates} updates{early}{skipped}{loss}{valid}{best}\n{kind}: {result.adapter}")
     print(f'next: mlxlora generate {shlex.join(target)} --prompt "..."')

@@ -50,7 +50,7 @@ class RunFacts:
 
     name: str
     path: Path
-    state: str  # done, running, stopped
+    state: str  # done, diverged, running, stopped
     step: int
     updates: int
     loss: float | None
@@ -123,13 +123,23 @@ def read_run(folder: Path) -> RunFacts:
     return RunFacts(
         name=folder.resolve().name,
         path=folder,
-        state="running" if is_held(folder) else ("done" if (folder / "report.html").is_file() else "stopped"),
+        state=state_of(folder, manifest),
         step=max((row["step"] for row in rows), default=0),
         updates=updates if isinstance(updates, int) else 0,
         loss=last(rows, "loss"),
         eval_loss=last(rows, "eval_loss"),
         **{key: str(manifest.get(key, "")) for key in ("model", "backend", "created")},
     )
+
+
+def state_of(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """Return where a run stands; one whose result is of before it diverged is done."""
+    if is_held(folder):
+        return "running"
+    if not (folder / "report.html").is_file():
+        return "stopped"
+    is_last = manifest.get("result.update") == manifest.get("result.last_update")
+    return "diverged" if manifest.get("result.diverged") and is_last else "done"
 
 
 def find_run(folder: Path) -> Path:
@@ -177,7 +187,7 @@ def describe(folder: Path, *, html: Path | None = None) -> RunDetails:
 def write_report_of(folder: Path, file: Path) -> None:
     """Write the report of a run that may be running, or have stopped, without samples; raises StorageError."""
     state = read_run(folder).state
-    write_page(folder, file, samples=(), end="stopped early" if state == "done" else state)
+    write_page(folder, file, samples=(), end="stopped early" if state in ("done", "diverged") else state)
 
 
 def final_numbers(rows: Rows) -> dict[str, float | None]:

@@ -25,6 +25,7 @@ from shared.errors import ModelError, OutOfMemory, StorageError
 from shared.estimate.plan import with_settings
 from shared.estimate.report import decide_run, what_fits
 from shared.export import write_model
+from shared.jobs.idle import idle_settings, odd_sizes
 from shared.jobs.prepare import Prepared, prepare
 from shared.loop import fit
 from shared.optimizers import method_of
@@ -78,6 +79,7 @@ class TrainResult:
     already_complete: bool
     result_update: int  # whose weights these are: of the last update, or of the best evaluation
     stopped_early: bool
+    diverged: str  # in words, where the loss ended far above where it began; else empty
     evaluation: dict[str, float]  # every metric of the evaluation after that update
 
 
@@ -173,7 +175,7 @@ def finish_run(
 
 
 def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[str]:
-    """Yield what a user would want to know before the run: leaks, lengths, a dtype that is slow here."""
+    """Yield what a user would want to know before the run: leaks, lengths, settings in vain, a dtype that is slow."""
     if any(prepared.dropped.values()):
         counts = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in prepared.dropped.items())
         yield f"rows that data.drop leaves out: {counts}"
@@ -185,8 +187,8 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
     longest, most = max(len(example.tokens) for example in sample_of(prepared.train)), run.model.info.max_positions
     if isinstance(most, int) and longest > most:
         yield f"rows of up to {longest} tokens, but the model was made for {most}; data.max_length: {most} cuts them"
-    if (warmup := run.config.schedule.warmup) >= run.updates:
-        yield f"schedule.warmup is {warmup:g} updates, the run has {run.updates}: the learning rate rises to its end"
+    yield from odd_sizes(run)
+    yield from idle_settings(run, prepared)
     if capability.name == "mlx" and capability.device == "cpu" and run.config.train.dtype != "float32":
         yield f"{run.config.train.dtype} is slow in MLX on a CPU; --set train.dtype=float32 is faster"
 
@@ -355,5 +357,6 @@ def summarize(run: Run, target: Path, *, complete: bool) -> TrainResult:
         already_complete=complete,
         result_update=update,
         stopped_early=bool(result.get("stopped_early")),
+        diverged=str(result.get("diverged", "")),
         evaluation={key: value for key, value in evaluated.items() if key.startswith("eval_")},
     )

@@ -104,7 +104,9 @@ def weights_words(result: Mapping[str, Any]) -> str:
     'update 40, the best eval_loss (3.1900), of 70; stopped early'
     """
     best = f", the best {result['metric']} ({result['best']:.4f})," if result["update"] != result["last_update"] else ""
-    return f"update {result['update']}{best} of {result['last_update']}" + "; stopped early" * result["stopped_early"]
+    bad = f"; training diverged: {result['diverged']}" if "diverged" in result else ""
+    early = "; stopped early" * result["stopped_early"]
+    return f"update {result['update']}{best} of {result['last_update']}{early}{bad}"
 
 
 def snippets(run: Run, base: str) -> str:

@@ -71,6 +71,8 @@ def judge(run: Run, *, step: int, stats: StepStats) -> None:
     """Count and report an update that was skipped, or a spike; raises DivergedError after three without numbers."""
     state, rows = run.state, name_some([source_of(run.train, row) for row in run.plan.rows(step).tolist()])
     watch_loss(run, step=step, stats=stats, rows=rows)
+    if step == 1 and math.isfinite(stats.loss):
+        state.first_loss = stats.loss
     if stats.overflowed:
         state.overflows += 1
         return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from shared.callbacks import tell
@@ -13,6 +15,8 @@ from shared.evaluating.deciding import wanted_update
 from shared.running.checkpoint import folder_of, load
 from shared.running.evaluations import stopped_early
 from shared.running.run import Run
+
+TAIL = 5  # logged training losses that a run's end is judged by
 
 
 def has_ended(run: Run) -> bool:
@@ -36,6 +40,9 @@ def restore_best(run: Run) -> dict[str, Any]:
     result: dict[str, Any] = {"update": state.step, "last_update": state.step, "stopped_early": is_early}
     if state.best is not None and state.best_step >= 0:
         result |= {"metric": config.metric, "best": state.best, "best_update": state.best_step}
+    if bad := divergence(run):
+        result["diverged"] = bad
+        tell(run.callbacks, "on_note", f"training diverged: {bad}; lower optimizer.lr ({run.config.optimizer.lr:g})")
     if wanted_update(state, config) == state.step:
         return result
     best = (
@@ -50,6 +57,26 @@ def restore_best(run: Run) -> dict[str, Any]:
     untrained = " (before training: nothing was better)" if state.best_step == 0 else ""
     tell(run.callbacks, "on_note", f"{best}{untrained}: its weights are the result, not those of update {state.step}")
     return {**result, "update": state.best_step}
+
+
+def divergence(run: Run) -> str:
+    """Return in words that the loss ended far above where it began, or where guessing is; empty where it did not.
+
+    Judged is the validation loss where there is one, else the median of the last few training losses.
+    """
+    rows, guess = run.metrics.read(), math.log(run.model.info.vocab_size)
+    found = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    what, first, last = "validation", *(found[:1] or [None]), found[-1] if found else math.nan
+    if not found:
+        losses = [row["loss"] for row in rows if "loss" in row]
+        if not losses:
+            return ""
+        what, first, last = "training", run.state.first_loss, median(losses[-TAIL:])
+    first = guess if first is None else first
+    worse = max(guess - 1e-3, first + 0.1) if first < guess else first + 1  # an untrained base begins behind guessing
+    if last <= min(worse, 2 * first + 3):
+        return ""
+    return f"the {what} loss ended at {last:.4g}; it began at {first:.4g}, and guessing gives {guess:.4g}"
 
 
 def add_result(run: Run, result: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ class LoopState:
     skipped_in_a_row: int = 0
     skipped: int = 0
     overflows: int = 0  # updates that float16's loss scale was too large for
+    first_loss: float | None = None  # of update 1
     losses: list[float] = field(default_factory=list[float])  # of the last updates, for shared/running/spikes.py
     spike_step: int = 0  # a spike from which to go back to a checkpoint, 0: none
     tokens: int = 0  # these three: since the last logged row

@@ -89,6 +89,7 @@ def write_page(folder: Path, target: Path, *, samples: Sequence[Sample], end: st
     manifest = read_manifest(folder / "manifest.json")
     body = [
         key_figures(rows, manifest, end=end),
+        warning(manifest),
         curves_and_data(rows, {**manifest, **read_settings(folder)}),
         gradient_section(rows),
         samples_section(samples),
@@ -327,6 +328,12 @@ def key_figures(rows: Rows, manifest: Flat, *, end: str) -> str:
     ]
     tile = '<div class="card"><span class="label">{}</span><b>{}</b><small>{}</small></div>'
     return f'<div class="figures">{"".join(tile.format(*figure) for figure in figures if figure[1])}</div>'
+
+
+def warning(manifest: Flat) -> str:
+    """Return that training diverged, empty where it did not."""
+    bad = manifest.get("result.diverged")
+    return f'<p class="warning">Training diverged: {escape(bad)}.</p>' if bad else ""
 
 
 def first_to_last(found: Sequence[Point], *, best: bool = False) -> tuple[str, str]:

@@ -280,3 +280,17 @@ def test_options_of_answers_need_generate(capsys):
     assert "--answers without --generate" in capsys.readouterr().err
     assert main.run(["evaluate", str(BASE), "--data", "x", "--generate", "some"]) == 2
     assert "expected: a number of prompts, or all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("lr", "restore_best"), [(10, "false"), (10, "true"), (1e-3, "false")])
+def test_a_run_that_ends_far_above_its_start_says_so_wherever_it_is_told(data, tmp_path, capsys, lr, restore_best):
+    given = [f"optimizer.lr={lr}", f"evaluation.restore_best={restore_best}", "adapter.type=none", "train.updates=4"]
+    heard = Heard()
+    config = recipe(data, tmp_path / "run", *given, "evaluation.patience=null", backend="torch")
+    told = bool(train(config, callbacks=[heard]).diverged)
+    assert told == (lr > 1)
+    assert any(text.startswith("training diverged: the validation loss ended at") for text in heard.notes) == told
+    assert ("Training diverged" in (tmp_path / "run" / "report.html").read_text()) == told
+    assert ("training diverged" in (tmp_path / "run" / "model" / "README.md").read_text()) == told
+    assert main.run(["runs", "ls", str(tmp_path)]) == 0
+    assert ("diverged" in capsys.readouterr().out) == (told and restore_best == "false")

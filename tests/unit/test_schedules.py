@@ -150,5 +150,5 @@ def test_a_warm_up_as_long_as_the_run_is_said(tiny_model_folder, write_jsonl, tm
     settings = {"train": {"updates": 3, "dtype": "float32"}, "schedule": {"warmup": warmup}, "backend": "torch"}
     train(build_config({**values, **settings}), callbacks=[notes])
     said = [text for text in notes.texts if "warmup" in text]
-    words = f"schedule.warmup is {warmup} updates, the run has 3: the learning rate rises to its end"
+    words = f"schedule.warmup is {warmup}, the run has 3 updates: the learning rate rises to its end"
     assert said == ([words] if warmup >= 3 else [])
