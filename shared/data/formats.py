@@ -7,8 +7,9 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from shared.errors import CapabilityError, DataError
 
@@ -31,10 +32,15 @@ def read_values(file: Path) -> Iterator[tuple[Any, str]]:
 def read_lines(file: Path) -> Iterator[tuple[Any, str]]:
     """Yield the value of every line."""
     with file.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
+        for number, raw in enumerate(raw_lines(stream), start=1):
             if raw.strip():
                 source = f"{file.name}:{number}"
                 yield parse_line(raw, source=source), source
+
+
+def raw_lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield lines, the beginning of one that is too long: a file without line ends may be larger than memory."""
+    return iter(partial(stream.readline, MAX_LINE + 1), b"")
 
 
 def read_json(file: Path) -> Iterator[tuple[Any, str]]:
@@ -175,7 +181,9 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[Any, str]]]] = {
 def parse_line(raw: bytes, *, source: str) -> Any:
     """Return the value of a line; raises DataError."""
     if len(raw) > MAX_LINE:
-        raise DataError(f"{source}: a line of {len(raw)} bytes", code="E211", expected=f"at most {MAX_LINE}")
+        raise DataError(
+            f"{source}: a line of more than {MAX_LINE} bytes", code="E211", expected="one JSON object per line"
+        )
     text = to_text(raw.rstrip(), source=source)
     with json_faults(source):
         return json.loads(text, object_pairs_hook=each_once)

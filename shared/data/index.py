@@ -12,14 +12,17 @@ import json
 import os
 import struct
 import tempfile
+import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import IO, TYPE_CHECKING, Any
 
 from shared.data.cache import cache_folder, digest_of, shrink
-from shared.data.formats import parse_line
+from shared.data.formats import parse_line, raw_lines
 from shared.data.rows import Kind, Row, content_hash, make_row
 from shared.data.sources import is_empty, is_parted
 from shared.durable import write_whole
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 ENTRY = struct.Struct("<QIIH")  # first byte, bytes, line from 1, number of the file
 MAX_BYTES = 8 * 2**30  # of all indexes together; above it those used longest ago go
+MOST_OPEN = 64  # files: a process on a Mac may have 256 open
+STALE_S = 3600  # since a process that writes an index wrote last: it was killed
 LONGEST = 200  # rows whose numbers are kept: the estimate of memory asks for them
 CODE = ("dialects.py", "formats.py", "index.py", "rows.py", "sources.py")  # what decides which rows there are
 
@@ -42,6 +47,7 @@ class Part:
     source: int  # number of its source
     prefix: str  # "folder/" where there are several sources
     label: str
+    stamp: list[int]  # of the file before it is read
 
 
 @dataclass
@@ -57,6 +63,42 @@ class Found:
     sha256: dict[str, str] = field(default_factory=dict[str, str])  # label -> of the file
 
 
+class Files:
+    """Files by number, of which those used last are open; safe to use from several threads."""
+
+    def __init__(self, paths: Sequence[Path], stamps: Sequence[list[int]]) -> None:
+        self.paths, self.stamps = paths, stamps
+        self.opened: OrderedDict[int, int] = OrderedDict()  # number -> descriptor, the one used last at the end
+        self.lock = Lock()
+
+    def __del__(self) -> None:
+        for one in self.opened.values():
+            os.close(one)
+
+    def read(self, number: int, *, start: int, length: int) -> bytes:
+        """Return bytes of a file; raises DataError where it is not what it was, or is gone."""
+        path = self.paths[number]
+        try:
+            with self.lock:
+                one = self.descriptor(number)
+                same = stamp(os.fstat(one)) == self.stamps[number]
+                raw = os.pread(one, length, start)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        if not same:
+            raise changed(path)
+        return raw
+
+    def descriptor(self, number: int) -> int:
+        """Return a file's descriptor; of MOST_OPEN files the one used longest ago is closed for another."""
+        if number not in self.opened:
+            while len(self.opened) >= MOST_OPEN:
+                os.close(self.opened.popitem(last=False)[1])
+            self.opened[number] = os.open(self.paths[number], os.O_RDONLY)
+        self.opened.move_to_end(number)
+        return self.opened[number]
+
+
 class Index:
     """Rows by number, read from their files when they are asked for; takes no memory for those that are not.
 
@@ -66,14 +108,11 @@ class Index:
     def __init__(self, file: Path, parts: Sequence[Part], found: Found, columns: Mapping[Any, str]) -> None:
         self.parts, self.found, self.columns = parts, found, columns
         self.entries = os.open(file, os.O_RDONLY)
-        self.files = [os.open(part.path, os.O_RDONLY) for part in parts]
-        self.stamps = [stamp(os.fstat(one)) for one in self.files]
+        self.files = Files([part.path for part in parts], [part.stamp for part in parts])
         self.num_train = sum(found.counts)
 
     def __del__(self) -> None:
-        for one in (self.entries, *self.files):
-            with suppress(OSError):
-                os.close(one)
+        os.close(self.entries)
 
     def place(self, number: int) -> tuple[int, int, int, int]:
         """Return first byte, length, line and file of a row; those parted off follow the training rows."""
@@ -86,13 +125,20 @@ class Index:
 
     def row(self, number: int) -> Row:
         """Return a row as the pass over the files saw it."""
-        start, length, line, file = self.place(number)
-        part = self.parts[file]
-        if stamp(os.fstat(self.files[file])) != self.stamps[file]:
-            raise DataError(f"{part.path} was changed while the run reads it", code="E211", fix="run the command again")
-        source = f"{part.prefix}{part.path.name}:{line}"
-        raw = os.pread(self.files[file], length, start)
+        start, length, _, file = self.place(number)
+        source, raw = self.source(number), self.files.read(file, start=start, length=length)
         return make_row(parse_line(raw, source=source), source=source, columns=self.columns)
+
+
+def changed(path: Path) -> DataError:
+    """Return the error for a file that is another one than the run began with."""
+    fix = "let nothing write to it, and run the command again"
+    return DataError(f"{path} was changed while the run reads it", code="E211", fix=fix)
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """Return the error for a file that cannot be opened or read."""
+    return DataError(f"cannot read {path}: {error.strerror}", code="E211", fix="check the path and its permissions")
 
 
 def stamp(status: os.stat_result) -> list[int]:
@@ -137,7 +183,7 @@ def index_folder(data: DataConfig) -> Path:
 def make_key(parts: Sequence[Part], data: DataConfig, valid: set[str]) -> str:
     """Return the SHA-256 of all that decides an index; of files their name, size and time, as their content is long."""
     facts = {
-        "parts": [[str(one.path.resolve()), one.source, one.prefix, *stamp(one.path.stat())] for one in parts],
+        "parts": [[str(one.path.resolve()), one.source, one.prefix, *one.stamp] for one in parts],
         "settings": [sorted(data.columns.items()), sorted(data.drop), data.valid_split],
         "valid": sorted(valid),
         "code": [digest_of(Path(__file__).with_name(name)) for name in CODE],
@@ -149,6 +195,7 @@ def make_index(rows: Path, facts: Path, parts: Sequence[Part], data: DataConfig,
     """Write an index and its facts, the facts last, and return them; raises StorageError where the disk refuses."""
     staged = rows.with_suffix(f".{os.getpid()}.tmp")
     try:
+        remove_stale(rows.parent)
         with staged.open("wb") as out:
             found = scan(out, parts, data, valid)
         os.replace(staged, rows)
@@ -161,6 +208,14 @@ def make_index(rows: Path, facts: Path, parts: Sequence[Part], data: DataConfig,
     finally:
         staged.unlink(missing_ok=True)
     return found
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what killed processes have left of the indexes they wrote; raises OSError."""
+    for file in folder.glob("*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > STALE_S:
+                file.unlink()
 
 
 def scan(out: IO[bytes], parts: Sequence[Part], data: DataConfig, valid: set[str]) -> Found:
@@ -196,12 +251,18 @@ def scan(out: IO[bytes], parts: Sequence[Part], data: DataConfig, valid: set[str
 
 
 def lines_of(part: Part, found: Found) -> Iterator[tuple[int, bytes, int]]:
-    """Yield first byte, bytes and number of every line that is not blank; note the file's SHA-256."""
+    """Yield first byte, bytes and number of every line that is not blank; note the file's SHA-256. Raises DataError."""
     digest, start = hashlib.sha256(), 0
-    with part.path.open("rb", buffering=2**20) as stream:
-        for line, raw in enumerate(stream, start=1):
-            digest.update(raw)
-            if raw.strip():
-                yield start, raw, line
-            start += len(raw)
+    try:
+        with part.path.open("rb", buffering=2**20) as stream:
+            for line, raw in enumerate(raw_lines(stream), start=1):
+                digest.update(raw)
+                if raw.strip():
+                    yield start, raw, line
+                start += len(raw)
+            same = stamp(os.fstat(stream.fileno())) == part.stamp
+    except OSError as error:
+        raise unreadable(part.path, error) from None
+    if not same:
+        raise changed(part.path)
     found.sha256[part.label] = digest.hexdigest()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 
 from shared.data.cache import digest_of, tokenizer_files
-from shared.data.index import Index, Part, open_index
+from shared.data.index import Index, Part, open_index, stamp
 from shared.data.rows import Row, content_hash, find_data, no_rows, split_files
 from shared.data.sources import Weights, check_valid, label, name_sources, read
 from shared.data.tokenize import ROWS_AT_ONCE, Tokenizer, tokenize_row, tokenize_rows
@@ -188,7 +188,7 @@ def open_stream(
             check_valid(found, split, data)
             files |= {prefix + label(file, root): file for file in found}
             if split == "train":
-                parts += [Part(file, number, prefix, prefix + label(file, root)) for file in found]
+                parts += [Part(file, number, prefix, prefix + label(file, root), stamp(file.stat())) for file in found]
             elif found:
                 valid += some(read(found, data, dropped, prefix=prefix), found[0], prefix)
     index = open_index(parts, data, valid={*held_out, *(content_hash([row]) for row in valid)})

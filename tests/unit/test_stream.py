@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import threading
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 
 from shared.config_file import build_config
 from shared.data.batch import update_batches
+from shared.data.index import MOST_OPEN, Part, open_index, stamp
 from shared.data.layout import Layout
 from shared.data.stream import Stream, streams
 from shared.errors import CheckpointError, ConfigError, DataError
@@ -151,21 +153,66 @@ def test_a_file_put_in_the_place_of_the_old_one_does_not_get_into_the_run(base, 
     assert np.array_equal(rows[5].tokens, before)
 
 
+def test_more_files_than_a_process_may_open_are_read_a_few_at_a_time(base, tmp_path):
+    for number in range(300):
+        write(tmp_path / "d", [{"prompt": f"{number}", "completion": f"c{number}"}], f"train-{number:05}.jsonl")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        memory, streamed = both(base, str(tmp_path / "d"))
+        assert_same(memory, streamed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    files = streamed.train.rows.files
+    assert len(files.opened) == MOST_OPEN
+    closed = next(number for number in range(300) if number not in files.opened)
+    files.paths[closed].unlink()
+    with pytest.raises(DataError, match=rf"cannot read .*train-{closed:05}\.jsonl: No such file"):
+        streamed.train[closed]
+    held = next(reversed(files.opened))
+    files.paths[held].unlink()
+    assert streamed.train[held].source == memory.train[held].source
+
+
+def test_what_a_killed_process_left_of_an_index_goes_and_what_another_one_writes_stays(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache/rows").mkdir(parents=True)
+    old, new = tmp_path / "cache/rows/a.1.tmp", tmp_path / "cache/rows/b.2.tmp"
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    both(base, write(tmp_path / "d", ROWS))
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_a_file_that_grows_while_it_is_indexed_is_an_error_and_leaves_no_index(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "d", ROWS)
+    file = tmp_path / "d/train.jsonl"
+    part = Part(file, 0, "", "train.jsonl", stamp(file.stat()))
+    write(tmp_path / "d", [*ROWS, ROWS[0]])
+    with pytest.raises(DataError, match=r"train\.jsonl was changed while the run reads it"):
+        open_index([part], build_config({"model": str(base), "data": {"path": str(tmp_path / "d")}}).data, valid=set())
+    assert not list((tmp_path / "cache/rows").iterdir())
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"prompt": "a"', r"train\.jsonl:62: not JSON"),
         ('{"promt": "a", "completion": "b"}', r'train\.jsonl:62: "prompt" is null or missing'),
         ('{"completion": "b", "prompt": 3}', r'train\.jsonl:62: "prompt" is a number'),
+        ('{"prompt": "a", "completion": "\udcff"}', r"train\.jsonl:62: not UTF-8 at byte 31"),
     ],
 )
 def test_a_bad_row_is_named_before_the_run(base, tmp_path, line, message):
     folder = write(tmp_path / "d", ROWS)
-    with (tmp_path / "d/train.jsonl").open("a") as out:
-        out.write(line + "\n")
-    config = build_config({"model": str(base), "data": {"path": folder, "streaming": True}})
-    with pytest.raises(DataError, match=message):
-        prepare(config)
+    with (tmp_path / "d/train.jsonl").open("a", errors="surrogateescape") as out:
+        out.write(line)
+    for on in (True, False):
+        config = build_config({"model": str(base), "data": {"path": folder, "streaming": on}})
+        with pytest.raises(DataError, match=message):
+            prepare(config)
 
 
 def test_a_row_without_a_supervised_token_is_an_error_when_it_is_due(base, tmp_path):
