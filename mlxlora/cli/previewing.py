@@ -157,6 +157,8 @@ def split_text(split: Split, found: Preview) -> Text:
         lines.append(f"{split.leaks:,} rows also stand in the training rows")
     for line in lines:
         text.append(f"  {line}\n", style="not bold")
+    for notice in split.notices:
+        text.append(f"  {notice}\n", style="not bold yellow")
     for problem in split.problems:
         text.append(f"  refused: {problem}\n", style="not bold red")
     if split.num_problems > len(split.problems):

@@ -77,8 +77,17 @@ class Stream(Sequence[Example]):
     @cached_property
     def sample(self) -> list[Example]:
         """Return some of the examples: an even choice, and those of the longest rows."""
-        even = np.linspace(0, len(self) - 1, min(EVEN, len(self)), dtype=int).tolist()
-        return [self[number] for number in dict.fromkeys([*even, *self.rows.found.longest])]
+        return [self[number] for number in dict.fromkeys([*self.even, *self.rows.found.longest])]
+
+    @property
+    def even(self) -> list[int]:
+        """Return the numbers of an even choice of rows."""
+        return np.linspace(0, len(self) - 1, min(EVEN, len(self)), dtype=int).tolist()
+
+    @property
+    def sample_rows(self) -> list[Row]:
+        """Return an even choice of the rows."""
+        return [self.rows.row(number) for number in self.even]
 
     def digest(self, weights: Weights) -> str:
         """Return the SHA-256 of the files, what is taken of them, the tokenizer's files, and the sample's tokens."""

@@ -105,6 +105,12 @@ class Tokenizer:
         """Return a conversation's text and its assistant spans; raises DataError without a template."""
         return render_chat(self._template(), messages=messages, tools=tools, **self._special_texts())
 
+    def chat_text(self, messages: list[dict[str, Any]], *, tools: Any = None) -> str:
+        """Return the text of a conversation."""
+        source = self._template()
+        values = {"tools": tools, **self._special_texts()}
+        return run_template(source, messages=messages, add_generation_prompt=False, **values)
+
     def chat_prompt(self, messages: list[dict[str, Any]], *, tools: Any = None) -> str:
         """Return the text that asks the assistant to speak next."""
         source = self._template()

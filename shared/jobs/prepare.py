@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from shared.config import DataConfig, RunConfig
 from shared.data.batch import Plan
 from shared.data.cache import tokenize_cached
+from shared.data.notices import Notice, notices_of, sample_rows
 from shared.data.rows import Row, content_hash
 from shared.data.sources import Weights, drop_long, load_rows, num_drawn, weigh
 from shared.data.stream import Encoding, Stream, can_stream, check_ids, open_stream, streams
@@ -53,6 +55,13 @@ class Prepared:
     other_hash: Callable[[], str] | None  # of the same rows read the other way (data.streaming), None: not possible
     data_files: dict[str, str]
     leaks: dict[str, int]  # rows to evaluate on that are training rows too: "valid.jsonl" or a set's name -> how many
+    sample: tuple[Row, ...]  # of the training rows
+    num_rows: int  # that the sample is of
+
+    @cached_property
+    def notices(self) -> list[Notice]:
+        """Return what is to be told of the training rows."""
+        return notices_of(self.sample, self.tokenizer, total=self.num_rows, keep=self.config.data.cache)
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ class Found:
     kind: str
     hashes: dict[str, str]  # file -> SHA-256
     seen: set[str]  # hashes of training rows, of those at least that are evaluated on too
+    sample: list[Row]  # of the training rows
+    num_rows: int
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -97,6 +108,8 @@ def prepare(config: RunConfig) -> Prepared:
         other_hash=hash_otherwise(found.train, weights, config, base),
         data_files=found.hashes,
         leaks=count_leaks(found.held_out, found.seen),
+        sample=tuple(found.sample),
+        num_rows=found.num_rows,
     )
 
 
@@ -114,7 +127,8 @@ def read_whole(config: RunConfig, base: ModelFolder, tokenizer: Tokenizer) -> Fo
     check_vocabulary(base, [*train, *chain(*tests.values())])
     seen = {content_hash([row]) for row in found.train} if any(held_out.rows.values()) else set[str]()
     hashes = {name: sha256(file) for name, file in {**found.files, **held_out.files}.items()}
-    return Found(train, tests, held_out, counts, found.roots, dropped, found.train[0].kind, hashes, seen)
+    some, kind = sample_rows(found.train), found.train[0].kind
+    return Found(train, tests, held_out, counts, found.roots, dropped, kind, hashes, seen, some, len(found.train))
 
 
 def read_streamed(config: RunConfig, base: ModelFolder, tokenizer: Tokenizer) -> Found:
@@ -129,7 +143,8 @@ def read_streamed(config: RunConfig, base: ModelFolder, tokenizer: Tokenizer) ->
         check_vocabulary(base, list(chain(*tests.values())))
     hashes = {name: seen.sha256.get(name) or sha256(file) for name, file in {**rows.files, **held_out.files}.items()}
     counts, leaks = tuple(seen.counts), set(seen.leaks)
-    return Found(train, tests, held_out, counts, rows.roots, rows.dropped, seen.kind, hashes, leaks)
+    some = train.sample_rows
+    return Found(train, tests, held_out, counts, rows.roots, rows.dropped, seen.kind, hashes, leaks, some, len(train))
 
 
 def encoding(config: RunConfig, base: ModelFolder, tokenizer: Tokenizer) -> Encoding:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from shared.config import DataConfig, RunConfig
 from shared.data.batch import Plan, micro_batches
 from shared.data.layout import GPU_MICRO_TOKENS, Layout
+from shared.data.notices import notices_of, sample_rows
 from shared.data.rows import Row, content_hash
 from shared.data.sources import drop_long, load_rows, num_drawn, weigh
 from shared.data.tokenize import Tokenizer, tokenize_some
@@ -71,6 +72,7 @@ class Split:
     lengths: tuple[Bar, ...]
     problems: tuple[str, ...]  # rows that training would refuse: the first ones
     num_problems: int
+    notices: tuple[str, ...]  # what the model does not get of the rows, and what is odd about them
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,10 @@ def preview(config: RunConfig, *, rows: int = 5) -> Preview:
             counts = kept if name == "train" else counts
             loaded.dropped["too_long"] += before - len(whole)
         leaks = sum(key in seen for key in hashes)
-        splits.append(describe(name, rows_of, whole, problems, hashes, leaks=leaks, config=config.data))
+        some = sample_rows(rows_of)
+        notices = notices_of(some, tokenizer, total=len(rows_of), keep=config.data.cache)
+        found = describe(name, rows_of, whole, problems, hashes, leaks=leaks, config=config.data)
+        splits.append(replace(found, notices=tuple(notice.text for notice in notices)))
         train, seen = train or whole, seen or set(hashes)
     weights = weigh(config.data.sources, counts)
     drawn = sum(num_drawn(weights)) or sum(counts)
@@ -186,6 +191,7 @@ def describe(
         lengths=histogram(lengths),
         problems=tuple(problem.what for problem in problems[:PROBLEMS]),
         num_problems=len(problems),
+        notices=(),
     )
 
 

@@ -179,6 +179,7 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
     if any(prepared.dropped.values()):
         counts = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in prepared.dropped.items())
         yield f"rows that data.drop leaves out: {counts}"
+    yield from (notice.text for notice in prepared.notices)
     for name, count in prepared.leaks.items():
         rows = prepared.sets.get(name, prepared.valid)
         what = f"rows of {name}" if name in prepared.sets else "validation rows"
@@ -282,6 +283,7 @@ def describe_run(run: Run, prepared: Prepared) -> dict[str, Any]:
         "trained_parameters": trained,
         "rows": {"train": len(prepared.train), "valid": len(prepared.valid), "kind": prepared.kind, **sets},
         **({"dropped": prepared.dropped} if prepared.dropped else {}),
+        **({"notices": {notice.what: notice.count for notice in prepared.notices}} if prepared.notices else {}),
         **count_tokens(prepared),
         "updates": run.updates,
         "updates_per_epoch": run.plan.updates_per_epoch,

@@ -288,6 +288,7 @@ def data_facts(rows: Rows, manifest: Flat) -> dict[str, str]:
     train, supervised = number(manifest.get("tokens.train")), number(manifest.get("tokens.supervised"))
     if train and supervised is not None:
         facts[DATA["tokens.supervised"]] += f" ({supervised / train:.1%})"
+    facts |= section(manifest, "notices")
     trained_on = sum(y for _, y in points(rows, "tokens"))
     return {**facts, "tokens trained on, without padding": f"{trained_on:,.0f}"} if trained_on else facts
 

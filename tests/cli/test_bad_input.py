@@ -506,7 +506,7 @@ DATA = [
     case("no data folder", lambda w: w.train(data=w.folder / "no"), 2, "no data at .*no", "train.jsonl"),
     case("a folder without train.jsonl", lambda w: w.train(data=w.data(GOOD, name="trian.jsonl")), 2,
          "has no train.jsonl", "trian.jsonl"),
-    case("a CSV file", lambda w: w.train(data=w.data("a,b", name="rows.csv") / "rows.csv"), 2, "rows.csv", "JSON"),
+    case("a CSV file", lambda w: w.train(data=w.data("a,b", name="rows.csv") / "rows.csv"), 2, "rows.csv", "a header"),
     case("no rows", lines(), 2, "train.jsonl has no rows", "JSON object per line"),
     case("only blank lines", lines("", "  ", ""), 2, "train.jsonl has no rows"),
     case("broken JSON in line 3", lines(GOOD, GOOD, '{"text": "abc'), 2, "train.jsonl:3: not JSON", "column", "abc"),
