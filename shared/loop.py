@@ -58,7 +58,7 @@ def is_due(run: Run, every: int | None) -> bool:
 
 def do_update(run: Run, schedule: Callable[[int], float], ahead: Ahead) -> None:
     """Do the next update and log it where a row is due."""
-    step, began = run.state.step + 1, time.perf_counter()
+    step = run.state.step + 1
     micro = ahead.take(step, run.layout)
     limit, by_module = max_loss(run), wants_norms(run, step)
     update = build_update(run.config, step, lr=schedule(step), max_loss=limit, by_module=by_module)
@@ -69,7 +69,6 @@ def do_update(run: Run, schedule: Callable[[int], float], ahead: Ahead) -> None:
     state.supervised_tokens += sum(batch.num_supervised for batch in micro)
     state.positions += sum(batch.tokens_BT.size for batch in micro)
     run.lr = update.lr
-    run.row_began += run.stop.gap(since=began)
     tell(run.callbacks, "on_update", step)
     if has_row(run, step):
         drain(run)

@@ -13,7 +13,7 @@ from mlxlora.cli.output import check_page, emit, emit_object, print_table, say
 
 runs = typer.Typer(name="runs", help="Runs that were made: list, look, compare.", no_args_is_help=True)
 
-RunFolder = Annotated[Path, typer.Argument(help="Run folder, or the name of one in runs/, as `ls` prints it.")]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder, or the name of one in runs/: what `ls` prints.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too.")]
 
 
@@ -36,7 +36,8 @@ def ls(
     for run in found:
         losses = (number_text(run.loss), number_text(run.eval_loss))
         started = run.created[:16].replace("T", " ")
-        rows.append((run.name, run.state, f"{run.step}/{run.updates}", *losses, run.backend, started, run.model))
+        name = run.name if folder in (Path("runs"), Path()) else str(run.path)  # one that `show` takes
+        rows.append((name, run.state, f"{run.step}/{run.updates or '?'}", *losses, run.backend, started, run.model))
     print_table(rows if found else [(f"no runs in {folder}",)])
 
 
@@ -51,13 +52,16 @@ def show(folder: RunFolder, html: Html = None, as_json: Json = False, debug: Deb
         emit(found)
         return
     facts = found.facts
-    print(f"{facts.name}: {facts.state}, update {facts.step} of {facts.updates}, {facts.backend}, {facts.model}")
+    if facts.state == "damaged":
+        say(f"{facts.path / 'manifest.json'} is damaged, so updates, backend and command are not known")
+    place = ", ".join(filter(None, (facts.backend, facts.model)))
+    print(f"{facts.name}: {facts.state}, update {facts.step} of {facts.updates or '?'}, {place}".rstrip(", "))
     print_table([(name, number_text(value)) for name, value in found.final.items() if value is not None])
     for name, curve in found.curves.items():
         print(f"{name:<5} {curve}")
     print_table([(name, str(value)) for name, value in found.settings.items()])
     print(f"checkpoints: {', '.join(found.checkpoints) or 'none'}")
-    print(f"command: {shlex.join(found.command)}")
+    print(f"command: {shlex.join(found.command) or 'not known'}")
 
 
 @runs.command()

@@ -50,7 +50,7 @@ class RunFacts:
 
     name: str
     path: Path
-    state: str  # done, diverged, running, stopped
+    state: str  # done, diverged, running, stopped, damaged (the manifest)
     step: int
     updates: int
     loss: float | None
@@ -136,6 +136,8 @@ def state_of(folder: Path, manifest: Mapping[str, Any]) -> str:
     """Return where a run stands; one whose result is of before it diverged is done."""
     if is_held(folder):
         return "running"
+    if not isinstance(manifest.get("updates"), int):
+        return "damaged"
     if not (folder / "report.html").is_file():
         return "stopped"
     is_last = manifest.get("result.update") == manifest.get("result.last_update")

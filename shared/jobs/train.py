@@ -116,12 +116,12 @@ def train_once(
     check_sinks(config.log.to)
     prepared = prepare(config)
     backend = find_backend(config.backend)
-    open_run(folder)
+    made = open_run(folder)
 
     def note(text: str) -> None:
         tell(callbacks, "on_note", text)
 
-    with locked(folder, note), tracing(backend, folder, config.log.profile) as tracers:
+    with locked(folder, note, made=made), tracing(backend, folder, config.log.profile) as tracers:
         hashes = hash_files([*prepared.base.files, prepared.base.path / "config.json"])
 
         def identity() -> Identity:

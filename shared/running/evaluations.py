@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 
 from shared.callbacks import tell
@@ -24,12 +23,12 @@ def evaluate(run: Run) -> bool:
     asked = run.valid or run.sets
     if not asked or run.config.evaluation.every is None or run.state.evaluated_step == run.state.step:
         return False
-    began = time.perf_counter()
+    trained_s = run.trained_for()
     try:
         found = measure(run)
     except Stopped:
         return False
-    run.row_began += time.perf_counter() - began  # evaluation is not training time
+    run.row_began += run.trained_for() - trained_s  # evaluation is not training time
     run.state.evaluated_step = run.state.step
     finite = {key: value for key, value in found.items() if math.isfinite(value)}  # JSON has no NaN
     for key in found.keys() - finite.keys():

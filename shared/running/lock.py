@@ -18,8 +18,10 @@ FILE = ".lock"
 
 
 @contextmanager
-def locked(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
+def locked(folder: Path, note: Callable[[str], None], *, made: bool = False) -> Iterator[None]:
     """Hold the run folder; raises ConfigError where another process trains in it, notes where one died in it.
+
+    made: it is new, and goes where nothing gets into it.
 
     The system's lock decides: it goes with the process that holds it, so neither a crash nor a process number that is
     given out again can leave it behind. What the file says is for people.
@@ -35,6 +37,16 @@ def locked(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
             yield
         finally:
             say(file, "")
+            forget(folder, made=made)
+
+
+def forget(folder: Path, *, made: bool) -> None:
+    """Remove the lock of a start that failed, and its folder where that is new; not where there is anything else."""
+    with suppress(OSError):
+        if [one.name for one in folder.iterdir()] == [FILE]:
+            (folder / FILE).unlink()
+            if made:
+                folder.rmdir()
 
 
 def take(file: FileIO, folder: Path, *, owner: str) -> None:
@@ -42,7 +54,8 @@ def take(file: FileIO, folder: Path, *, owner: str) -> None:
     try:
         faults.hit("lock")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        os.stat(folder / FILE)  # a start that failed meanwhile has removed it
+    except (BlockingIOError, FileNotFoundError):
         raise ConfigError(
             f"{folder} is in use by {owner or 'another process'}",
             code="E207",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -53,8 +52,8 @@ def wants_norms(run: Run, step: int) -> bool:
 def log(run: Run) -> None:
     """Write one row of metrics."""
     assert run.last is not None
-    state, now = run.state, time.perf_counter()
-    elapsed, run.row_began = now - run.row_began, now
+    state, elapsed = run.state, run.trained_for()
+    run.row_began += elapsed
     state.time_s += elapsed
     numbers = {"loss": run.last.loss, "lr": run.lr, "grad_norm": run.last.grad_norm}
     row = {
@@ -72,7 +71,11 @@ def log(run: Run) -> None:
     }
     state.tokens = state.supervised_tokens = state.positions = 0
     write(run, row)
-    tell(run.callbacks, "on_step", {**row, "updates": run.updates, "next_save": next_save(run)})
+    tell(
+        run.callbacks,
+        "on_step",
+        {**row, "updates": run.updates, "next_save": next_save(run), "still_s": run.stop.still_s},
+    )
 
 
 def next_save(run: Run) -> int:
@@ -100,7 +103,7 @@ def checkpoint(run: Run) -> None:
         what = f'training diverged: "{broken[0]}" is no longer finite after update {run.state.step}'
         raise DivergedError(what, fix=roll_back(run, run.state.step - 1))
     run.metrics.flush(durable=True)  # no checkpoint is ahead of its metrics, not even after a power cut
-    time_s = run.state.time_s + time.perf_counter() - run.row_began
+    time_s = run.state.time_s + run.trained_for()
     state: dict[str, Any] = {
         "loop": asdict(replace(run.state, time_s=time_s)),
         "identity": run.identity,

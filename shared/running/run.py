@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -66,6 +67,11 @@ class Run:
     stop: StopFlag = field(default_factory=StopFlag)
     row_began: float = 0.0
     lr: float = 0.0  # of the last update
+
+    def trained_for(self) -> float:
+        """Return the seconds since the row began in which the process did not stand still."""
+        self.row_began += self.stop.take_still()
+        return time.perf_counter() - self.row_began
 
     @cached_property
     def metrics(self) -> Metrics:

@@ -81,8 +81,9 @@ def check_output(folder: Path, resume: str) -> None:
         )
 
 
-def open_run(folder: Path) -> None:
-    """Make the run folder and check that it can be written; raises StorageError."""
+def open_run(folder: Path) -> bool:
+    """Make the run folder and check that it can be written; return whether it is new. Raises StorageError."""
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
@@ -94,6 +95,7 @@ def open_run(folder: Path) -> None:
         raise StorageError(
             f"output: cannot write in {folder}: {error.strerror}", fix="choose another --output"
         ) from None
+    return made
 
 
 def clear(folder: Path) -> None:

@@ -104,9 +104,9 @@ class Pace:
     step: int
     began: float = field(default_factory=time.perf_counter)
 
-    def left(self, step: int, *, updates: int) -> str:
-        """Return in words how long the updates after `step` take, empty where there are none."""
-        done, took = step - self.step, time.perf_counter() - self.began
+    def left(self, step: int, *, updates: int, still_s: float = 0.0) -> str:
+        """Return in words how long the updates after `step` take, empty where there are none; still_s: stood still."""
+        done, took = step - self.step, time.perf_counter() - self.began - still_s
         return f"  {duration(took / done * (updates - step))} left" if done > 0 and step < updates else ""
 
 
@@ -168,7 +168,7 @@ class PlainDisplay:
         self.say(
             f"update {row['step']}/{row['updates']}  loss {row.get('loss', math.nan):.4f}  lr {row['lr']:.2e}  "
             f"{row['tokens_per_s']:,.0f} tokens/s  peak {megabytes(row['peak_memory_bytes'])}"
-            f"{self.pace.left(row['step'], updates=row['updates'])}"
+            f"{self.pace.left(row['step'], updates=row['updates'], still_s=row.get('still_s', 0.0))}"
         )
 
     def on_evaluate(self, row: Row) -> None:

@@ -385,11 +385,27 @@ def test_row_10_a_second_signal_leaves_at_once_and_the_last_checkpoint_is_whole(
 
 def test_row_13_time_in_which_the_process_stood_still_is_not_counted():
     with stop_signals() as flag:
-        began = time.perf_counter()
+        os.kill(os.getpid(), signal.SIGCONT)  # of nothing that was stopped
         time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGCONT)
-        assert 0.05 <= flag.gap(since=began) <= time.perf_counter() - began
-        assert flag.gap(since=time.perf_counter()) == 0
+        assert flag.take_still() == 0
+    code = (
+        "import time\nfrom shared.signals import stop_signals\n"
+        "with stop_signals() as flag:\n"
+        "    print(flush=True)\n"
+        "    began = time.perf_counter()\n"
+        "    while not flag.continued: time.sleep(0.01)\n"
+        "    print(flag.take_still(), time.perf_counter() - began, flag.take_still())\n"
+    )
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.7)
+        process.send_signal(signal.SIGCONT)
+        still, whole, again = map(float, process.stdout.readline().split())
+    assert whole - 0.6 < still < whole
+    assert again == 0
 
 
 def test_row_14_a_reader_that_goes_away_does_not_stop_the_run():

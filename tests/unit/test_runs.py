@@ -62,7 +62,20 @@ def test_ls_shows_every_run_its_state_and_its_losses_oldest_first(two, tmp_path,
         assert read_run(two[1]).state == "running"
     assert run(["runs", "ls", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines[1:]] == [["early", "done", "4/4"], ["late", "stopped", "2/4"]]
+    names = [str(folder) for folder in two]
+    assert [line.split()[:3] for line in lines[1:]] == [[names[0], "done", "4/4"], [names[1], "stopped", "2/4"]]
+
+
+@pytest.mark.parametrize("text", ['{"updates": ', "[1]", '{"updates": "4", "command": 3, "result": 7}'])
+def test_a_damaged_manifest_is_told_and_the_metrics_are_shown(two, tmp_path, capsys, text):
+    (two[0] / "manifest.json").write_text(text)
+    assert run(["runs", "ls", str(tmp_path)]) == 0
+    assert ["damaged", "4/?"] in [line.split()[1:3] for line in capsys.readouterr().out.splitlines()]
+    assert run(["runs", "show", str(two[0])]) == 0
+    out, error = capsys.readouterr()
+    assert out.startswith("early: damaged, update 4 of ?\ntraining loss")
+    assert "manifest.json is damaged" in error
+    assert run(["runs", "compare", *map(str, two)]) == 0
 
 
 def test_show_has_the_numbers_the_curve_and_the_settings_that_are_no_default(two):
@@ -102,6 +115,17 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path):
 def test_two_curves_as_text_have_one_scale(two):
     """Losses 4, 3, 2, 1 of four updates, and 3, 2 of two: the same height is the same loss in both."""
     assert compare(*two).curves["loss"] == ("█▆▃▁", "▆▃")
+
+
+@pytest.mark.parametrize("place", ["runs", "elsewhere/runs", "."])
+def test_show_takes_what_ls_prints(two, tmp_path, monkeypatch, capsys, place):
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    for folder in two if place != "." else ():
+        shutil.move(folder, tmp_path / place / folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert run(["runs", "ls", place]) == 0
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        assert run(["runs", "show", line.split()[0]]) == 0
 
 
 @pytest.mark.parametrize("words", [["show", "early"], ["compare", "early", "late"]])
