@@ -91,7 +91,7 @@ CATALOGUE = {
     ),
     "E214": Kind(
         "a chat template that is missing or fails",
-        "Rows with messages need the model's template. It runs in a sandbox: without access to Python, at most 2 s, "
+        "Rows with messages need the model's template. It runs in a sandbox: without access to Python, at most 1 s, "
         "256 MB and 1 MB of text. Some templates refuse some conversations on purpose.",
         "Use a chat model, or rows with prompt and completion; else correct the row as the template's words say.",
     ),

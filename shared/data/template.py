@@ -104,7 +104,7 @@ def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the block after `seconds` of the process's own work, so that no pause counts.
 
-    Only the main thread of a POSIX process can be limited.
+    Only the main thread of a POSIX process can be limited: others ask rendering.py.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
@@ -133,7 +133,7 @@ def renew_time() -> None:
 def memory_limit(num_bytes: int) -> Iterator[None]:
     """Raise MemoryError in the block where the process grows by more; only Linux can tell and limit its size.
 
-    The limit is the whole process's, so another thread, beside which a model may be training, does without.
+    The limit is the whole process's, so another thread, beside which a model may be training, asks rendering.py.
     """
     statm = Path("/proc/self/statm")
     if not statm.is_file() or threading.current_thread() is not threading.main_thread():
@@ -160,8 +160,9 @@ def limits() -> Iterator[None]:
     except DataError:
         raise
     except (*TEMPLATE_FAULTS, TimeoutError) as error:
+        full = f"more than {MAX_BYTES // 2**20} MB of memory" if isinstance(error, MemoryError) else ""
         raise DataError(
-            f"the chat template failed: {error or type(error).__name__}",
+            f"the chat template failed: {str(error) or full or type(error).__name__}",
             code="E214",
             fix="change the row, or the model's chat template",
         ) from None

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from shared.data import rendering
 from shared.data.rows import Row
-from shared.data.template import Rendered, render_chat, run_template
+from shared.data.template import Rendered
 from shared.data.tokenizer_class import known_class
 from shared.errors import DataError, ModelError
 from shared.importing import collector_paused
@@ -103,7 +104,7 @@ class Tokenizer:
 
     def chat(self, messages: list[dict[str, Any]], *, tools: Any = None) -> Rendered:
         """Return a conversation's text and its assistant spans; raises DataError without a template."""
-        return render_chat(self._template(), messages=messages, tools=tools, **self._special_texts())
+        return rendering.chat(self._template(), messages=messages, tools=tools, **self._special_texts())
 
     def chat_text(self, messages: list[dict[str, Any]], *, tools: Any = None) -> str:
         """Return the text of a conversation."""
@@ -114,7 +115,9 @@ class Tokenizer:
     def chat_prompt(self, messages: list[dict[str, Any]], *, tools: Any = None) -> str:
         """Return the text that asks the assistant to speak next."""
         source = self._template()
-        return run_template(source, messages=messages, add_generation_prompt=True, tools=tools, **self._special_texts())
+        return rendering.prompt(
+            source, messages=messages, add_generation_prompt=True, tools=tools, **self._special_texts()
+        )
 
     def _template(self) -> str:
         if self.template is None:
