@@ -110,7 +110,7 @@ class Tokenizer:
         """Return the text of a conversation."""
         source = self._template()
         values = {"tools": tools, **self._special_texts()}
-        return run_template(source, messages=messages, add_generation_prompt=False, **values)
+        return rendering.prompt(source, messages=messages, add_generation_prompt=False, **values)
 
     def chat_prompt(self, messages: list[dict[str, Any]], *, tools: Any = None) -> str:
         """Return the text that asks the assistant to speak next."""
