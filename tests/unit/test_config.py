@@ -119,6 +119,35 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(load, text):
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.rank=8.0", "adapter.rank, found 8.0\nexpected: a whole number"),
+        ("adapter.layers=first", "expected: 'all' or a whole number or a list: [a, b]"),
+        ("data.cache=maybe", "expected: true or false"),
+        ("data.columns=5", "expected: a mapping: {name: value}"),
+        ("data.columns={promt: x}", 'unknown key "data.columns.promt"\nfix: did you mean "prompt"?'),
+        ("data.path=[{pth: a}]", 'unknown key "data.path.0.pth"\nfix: did you mean "path"?'),
+        ("data.path=[a]", "expected: a text or a section with keys such as path, weight"),
+        ("data.path=[]", "expected: a text or a list of 1 or more"),
+        ("optimizer.betas=[0.9, 0.9, 0.9]", "expected: a list of 2 at most"),
+        ("schedule.final=2", "expected: 1 or less"),
+        ("evaluation.sets={my-set: 3}", "evaluation.sets.my-set, found 3\nexpected: a text"),
+        ("evaluation.sets={a b: c}", "expected: letters, digits, - and _"),
+        ("adapter.type=lroa", 'fix: did you mean "lora"?'),
+        ("train.dtype=fp16", 'fix: did you mean "float16"?'),
+        ("device=cuda", 'fix: did you mean "gpu"?'),
+        ("backend=cuda", 'fix: did you mean "torch"?'),
+        ("output=''", "output, found ''\nexpected: a text that is not empty"),
+    ],
+)
+def test_what_is_expected_is_said_in_words_of_a_config(override, message):
+    with pytest.raises(ConfigError) as caught:
+        build_config(LEAST, overrides=[override])
+    assert message in str(caught.value)
+    assert "input" not in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
     ("text", "key"),
     [
         ("optimizer: {lr: .inf}", "optimizer.lr"),
@@ -260,7 +289,7 @@ def test_a_learning_rate_is_a_number_however_it_is_written(load, text, value):
 def test_words_that_yaml_takes_for_switches_do_not_become_text(load):
     assert load("", head="model: m\ndata: {path: d, packing: off}").data.packing == "none"
     assert load("quantization: ~").quantization == "none"
-    assert "run.yaml:1: model, found False" in refusal(load, "", head="model: no\ndata: {path: d}")
+    assert "run.yaml:1: model, found false" in refusal(load, "", head="model: no\ndata: {path: d}")
     assert "run.yaml:1: model, found 123" in refusal(load, "", head="model: 123\ndata: {path: d}")
 
 
