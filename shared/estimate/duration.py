@@ -32,7 +32,8 @@ def operations(config: RunConfig, shape: Shape, lengths: Lengths, *, recompute: 
     with recompute. Attention costs 4 T^2 per row and width forward, twice that backward. The head sees only supervised
     tokens.
     """
-    tokens, supervised = np.asarray(lengths.tokens, dtype=float), np.asarray(lengths.supervised, dtype=float)
+    fair = slice(lengths.num_fair)
+    tokens, supervised = (np.asarray(some[fair], dtype=float) for some in (lengths.tokens, lengths.supervised))
     rows = config.train.batch_size
     full = config.adapter.type == "none"
     per_weight = 4 + 2 * full + 2 * bool(recompute)

@@ -6,7 +6,7 @@ Everything here is a pure function of the config, the model's headers, the rows'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shared.config import RunConfig, validate
@@ -29,6 +29,7 @@ class Lengths:
     tokens: Sequence[int]
     supervised: Sequence[int]
     known: bool  # false: no data was readable, data.max_length stands in
+    num_fair: int | None = None  # so many of the first are a fair choice of what updates take, None: all of them are
 
     @property
     def longest(self) -> int:
@@ -39,7 +40,8 @@ class Lengths:
         """Return the lengths of the rows cut, or where no data is known made, at another length."""
         if not self.known:
             return made_lengths(length)
-        return Lengths([min(n, length) for n in self.tokens], [min(n, length) for n in self.supervised], known=True)
+        tokens, supervised = ([min(n, length) for n in lengths] for lengths in (self.tokens, self.supervised))
+        return replace(self, tokens=tokens, supervised=supervised)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shared.adapters.spec import resolve
 from shared.config import RunConfig
 from shared.config_file import to_yaml
 from shared.data.rows import Row
-from shared.data.sources import load_rows
+from shared.data.sources import Weights, epoch_rows, load_rows, num_drawn, weigh
 from shared.data.stream import Encoding, Stream, open_stream, streams
 from shared.data.tokenize import load_tokenizer, tokenize_rows
 from shared.errors import ConfigError, DataError, ModelError, OutOfMemory, StorageError
@@ -38,7 +37,7 @@ from shared.protocols import Backend
 from shared.registry import BACKENDS
 from shared.types import Example, Recompute
 
-MOST_ROWS = 1000  # rows that are tokenized: the longest texts, and an even choice of the others
+MOST_ROWS = 1000  # rows that are tokenized: one half at random, the other the longest texts
 
 
 @dataclass(frozen=True)
@@ -148,33 +147,51 @@ def read_lengths(config: RunConfig, base: ModelFolder) -> tuple[Lengths, tuple[s
     try:
         if streams(config):
             return stream_lengths(config, base)
-        rows = load_rows(config.data, valid_too=False).train
-        chosen = choose_rows(rows)
-        tokenizer = load_tokenizer(base.path)
-        options = {"train_on": config.data.train_on, "max_length": config.data.max_length}
-        examples = tokenize_rows(chosen, tokenizer, **options)
+        return whole_lengths(config, base)
     except (DataError, ConfigError, ModelError, StorageError) as error:
         reason = str(error).splitlines()[0]
         return made_lengths(config.data.max_length), (f"data.max_length stands in for the rows: {reason}",)
-    notes = () if len(chosen) == len(rows) else (f"lengths of {len(chosen)} of {len(rows)} rows, the longest included",)
-    return lengths_of(examples), notes
+
+
+def whole_lengths(config: RunConfig, base: ModelFolder) -> tuple[Lengths, tuple[str, ...]]:
+    """Return the lengths of rows that are read into memory, of some where there are many, and a note of how many."""
+    found = load_rows(config.data, valid_too=False)
+    weights = weigh(config.data.sources, found.counts)
+    fair, others = fair_rows(weights, config, num_rows=len(found.train)), longest_rows(found.train)
+    if len(found.train) <= MOST_ROWS and not weights:
+        fair, others = list(range(len(found.train))), []
+    chosen = [*fair, *(number for number in others if number not in set(fair))]
+    options = {"train_on": config.data.train_on, "max_length": config.data.max_length}
+    examples = tokenize_rows([found.train[number] for number in chosen], load_tokenizer(base.path), **options)
+    return replace(lengths_of(examples), num_fair=len(fair)), note_of(chosen, len(found.train))
 
 
 def stream_lengths(config: RunConfig, base: ModelFolder) -> tuple[Lengths, tuple[str, ...]]:
     """Return the lengths of some rows of files that are not read into memory, and a note of how many."""
     how = Encoding(load_tokenizer(base.path), config.data.train_on, config.data.max_length, vocabulary=None)
     rows = Stream(open_stream(config.data, valid_too=False).index, how)
-    return lengths_of(rows.sample), (f"lengths of {len(rows.sample)} of {len(rows)} rows, the longest included",)
+    found = rows.rows.found
+    fair = fair_rows(weigh(config.data.sources, tuple(found.counts)), config, num_rows=len(rows))
+    chosen = [*fair, *(number for number in found.longest if number not in set(fair))]
+    examples = [rows[number] for number in chosen]
+    return replace(lengths_of(examples), num_fair=len(fair)), note_of(chosen, len(rows))
 
 
-def choose_rows(rows: Sequence[Row]) -> list[Row]:
-    """Return at most MOST_ROWS rows: one half the longest texts, the other an even choice of the rest."""
-    if len(rows) <= MOST_ROWS:
-        return list(rows)
-    order = sorted(range(len(rows)), key=lambda n: -len(str(rows[n].fields)))
-    rest = order[MOST_ROWS // 2 :]
-    even = [rest[n] for n in np.linspace(0, len(rest) - 1, MOST_ROWS // 2, dtype=int)]
-    return [rows[n] for n in [*order[: MOST_ROWS // 2], *even]]
+def fair_rows(weights: Weights, config: RunConfig, *, num_rows: int) -> list[int]:
+    """Return the numbers of the rows that the first updates take: a choice at random, by the weights of the sources."""
+    drawn = sum(num_drawn(weights)) or num_rows
+    return epoch_rows(weights, seed=config.train.seed, epoch=0, num_rows=drawn)[: MOST_ROWS // 2].tolist()
+
+
+def longest_rows(rows: Sequence[Row]) -> list[int]:
+    """Return the numbers of the rows with the longest texts, which decide how much memory a run takes."""
+    return heapq.nlargest(MOST_ROWS // 2, range(len(rows)), key=lambda number: len(str(rows[number].fields)))
+
+
+def note_of(chosen: Sequence[int], num_rows: int) -> tuple[str, ...]:
+    """Return a note of how many rows were looked at, none where that is all of them."""
+    looked_at = len(set(chosen))
+    return () if looked_at == num_rows else (f"lengths of {looked_at} of {num_rows} rows, the longest included",)
 
 
 def lengths_of(examples: Sequence[Example]) -> Lengths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,6 @@ import pytest
 from shared.adapters.spec import resolve
 from shared.config import RunConfig
 from shared.config_file import build_config
-from shared.data.rows import Row
 from shared.errors import ConfigError, OutOfMemory, StorageError
 from shared.estimate import memory
 from shared.estimate.costs import ASSUMED, BORROWED, MEASURED, is_measured
@@ -43,8 +43,9 @@ from shared.estimate.plan import (
     made_lengths,
     with_settings,
 )
-from shared.estimate.report import choose_rows, fit, make_report, write_config
+from shared.estimate.report import fit, make_report, read_lengths, write_config
 from shared.folder import open_folder
+from shared.jobs.prepare import prepare
 from shared.quant.affine import AffineQuantizer
 from shared.schemes import parse_scheme
 from shared.types import AdapterSpec, Scheme, Tensor
@@ -344,13 +345,30 @@ def test_without_data_max_length_stands_in(tiny_model_folder, tmp_path):
     assert "stands in" in report.notes[0]
 
 
-def test_rows_are_chosen_with_the_longest_among_them():
-    rows = [Row("text", {"text": "x" * (n % 97)}, f"r:{n}") for n in range(5000)]
-    rows[4321] = Row("text", {"text": "y" * 1000}, "r:4321")
-    chosen = choose_rows(rows)
-    assert len(chosen) == 1000
-    assert chosen[0].source == "r:4321"
-    assert choose_rows(rows[:10]) == rows[:10]
+@pytest.mark.parametrize("streaming", [True, False])
+def test_time_is_of_rows_chosen_at_random_by_weight_and_memory_of_the_longest(tiny_model_folder, tmp_path, streaming):
+    """Ten of 3000 short rows are long, and of the other source every row is, but an epoch takes a twentieth of them."""
+    sizes = {"short": [2000 if n % 300 == 7 else 5 + n % 9 for n in range(3000)], "long": [900] * 400}
+    for name, lengths in sizes.items():
+        rows = [json.dumps({"text": chr(97 + n % 26) * length}) for n, length in enumerate(lengths)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    sources = [{"path": str(tmp_path / "short.jsonl")}, {"path": str(tmp_path / "long.jsonl"), "weight": 0.05}]
+    config = make_config(tiny_model_folder(), data__path=sources, data__max_length=4096, data__streaming=streaming)
+    base = open_folder(tiny_model_folder())
+    whole = build_config(config.model_dump(), overrides=["data.streaming=false"])
+    exact = [len(example.tokens) for example in prepare(whole).train]
+    lengths, notes = read_lengths(config, base)
+    assert lengths.num_fair == 500
+    assert lengths.longest == max(exact)
+    mean = (sum(exact[:3000]) + 0.05 * sum(exact[3000:])) / 3020
+    assert np.mean(lengths.tokens[:500]) == pytest.approx(
+        mean, rel=0.25
+    )  # 3 standard errors; of all looked at: 13 mean
+    assert np.mean(lengths.tokens) > 3 * mean
+    assert notes[0].endswith("of 3400 rows, the longest included")
+    mixed = replace(lengths, tokens=[*lengths.tokens[:500], 4096], supervised=[*lengths.supervised[:500], 4096])
+    first, second = (operations(config, read_shape(base), some, recompute=False) for some in (lengths, mixed))
+    assert first == second
 
 
 def test_a_fitting_config_fits_and_is_never_written_over_another(tiny_model_folder, tmp_path):
