@@ -143,6 +143,17 @@ def check_header(header: list[str], *, source: str, kind: str) -> None:
 
 def read_parquet(file: Path) -> Iterator[tuple[Any, str]]:
     """Yield a Parquet file's rows as objects, without the fields of inner objects that are null; counted from 1."""
+    number = 0
+    with parquet_table(file) as table:
+        for batch in table.iter_batches(batch_size=1000):
+            for value in batch.to_pylist():
+                number += 1
+                yield {key: without_null(inner) for key, inner in value.items()}, f"{file.name}:{number}"
+
+
+@contextmanager
+def parquet_table(file: Path) -> Iterator[Any]:
+    """Open a Parquet file; raises DataError for what pyarrow does not read, CapabilityError without it."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -150,18 +161,25 @@ def read_parquet(file: Path) -> Iterator[tuple[Any, str]]:
         raise CapabilityError(
             f"{file.name} is a Parquet file, which pyarrow reads", code="E401", fix="pip install 'mlxlora[parquet]'"
         ) from None
-    number = 0
     try:
         with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1000):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield {key: without_null(inner) for key, inner in value.items()}, f"{file.name}:{number}"
+            yield table
     except pyarrow.ArrowException as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{file.name}: not a Parquet file: {reason}", code="E211", fix="download or write it again"
         ) from None
+
+
+def count_values(file: Path) -> int:
+    """Return how many values `read_values` gives; lines and a Parquet file are counted without reading any."""
+    if file.suffix == ".parquet":
+        with parquet_table(file) as table:
+            return table.metadata.num_rows
+    if file.suffix == ".jsonl":
+        with file.open("rb", buffering=2**20) as stream:
+            return sum(bool(raw.strip()) for raw in raw_lines(stream))
+    return sum(1 for _ in read_values(file))
 
 
 def without_null(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.data.dialects import translate
-from shared.data.formats import read_values
+from shared.data.formats import count_values, read_values
 from shared.data.rows import Row, content_hash, find_data, make_row, no_rows, split_files
 from shared.errors import ConfigError, DataError
 from shared.seeds import generator, permutation, row_order
@@ -60,6 +60,27 @@ def load_rows(data: DataConfig, *, valid_too: bool = True) -> Rows:
         train[before:], valid = kept, valid + parted
         counts.append(len(kept))
     return Rows(train, valid, tuple(counts), roots, files, dropped)
+
+
+def count_rows(data: DataConfig, *, valid_too: bool = True) -> tuple[int, ...]:
+    """Return how many training rows each source has, as `load_rows` does; none is kept where that can be told without.
+
+    Where the settings leave none out, rows are not even read. Raises DataError.
+    """
+    if "duplicate" in data.drop:
+        return load_rows(data, valid_too=valid_too).counts
+    roots = tuple(find_data(source.path) for source in data.sources)
+    counts: list[int] = []
+    for root, prefix in zip(roots, name_sources(roots), strict=True):
+        files, share = split_files(root, "train", names=data.splits), data.valid_split
+        if data.drop or share is not None:
+            rows = read(files, data, dict.fromkeys(data.drop, 0), prefix=prefix)
+            counts.append(sum(share is None or not is_parted(content_hash([row]), share) for row in rows))
+        else:
+            counts.append(sum(count_values(file) for file in files))
+        if not counts[-1]:
+            raise no_rows(files[0], prefix=prefix)
+    return tuple(counts)
 
 
 def name_sources(roots: Sequence[Path]) -> list[str]:

@@ -13,10 +13,11 @@ from shared.data.batch import Plan, micro_batches
 from shared.data.layout import GPU_MICRO_TOKENS, Layout
 from shared.data.notices import notices_of, sample_rows
 from shared.data.rows import Row, content_hash
-from shared.data.sources import drop_long, load_rows, num_drawn, weigh
+from shared.data.sources import count_rows, drop_long, load_rows, num_drawn, weigh
 from shared.data.tokenize import Tokenizer, tokenize_some
 from shared.errors import DataError
 from shared.folder import find_folder, open_folder
+from shared.jobs.prepare import prepare
 from shared.types import Example
 
 BARS = 10
@@ -142,13 +143,15 @@ def preview(config: RunConfig, *, rows: int = 5) -> Preview:
 
 
 def count_updates(config: RunConfig) -> int:
-    """Return the updates of a run; the rows are only read where the config counts epochs."""
+    """Return the updates of a run; epochs have rows counted, and read only where the config leaves some out."""
     if config.train.updates is not None:
         return config.train.updates
-    loaded = load_rows(config.data)
-    rows = sum(num_drawn(weigh(config.data.sources, loaded.counts))) or len(loaded.train)
-    plan = Plan(rows, config.train.batch_size, config.train.seed)
-    return plan.updates_per_epoch * (config.train.epochs or 1)
+    epochs = config.train.epochs or 1
+    if "too_long" in config.data.drop:
+        return prepare(config).plan.updates_per_epoch * epochs
+    counts = count_rows(config.data, valid_too=config.evaluation.every is not None)
+    drawn = sum(num_drawn(weigh(config.data.sources, counts))) or sum(counts)
+    return Plan(drawn, config.train.batch_size, config.train.seed).updates_per_epoch * epochs
 
 
 def tokenize_whole(

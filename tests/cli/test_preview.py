@@ -7,14 +7,16 @@ import json
 import re
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from mlxlora.cli.main import run
 from shared.config_file import build_config
 from shared.data.rows import Row
 from shared.data.tokenize import tokenize_row
 from shared.jobs.prepare import prepare
-from shared.jobs.preview import pieces, preview
+from shared.jobs.preview import count_updates, pieces, preview
 
 ROWS = [
     {"prompt": "hello? ", "completion": "hello wor 🦊\nnaïve"},
@@ -119,3 +121,46 @@ def test_the_schedule_is_drawn_and_given_as_json(file, capsys):
     )
     found = json.loads(capsys.readouterr().out)
     assert found["updates"] == len(found["lr"]) == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["data.valid_split=0.4"],
+        ["data.drop=[empty]"],
+        ["data.drop=[duplicate, empty]", "data.valid_split=0.2"],
+        ["data.drop=[too_long, empty]", "data.max_length=12"],
+        ["data.path=[{path: PATH, weight: 0.5}, {path: PATH, weight: 3}]"],
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_the_schedule_has_the_updates_of_the_run(tiny_model_folder, tmp_path, settings, kind):
+    rows = [{"prompt": f"q{n % 30}", "completion": "a" * (n % 9 + 1)} for n in range(40)]
+    rows += [{"prompt": "q", "completion": " "}] * ("empty" in str(settings))
+    file = tmp_path / f"train.{kind}"
+    write_as(file, rows)
+    overrides = [text.replace("PATH", str(file)) for text in settings]
+    values = {"model": str(tiny_model_folder()), "data": {"path": str(file)}, "train": {"batch_size": 3, "epochs": 2}}
+    config = build_config(values, overrides=overrides)
+    assert count_updates(config) == 2 * prepare(config).plan.updates_per_epoch
+
+
+def write_as(file, rows):
+    """Write rows as a file of its suffix's kind."""
+    lines = [json.dumps(row) for row in rows]
+    if file.suffix == ".jsonl":
+        file.write_text("\n\n".join(lines))
+    elif file.suffix == ".json":
+        file.write_text(f"[{','.join(lines)}]")
+    elif file.suffix == ".csv":
+        file.write_text("".join(f"{one},{other}\n" for one, other in [rows[0].keys(), *map(dict.values, rows)]))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def test_the_schedule_of_rows_that_are_only_counted_keeps_and_reads_none(tiny_model_folder, tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"text": "not looked at"\n' * 40)
+    values = {"model": str(tiny_model_folder()), "data": {"path": str(file)}, "train": {"batch_size": 8, "epochs": 2}}
+    assert count_updates(build_config(values)) == 10
