@@ -26,6 +26,15 @@ PACKABLE = CHECKED | {
     "smollm3",
     "starcoder2",
 }  # proven exact by tests/parity/test_packing.py
+PADDABLE = PACKABLE | {
+    "cohere",
+    "cohere2",
+    "gemma3_text",
+    "glm",
+    "olmo2",
+    "olmo3",
+    "phi3",
+}  # on the left too: tests/parity/test_padding.py; mlx-lm's Gemma 2 (0.32) takes no masks of several rows
 BLOCK = 128  # query rows computed at once on a CPU: keys behind a block's last row are left out
 MASKED = -1e30
 
@@ -54,6 +63,26 @@ class Segments:
             count = len(list(same))
             yield slice(start, start + count * length), count
             start += count * length
+
+
+class LeftPadded:
+    """What stands in a layer's cache during training where rows have padding in front: it keeps nothing.
+
+    Positions count from 0 at each row's first token; padding sees itself alone, and nothing else sees it.
+    """
+
+    def __init__(self, pads_B: mx.array) -> None:
+        self.pads_B, self.offset = pads_B, -pads_B
+
+    def make_mask(self, length: int, *, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """Return (B, 1, T, T) bool: what every position sees."""
+        here, there = mx.arange(length)[:, None], mx.arange(length)[None]
+        seen_TT = (there <= here) & (there > here - (window_size or length))
+        return (seen_TT & (there >= self.pads_B[:, None, None, None])) | (there == here)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the keys and values as they are."""
+        return keys, values
 
 
 @lru_cache(maxsize=16)

@@ -11,12 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxlora.attention import PACKABLE
+from mlxlora.attention import PADDABLE
 from mlxlora.objectives import Head
 from shared.generation.loop import common_length
-
-# Proven by tests/parity/test_batched_generation.py; mlx-lm's Gemma 2 (0.32) takes no masks of several rows.
-BATCHABLE = PACKABLE | {"cohere", "glm", "olmo2", "phi3"}
 
 
 class Rows:
@@ -82,4 +79,4 @@ def can_batch(zoo: Any, family: str) -> bool:
     """Return whether several sequences go on side by side; a layer that keeps a window's keys only cannot."""
     from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-    return family in BATCHABLE and all(type(cache) is KVCache for cache in make_prompt_cache(zoo))
+    return family in PADDABLE and all(type(cache) is KVCache for cache in make_prompt_cache(zoo))

@@ -13,7 +13,7 @@ from mlx import nn
 
 from mlxlora import generation, objectives
 from mlxlora.adapters import find_owner
-from mlxlora.attention import PACKABLE, packing, windowed
+from mlxlora.attention import PACKABLE, PADDABLE, packing, windowed
 from mlxlora.decoders import find_decoder
 from mlxlora.experts import QuantizedExperts, check_experts, quantize_experts
 from mlxlora.gated import gating
@@ -244,6 +244,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         ends={"model.embed_tokens": (width, vocabulary), "lm_head": (vocabulary, width)},
         is_tied=not hasattr(zoo, "lm_head"),
         can_batch=generation.can_batch(zoo, folder.family),
+        can_pad_left=folder.family in PADDABLE,
         num_experts=num_experts(folder.config),
         norms=find_norms(zoo),
     )

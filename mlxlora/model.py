@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora import generation, objectives
 from mlxlora.adapters import Dropout, adapter_modules, attach_lora
-from mlxlora.attention import Segments
+from mlxlora.attention import LeftPadded, Segments
 from mlxlora.dora import attach_dora, magnitudes
 from mlxlora.ends import attach_ends
 from mlxlora.own import attach_own
@@ -79,14 +79,17 @@ class MLXModel:
     def hidden(self, batch: Batch) -> mx.array:
         """Return (N, D) last hidden states at the positions that predict supervised tokens."""
         packed = batch.lengths_S.tolist() if batch.is_packed else ()
-        return self.hidden_at(mx.array(batch.tokens_BT), mx.array(batch.positions_N), packed=packed)
+        pads_B = mx.array(batch.pads_B) if batch.padding_side == "left" else None
+        return self.hidden_at(mx.array(batch.tokens_BT), mx.array(batch.positions_N), packed=packed, pads_B=pads_B)
 
-    def hidden_at(self, tokens_BT: mx.array, positions_N: mx.array, *, packed: Sequence[int] = ()) -> mx.array:
+    def hidden_at(
+        self, tokens_BT: mx.array, positions_N: mx.array, *, packed: Sequence[int] = (), pads_B: mx.array | None = None
+    ) -> mx.array:
         """Return what `hidden` does, of arrays; packed: lengths of the examples in the one row."""
         length = tokens_BT.shape[1]
         ours = self.info.can_pack and (bool(packed) or length > LONG)
-        segments = Segments(packed or [length])
-        h_BTD = self.decoder(tokens_BT, cache=[segments] * self.info.num_layers if ours else None)
+        cache = LeftPadded(pads_B) if pads_B is not None else Segments(packed or [length]) if ours else None
+        h_BTD = self.decoder(tokens_BT, cache=None if cache is None else [cache] * self.info.num_layers)
         return h_BTD.flatten(0, 1)[positions_N]
 
     def log_probs(self, batch: Batch) -> np.ndarray:

@@ -72,7 +72,7 @@ class MLXTrainer:
         faults.hit("micro.begin")
         dropout = self.model.dropout
         dropout.begin(seed=update.seed, step=update.step, places=batch.places())
-        names = ("tokens_BT", "positions_N", "targets_N", "weights_N")
+        names = ["tokens_BT", "positions_N", "targets_N", "weights_N", *["pads_B"] * (batch.padding_side == "left")]
         arrays = {name: mx.array(getattr(batch, name)) for name in names}
         arrays["weights_N"] = arrays["weights_N"] * factor
         try:
@@ -87,7 +87,7 @@ class MLXTrainer:
     def loss(self, arrays: Arrays, *, packed: Sequence[int] = ()) -> mx.array:
         """Return the summed loss of a micro-batch, differentiable in the trained tensors."""
         model, targets_N, weights_N = self.model, arrays["targets_N"], arrays["weights_N"]
-        h_ND = model.hidden_at(arrays["tokens_BT"], arrays["positions_N"], packed=packed)
+        h_ND = model.hidden_at(arrays["tokens_BT"], arrays["positions_N"], packed=packed, pads_B=arrays.get("pads_B"))
         return self.objective(h_ND, model.head, targets_N, weights_N, train_head=model.trains_head)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

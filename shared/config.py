@@ -29,7 +29,7 @@ from shared.sections import (
     is_import_path,
     not_a_switch,
 )
-from shared.types import MomentFormat, Spikes
+from shared.types import MomentFormat, PaddingSide, Spikes
 
 
 class SourceConfig(Section):
@@ -67,6 +67,12 @@ class DataConfig(Section):
         Literal["auto", "packed", "none"],
         Field(description="packed: examples end to end, none: sorted by length and padded; never changes the result"),
     ] = "auto"
+    padding_side: Annotated[
+        PaddingSide,
+        Field(
+            description="where rows that are not packed are padded to the longest beside them; never changes results"
+        ),
+    ] = "right"
     streaming: Annotated[
         Literal["auto"] | bool,
         Field(

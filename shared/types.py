@@ -16,6 +16,7 @@ Part = Literal["base", "adapter"]
 BackendName = Literal["mlx", "torch"]
 MomentFormat = Literal["float32", "8bit"]  # how an optimizer's moments are kept between updates
 Spikes = Literal["warn", "skip", "rollback", "ignore"]  # rollback: skip, and back to the last checkpoint's weights
+PaddingSide = Literal["right", "left"]  # of rows that are shorter than their micro-batch
 Recompute = bool | Literal["offload"]  # true: layers keep their input only; offload: in host memory
 
 
@@ -55,19 +56,20 @@ Shapes = Collection[Shape]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: its examples one per row and padded on the right, or packed end to end into a single row.
+    """One micro-batch: its examples one per row and padded on one side, or packed end to end into a single row.
 
     Packed, an example attends to itself only and its positions start at 0 again: nothing is computed but real tokens.
     Padded up to a `Shape`, rows of length 0 and supervised positions of weight 0 stand behind the others.
     """
 
-    tokens_BT: np.ndarray  # int32; what stands behind a row's length is never read
+    tokens_BT: np.ndarray  # int32; what stands beside a row's example is never read
     starts_S: np.ndarray  # int32: flat b*T + t of each example's first token, ascending
     lengths_S: np.ndarray  # int32
     slots_S: np.ndarray  # int32: place of each example in its update, whatever the cut
     positions_N: np.ndarray  # int32: flat b*T + t of the hidden state that predicts the target
     targets_N: np.ndarray  # int32
     weights_N: np.ndarray  # float32
+    padding_side: PaddingSide = "right"  # of rows of one example each
 
     @property
     def num_tokens(self) -> int:
@@ -90,11 +92,18 @@ class Batch:
         """Return whether a row holds more than one example."""
         return len(self.lengths_S) != len(self.tokens_BT)
 
+    @property
+    def pads_B(self) -> np.ndarray:
+        """Return (B,) int32: how many positions of padding stand in front of each row's example."""
+        rows, width = self.tokens_BT.shape
+        zeros = np.zeros(rows, dtype=np.int32)
+        return zeros if self.is_packed else self.starts_S - width * np.arange(rows, dtype=np.int32)
+
     def places(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (B, T) int32 twice: every position's example by its slot, and the position's place in it."""
         if not self.is_packed:
-            times_BT = np.broadcast_to(np.arange(self.tokens_BT.shape[1], dtype=np.int32), self.tokens_BT.shape)
-            return np.broadcast_to(self.slots_S[:, None], self.tokens_BT.shape), times_BT
+            times_BT = np.arange(self.tokens_BT.shape[1], dtype=np.int32) - self.pads_B[:, None]
+            return np.broadcast_to(self.slots_S[:, None], self.tokens_BT.shape), np.maximum(times_BT, 0)
         times = np.arange(self.tokens_BT.size, dtype=np.int32) - np.repeat(self.starts_S, self.lengths_S)
         return np.repeat(self.slots_S, self.lengths_S)[None], times[None]
 
@@ -261,6 +270,7 @@ class ModelInfo:
     )  # embedding and head, as linears
     is_tied: bool = False  # the head is the embedding
     can_batch: bool = False  # sequences of different lengths are continued side by side
+    can_pad_left: bool = False  # a row with padding in front of it gives what it gives alone
     num_experts: int = 1  # in a layer
     norms: Mapping[str, int] = field(default_factory=dict[str, int])  # module with a vector of weights -> its width
 

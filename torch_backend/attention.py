@@ -25,12 +25,23 @@ PACKABLE = CHECKED | {
 }  # proven exact by tests/parity/test_packing.py  # fmt: skip
 
 
+PADDABLE = PACKABLE | {"glm", "olmo3"}  # on the left too: tests/parity/test_padding.py
+
+
 def register() -> str:
     """Make `attend` known to transformers; return the name it has there. No mask is then built beforehand."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
     return NAME
+
+
+def left_padded(zoo: Any, pads_B: torch.Tensor, *, length: int) -> dict[str, torch.Tensor]:
+    """Return what tells a decoder that the first positions of rows are padding: our attention, or the zoo's mask."""
+    if zoo.config._attn_implementation == NAME:
+        return {"pads": pads_B}
+    there_S = torch.arange(length, device=pads_B.device)
+    return {"attention_mask": (there_S >= pads_B[:, None]).long()}
 
 
 def attend(
@@ -42,9 +53,9 @@ def attend(
     """Return (B, T, H, K) and None, as transformers' attention functions do.
 
     query: (B, H, T, K); key and value: (B, KV heads, cached + T, K). segments: lengths of the examples packed into the
-    one row, in order; None: every row is one example, padded on the right at most. bounds: (examples + 1,) int32 on the
+    one row, in order; None: every row is one example, padded. bounds: (examples + 1,) int32 on the
     device, where each of them begins and the last one ends; needed by a kernel that takes them all. pads: (B,) how many
-    cached positions stand in front of each row's first token, which nothing attends to.
+    positions stand in front of each row's first token, which nothing but themselves attends to.
     """
     if attention_mask is not None or dropout or s_aux is not None:
         raise NotImplementedError(f"attention of {type(module).__name__} with a mask, dropout or sinks")
@@ -66,12 +77,12 @@ def causal(
     """Return (B, H, T, K): each position attends to itself and what stands before it, `window` positions at most."""
     T, S = query.shape[2], key.shape[2]
     shared_heads = query.shape[1] != key.shape[1]
-    if softcap is None and T == S and (window is None or window >= S):
+    if softcap is None and T == S and pads is None and (window is None or window >= S):
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared_heads)
     here, there = torch.arange(S - T, S, device=query.device)[:, None], torch.arange(S, device=query.device)
     seen_TS = (there <= here) & (there > here - (window or S))
     if pads is not None:
-        seen_TS = seen_TS & (there >= pads[:, None, None, None])  # (B, 1, T, S)
+        seen_TS = (seen_TS & (there >= pads[:, None, None, None])) | (here == there)  # (B, 1, T, S)
     if softcap is None:
         return scaled_dot_product_attention(
             query, key, value, attn_mask=seen_TS, scale=scaling, enable_gqa=shared_heads

@@ -82,10 +82,8 @@ class Rows:
         """Return what the decoder has to know of sequences that begin at different places in the cache."""
         lengths_B = torch.tensor(self.lengths, device=self.zoo.device)
         pads_B = lengths_B.max() - lengths_B
-        if self.zoo.config._attn_implementation == attention.NAME:
-            return {"position_ids": lengths_B[:, None], "pads": pads_B}
-        there_S = torch.arange(max(self.lengths) + 1, device=self.zoo.device)
-        return {"position_ids": lengths_B[:, None], "attention_mask": (there_S >= pads_B[:, None]).long()}
+        hidden = attention.left_padded(self.zoo, pads_B, length=max(self.lengths) + 1)
+        return {"position_ids": lengths_B[:, None], **hidden}
 
     @torch.no_grad()
     def feed(self, tokens: Sequence[Sequence[int]], cache: Any, **places: torch.Tensor) -> np.ndarray:

@@ -246,6 +246,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         },
         is_tied=folder.is_tied,
         can_batch=generation.can_batch(zoo),
+        can_pad_left=folder.family in attention.PADDABLE,
         num_experts=num_experts(folder.config),
         norms=find_norms(zoo),
     )

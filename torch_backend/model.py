@@ -22,7 +22,7 @@ from shared.generation.loop import generate
 from shared.protocols import Rows
 from shared.strict import check_adapter
 from shared.types import AdapterSpec, Batch, ModelInfo, Part, Recompute, Sampling, Shape, Tensor, Token
-from torch_backend import generation, objectives
+from torch_backend import attention, generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
 from torch_backend.dora import attach_dora, magnitudes
 from torch_backend.ends import attach_ends
@@ -66,18 +66,19 @@ class TorchModel:
         self.runs_compiled = batch.shape in self.shapes and not batch.is_packed
         tokens_BT = self.put(batch.tokens_BT, torch.long)
         positions_N = self.put(batch.positions_N, torch.long)  # before the decoder: a copy waits for what is queued
-        h_BTD = self.decoder(input_ids=tokens_BT, use_cache=False, **self.packing(batch)).last_hidden_state
+        h_BTD = self.decoder(input_ids=tokens_BT, use_cache=False, **self.places(batch)).last_hidden_state
         return h_BTD.flatten(0, 1).index_select(0, positions_N)  # the backward of [] would sort the positions
 
-    def packing(self, batch: Batch) -> dict[str, Any]:
-        """Return what the decoder has to know of a packed batch: positions from 0 in every example, their lengths."""
-        if not batch.is_packed:
+    def places(self, batch: Batch) -> dict[str, Any]:
+        """Return what the decoder has to know of examples that do not begin their row; positions are from 0 in each."""
+        if not batch.is_packed and batch.padding_side == "right":
             return {}
-        return {
-            "position_ids": self.put(batch.places()[1], torch.long),
-            "segments": batch.lengths_S.tolist(),
-            "bounds": self.put(np.append(batch.starts_S, batch.tokens_BT.size), torch.int32),
-        }
+        positions = {"position_ids": self.put(batch.places()[1], torch.long)}
+        if batch.padding_side == "left":
+            pads_B = self.put(batch.pads_B, torch.long)
+            return positions | attention.left_padded(self.zoo, pads_B, length=batch.shape.tokens)
+        bounds = self.put(np.append(batch.starts_S, batch.tokens_BT.size), torch.int32)
+        return {**positions, "segments": batch.lengths_S.tolist(), "bounds": bounds}
 
     def put(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         """Return an array on the device, without waiting for it on CUDA."""

@@ -15,7 +15,7 @@ from shared.data.cut import Segment, cut, join, pack
 from shared.data.layout import Layout
 from shared.data.shapes import shaped_batches
 from shared.data.sources import Weights, epoch_rows
-from shared.types import Batch, Example
+from shared.types import Batch, Example, PaddingSide
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,12 @@ class Plan:
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
 
-def make_batch(examples: Sequence[Example], slots: Sequence[int], *, packed: bool = False) -> Batch:
+def make_batch(
+    examples: Sequence[Example], slots: Sequence[int], *, packed: bool = False, padding_side: PaddingSide = "right"
+) -> Batch:
     """Return the micro-batch of these examples; slots: their places in the update."""
-    return join([make_segment(example, slot) for example, slot in zip(examples, slots, strict=True)], packed=packed)
+    segments = [make_segment(example, slot) for example, slot in zip(examples, slots, strict=True)]
+    return join(segments, packed=packed, padding_side=padding_side)
 
 
 def make_segment(example: Example, slot: int) -> Segment:
@@ -55,12 +58,14 @@ def micro_batches(examples: Sequence[Example], layout: Layout) -> list[Batch]:
     """Return the micro-batches of one update's (or a whole evaluation's) examples."""
     divide = pack if layout.packed else cut
     groups = divide([len(example.tokens) for example in examples], micro_tokens=layout.micro_tokens)
-    return [make_batch([examples[place] for place in group], group, packed=layout.packed) for group in groups]
+    how = {"packed": layout.packed, "padding_side": layout.padding_side}
+    return [make_batch([examples[place] for place in group], group, **how) for group in groups]
 
 
 def update_batches(examples: Sequence[Example], plan: Plan, step: int, layout: Layout) -> list[Batch]:
     """Return the micro-batches of update `step`."""
     chosen = [examples[row] for row in plan.rows(step)]
     if layout.shapes:
-        return shaped_batches([make_segment(example, slot) for slot, example in enumerate(chosen)], layout.shapes)
+        segments = [make_segment(example, slot) for slot, example in enumerate(chosen)]
+        return shaped_batches(segments, layout.shapes, padding_side=layout.padding_side)
     return micro_batches(chosen, layout)

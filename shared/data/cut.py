@@ -9,7 +9,7 @@ from heapq import heapreplace
 import numpy as np
 
 from shared.errors import OutOfMemory
-from shared.types import Batch
+from shared.types import Batch, PaddingSide
 
 MICRO_COST = 64  # positions that a micro-batch's fixed cost is worth: cut where it saves more (benchmarks/LOG.md)
 
@@ -27,11 +27,13 @@ class Segment:
     weights_N: np.ndarray
 
 
-def join(segments: Sequence[Segment], *, packed: bool) -> Batch:
-    """Return segments as one micro-batch: end to end in one row, or a row each."""
+def join(segments: Sequence[Segment], *, packed: bool, padding_side: PaddingSide = "right") -> Batch:
+    """Return segments as one micro-batch: end to end in one row, or a row each, padded on one side."""
     lengths_S = np.array([len(segment.tokens) for segment in segments], dtype=np.int32)
     width = int(lengths_S.sum() if packed else lengths_S.max())
     starts_S = np.cumsum(lengths_S) - lengths_S if packed else np.arange(len(segments)) * width
+    if padding_side == "left" and not packed:
+        starts_S = starts_S + width - lengths_S
     tokens = np.zeros((1 if packed else len(segments)) * width, dtype=np.int32)
     for segment, start in zip(segments, starts_S, strict=True):
         tokens[start : start + len(segment.tokens)] = segment.tokens
@@ -44,6 +46,7 @@ def join(segments: Sequence[Segment], *, packed: bool) -> Batch:
         positions_N=np.concatenate(positions).astype(np.int32),
         targets_N=np.concatenate([segment.targets_N for segment in segments]),
         weights_N=np.concatenate([segment.weights_N for segment in segments]),
+        padding_side="right" if packed else padding_side,
     )
 
 
@@ -133,4 +136,4 @@ def split(batch: Batch) -> Iterator[Batch]:
     middle = -(-len(segments) // 2)
     for part in (segments[:middle], segments[middle:]):
         if part:
-            yield join(part, packed=batch.is_packed)
+            yield join(part, packed=batch.is_packed, padding_side=batch.padding_side)

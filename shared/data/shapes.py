@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
 from shared.data.cut import MICRO_COST, Segment, join
-from shared.types import Batch, Example, Shape
+from shared.types import Batch, Example, PaddingSide, Shape
 
 MOST_SHAPES = 8
 WIDTHS = 32  # quantiles of the lengths that are tried as widths
@@ -99,11 +100,15 @@ def fill(lengths: Sequence[int], targets: Sequence[int], shapes: Sequence[Shape]
     return groups
 
 
-def shaped_batches(segments: Sequence[Segment], shapes: Sequence[Shape]) -> list[Batch]:
+def shaped_batches(
+    segments: Sequence[Segment], shapes: Sequence[Shape], *, padding_side: PaddingSide = "right"
+) -> list[Batch]:
     """Return the micro-batches of one update's examples, each padded up to one of `shapes`."""
     lengths = [len(segment.tokens) for segment in segments]
     groups = fill(lengths, [len(segment.targets_N) for segment in segments], shapes)
-    return [pad(join([segments[place] for place in group], packed=False), shape) for group, shape in groups]
+    how: dict[str, Any] = {"packed": False, "padding_side": padding_side}
+    batches = [(join([segments[place] for place in group], **how), shape) for group, shape in groups]
+    return [pad(batch, shape) for batch, shape in batches]
 
 
 def pad(batch: Batch, shape: Shape) -> Batch:
@@ -114,12 +119,17 @@ def pad(batch: Batch, shape: Shape) -> Batch:
     rows, width = batch.tokens_BT.shape
     more, extra = (0, shape.rows - rows), (0, shape.targets - len(batch.targets_N))
     rows_N, times_N = np.divmod(batch.positions_N, width)
+    front = shape.tokens - width if batch.padding_side == "left" else 0
+    pads_B = np.pad(batch.pads_B + front, more)
     return Batch(
-        tokens_BT=np.pad(batch.tokens_BT, (more, (0, shape.tokens - width))),
-        starts_S=np.arange(shape.rows, dtype=np.int32) * shape.tokens,
+        tokens_BT=np.pad(batch.tokens_BT, (more, (front, shape.tokens - width - front))),
+        starts_S=np.arange(shape.rows, dtype=np.int32) * shape.tokens + pads_B,
         lengths_S=np.pad(batch.lengths_S, more),
         slots_S=np.pad(batch.slots_S, more),
-        positions_N=np.pad(rows_N * shape.tokens + times_N, extra, constant_values=shape.rows * shape.tokens - 1),
+        positions_N=np.pad(
+            rows_N * shape.tokens + times_N + front, extra, constant_values=shape.rows * shape.tokens - 1
+        ),
         targets_N=np.pad(batch.targets_N, extra),
         weights_N=np.pad(batch.weights_N, extra),
+        padding_side=batch.padding_side,
     )

@@ -106,7 +106,8 @@ def trace(backend: Backend, prepared: Prepared, *, updates: int) -> Trace:
     total = config.train.updates or plan.updates_per_epoch * (config.train.epochs or 1)
     schedule = build_schedule(config.schedule, lr=config.optimizer.lr, updates=total)
     micro = None if config.train.micro_tokens == "auto" else config.train.micro_tokens
-    layout = choose_layout(model.info, packing=config.data.packing, micro_tokens=micro)
+    packing, side = config.data.packing, config.data.padding_side
+    layout = choose_layout(model.info, packing=packing, micro_tokens=micro, padding_side=side)
     batches, update = update_batches(prepared.train, plan, 1, layout), build_update(config, 1, lr=0.0)
     first = first_gradient(backend.trainer(model, objective="sft", optimizer=Method("sgd")), batches, update)
     trainer, losses = backend.trainer(model, objective="sft", optimizer=method), []

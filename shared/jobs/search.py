@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from shared.adapters.start import start_values
 from shared.config import RunConfig
@@ -54,13 +55,13 @@ def search_micro_tokens(config: RunConfig, *, tell: Callable[[Tried], None] = la
     if spec.kind != "none":
         model.load_tensors("adapter", start_values(config, spec, model, prepared.base))
     trainer = backend.trainer(model, objective="sft", optimizer=method_of(config))
-    packing = config.data.packing
+    how: dict[str, Any] = {"packing": config.data.packing, "padding_side": config.data.padding_side}
     rows = sorted(sample_of(prepared.train), key=lambda example: -len(example.tokens))[: config.train.batch_size]
     tried: list[Tried] = []
     micro, most = len(rows[0].tokens), len(rows) * len(rows[0].tokens)
     while True:
         try:
-            layout = choose_layout(model.info, packing=packing, micro_tokens=micro)
+            layout = choose_layout(model.info, micro_tokens=micro, **how)
             tried.append(try_size(trainer, rows, config, layout=layout, micro_tokens=micro))
         except OutOfMemory:
             stopped = f"out of memory at {micro} tokens"

@@ -30,7 +30,8 @@ from shared.types import Capability
 # Settings that may change between a run and its resume: they change neither the mathematics nor the data.
 FREE = (
     "output", "backend", "device", "log", "checkpoint", "evaluation",
-    "train.micro_tokens", "train.recompute", "train.compile", "data.packing", "data.cache", "data.streaming",
+    "train.micro_tokens", "train.recompute", "train.compile", "data.packing", "data.padding_side", "data.cache",
+    "data.streaming",
     "model", "adapter.start",  # these and the next by hash, wherever they lie
     "data.path", "data.splits", "data.columns", "data.drop", "data.valid_split",
 )  # fmt: skip

@@ -16,6 +16,7 @@ from shared.types import Batch, Example
 
 LENGTHS = st.lists(st.integers(2, 500), min_size=1, max_size=60)
 BUDGET = st.integers(1, 2000)
+SIDES = st.sampled_from(["right", "left"])
 FIELDS = ("tokens_BT", "starts_S", "lengths_S", "slots_S", "positions_N", "targets_N", "weights_N")
 
 
@@ -74,43 +75,53 @@ def test_packing_needs_no_more_groups_than_the_next_smaller_number_would_overfil
         assert len(groups) <= 2 * -(-sum(lengths) // micro_tokens)
 
 
-@given(updates(), st.booleans())
-def test_what_was_joined_comes_apart_and_joins_to_the_same(examples, packed):
+@given(updates(), st.booleans(), SIDES)
+def test_what_was_joined_comes_apart_and_joins_to_the_same(examples, packed, side):
     segments = [make_segment(example, slot) for slot, example in enumerate(examples)]
-    batch = join(segments, packed=packed)
+    batch = join(segments, packed=packed, padding_side=side)
     again = list(take_apart(batch))
     for one, other in zip(segments, again, strict=True):
         assert one.slot == other.slot
         for name in ("tokens", "positions_N", "targets_N", "weights_N"):
             assert np.array_equal(getattr(one, name), getattr(other, name)), name
-    assert same(join(again, packed=packed), batch)
+    assert same(join(again, packed=packed, padding_side=side), batch)
 
 
-@given(updates(), st.booleans())
-def test_halves_teach_what_the_whole_teaches_down_to_single_examples(examples, packed):
-    micro = [make_batch(examples, range(len(examples)), packed=packed)]
+@given(updates(), st.booleans(), SIDES)
+def test_halves_teach_what_the_whole_teaches_down_to_single_examples(examples, packed, side):
+    micro = [make_batch(examples, range(len(examples)), packed=packed, padding_side=side)]
     taught = facts(micro)
     assert len(taught) == sum(int(example.supervised.sum()) for example in examples)
     while max(len(batch.lengths_S) for batch in micro) > 1:
         micro = halve(micro)
         assert facts(micro) == taught
+        assert all(ends_on(side, batch) for batch in micro)
         if packed:
             assert all(batch.tokens_BT.size == batch.num_tokens for batch in micro)  # nothing padded by the split
     assert len(micro) == len(examples)
     assert all(same(one, next(split(one))) for one in micro)
 
 
-@given(updates(), BUDGET, st.booleans())
-def test_every_layout_teaches_the_same(examples, micro_tokens, packed):
-    batches = micro_batches(examples, Layout(micro_tokens, packed=packed))
+@given(updates(), BUDGET, st.booleans(), SIDES)
+def test_every_layout_teaches_the_same(examples, micro_tokens, packed, side):
+    batches = micro_batches(examples, Layout(micro_tokens, packed=packed, padding_side=side))
     assert facts(batches) == facts([make_batch(examples, range(len(examples)))])
     for batch in batches:
+        assert ends_on(side, batch)
         assert np.array_equal(batch.tokens_BT.reshape(-1)[batch.positions_N + 1], batch.targets_N)
 
 
-@given(updates(), st.booleans())
-def test_places_are_those_of_the_obvious_loop(examples, packed):
-    batch = make_batch(examples, [7 * n + 3 for n in range(len(examples))], packed=packed)
+def ends_on(side: str, batch: Batch) -> bool:
+    """Return whether every row of a micro-batch has its padding on that side, and names it."""
+    rows, width = batch.tokens_BT.shape
+    pads = [width - int(length) if side == "left" else 0 for length in batch.lengths_S]
+    return batch.pads_B.tolist() == (pads if len(pads) == rows and not batch.is_packed else [0] * rows)
+
+
+@given(updates(), st.booleans(), SIDES)
+def test_places_are_those_of_the_obvious_loop(examples, packed, side):
+    slots = [7 * n + 3 for n in range(len(examples))]
+    batch = make_batch(examples, slots, packed=packed, padding_side=side)
     slots_BT, times_BT = batch.places()
     assert slots_BT.shape == times_BT.shape == batch.tokens_BT.shape
     for slot, start, length in zip(batch.slots_S, batch.starts_S, batch.lengths_S, strict=True):
@@ -126,8 +137,9 @@ def test_dropout_of_a_packed_example_is_that_of_the_padded_one_token_by_token(ex
     from torch_backend.adapters import Dropout as OnTorch
 
     packed, padded = (make_batch(examples, range(len(examples)), packed=flag) for flag in (True, False))
+    left = make_batch(examples, range(len(examples)), padding_side="left")
     masks = []
-    for batch in (packed, padded):
+    for batch in (packed, padded, left):
         keys = {"seed": 1, "step": 9, "places": batch.places()}
         on_mlx, on_torch = OnMLX(p=p), OnTorch(p=p)
         on_mlx.begin(**keys)
@@ -136,8 +148,9 @@ def test_dropout_of_a_packed_example_is_that_of_the_padded_one_token_by_token(ex
         assert np.array_equal(*both)
         masks.append(both[0].reshape(-1, 8))
     for n, length in enumerate(packed.lengths_S):
-        one, other = (m[b.starts_S[n] : b.starts_S[n] + length] for m, b in zip(masks, (packed, padded), strict=True))
-        assert np.array_equal(one, other)
+        batches = zip(masks, (packed, padded, left), strict=True)
+        one, *others = (mask[b.starts_S[n] : b.starts_S[n] + length] for mask, b in batches)
+        assert all(np.array_equal(one, other) for other in others)
         exact = seeds.dropout_mask(seed=1, step=9, name="a.q_proj", slots=[n], shape=(int(length), 8), p=p)[0]
         assert np.array_equal(one, exact)
 

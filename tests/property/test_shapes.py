@@ -15,31 +15,35 @@ from shared.data.cut import MICRO_COST, halve, join, take_apart
 from shared.data.layout import Layout
 from shared.data.shapes import MOST_SHAPES, choose_shapes, expected_cost, fill, shaped_batches
 from shared.types import Shape
-from tests.property.test_layouts import facts, same, updates
+from tests.property.test_layouts import SIDES, facts, same, updates
 
 SHAPES = st.lists(st.builds(Shape, st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)), max_size=4)
 
 
-@given(updates(), st.integers(1, 20), st.integers(1, 200))
+@given(updates(), st.integers(1, 20), st.integers(1, 200), SIDES)
 @settings(max_examples=40)
-def test_every_micro_batch_has_one_of_at_most_eight_shapes_and_teaches_the_same(examples, batch_size, micro_tokens):
+def test_every_micro_batch_has_one_of_at_most_eight_shapes_and_teaches_the_same(
+    examples, batch_size, micro_tokens, side
+):
     shapes = choose_shapes(examples, batch_size=batch_size, micro_tokens=micro_tokens)
     assert 1 <= len(shapes) <= MOST_SHAPES
     assert all(shape.rows * shape.tokens <= micro_tokens or shape.rows == 1 for shape in shapes)
     assert max(shape.tokens for shape in shapes) == max(len(example.tokens) for example in examples)
-    batches = shaped_batches(segments(examples), shapes)
+    batches = shaped_batches(segments(examples), shapes, padding_side=side)
     assert {batch.shape for batch in batches} <= set(shapes)
     assert facts(batches) == facts([make_batch(examples, range(len(examples)))])
     assert sum(batch.num_tokens for batch in batches) == sum(len(example.tokens) for example in examples)
     assert sum(batch.num_supervised for batch in batches) == sum(int(row.supervised.sum()) for row in examples)
 
 
-@given(updates(), st.integers(1, 200))
+@given(updates(), st.integers(1, 200), SIDES)
 @settings(max_examples=40)
-def test_what_was_padded_comes_apart_without_the_padding(examples, micro_tokens):
+def test_what_was_padded_comes_apart_without_the_padding(examples, micro_tokens, side):
     shapes = choose_shapes(examples, batch_size=len(examples), micro_tokens=micro_tokens)
-    for batch in shaped_batches(segments(examples), shapes):
+    for batch in shaped_batches(segments(examples), shapes, padding_side=side):
         assert not batch.is_packed
+        width, real = batch.tokens_BT.shape[1], batch.lengths_S > 0
+        assert np.array_equal(batch.pads_B, np.where(real, width - batch.lengths_S, 0) if side == "left" else 0 * real)
         assert batch.places()[0].shape == batch.tokens_BT.shape
         again = join(list(take_apart(batch)), packed=False)
         assert same(again, make_batch([examples[slot] for slot in again.slots_S], again.slots_S.tolist()))
