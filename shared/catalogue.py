@@ -57,8 +57,8 @@ CATALOGUE = {
         "Choose another `--output` (or `output:`), or move what is there.",
     ),
     "E206": Kind(
-        "targets or layers that the model does not have",
-        "`adapter.targets`, `adapter.layers` or a pattern matches no module of this model.",
+        "modules or layers that the model does not have",
+        "`adapter.targets`, `adapter.layers`, or a pattern of `adapter`, `--override` or `--keep` matches no module.",
         "Take a name that the message lists; `all-linear` fits every model.",
     ),
     "E207": Kind(
@@ -94,6 +94,11 @@ CATALOGUE = {
         "Rows with messages need the model's template. It runs in a sandbox: without access to Python, at most 1 s, "
         "256 MB and 1 MB of text. Some templates refuse some conversations on purpose.",
         "Use a chat model, or rows with prompt and completion; else correct the row as the template's words say.",
+    ),
+    "E215": Kind(
+        "a prompt that cannot be answered",
+        "It is empty, or has with its answer more tokens than the model has positions.",
+        "Shorten the prompt, lower `--max-tokens`, or begin the conversation anew (`/reset`).",
     ),
     "E300": Kind(
         "no model there",
@@ -161,8 +166,21 @@ CATALOGUE = {
     ),
     "E312": Kind(
         "an adapter that does not fit the base",
-        "It was trained on another model: modules are missing or have other widths.",
-        "Use the base it was trained on; adapter_config.json names it.",
+        "It was trained on another model: modules are missing or have other widths, or the base is of another "
+        "architecture (model type, sizes) than the one that adapter_config.json notes.",
+        "Use the base it was trained on; adapter_config.json names it. MLXLORA_ANY_BASE=1 takes any base that it fits.",
+    ),
+    "E313": Kind(
+        "a fused model that would have lost its adapter",
+        "The adapter's change is smaller than what the format of the result can hold, so less than 0.9 of it, as a "
+        "cosine, would be left. Nothing was written.",
+        "Leave out `--scheme` for full precision, keep the adapter beside the base, or give `--accept-loss`.",
+    ),
+    "E314": Kind(
+        "a weight that the format cannot hold",
+        "Its width does not divide into the format's groups, its shape is none that the format stores, or its values "
+        "are too large for it. The model itself is sound.",
+        "Take smaller groups or another scheme, or leave the module as it is: `mlxlora quantize --keep`.",
     ),
     "E320": Kind(
         "no checkpoint there",
@@ -180,6 +198,16 @@ CATALOGUE = {
         "nothing describes.",
         "Undo the change, choose another `--output`, name it with `--allow-change KEY`, or start anew with `--resume "
         "never`.",
+    ),
+    "E323": Kind(
+        "no run there, or one without a result",
+        "The folder has no manifest.json, or its run has not come to its end.",
+        "`mlxlora runs ls DIR` lists the runs of a folder; let the run end: the same command goes on.",
+    ),
+    "E324": Kind(
+        "a checkpoint of another version",
+        "A newer mlxlora wrote it in a format that this one does not read.",
+        "Use the mlxlora that wrote it, or a newer one.",
     ),
     "E400": Kind(
         "something this version does not do",
@@ -215,6 +243,12 @@ CATALOGUE = {
         "The format asked for cannot hold these weights, this tokenizer or this adapter bit for bit, and nothing is "
         "rounded in silence.",
         "The message names what the format lacks; convert to another format, or from the unquantized model.",
+    ),
+    "E406": Kind(
+        "adapters that have no sum",
+        "DoRA scales the base's rows, a module that was trained whole replaces the base's, and of an adapter of your "
+        "own nobody knows what a sum would be: such adapters cannot be added to others.",
+        "Fuse that adapter into the base, and use the others on the result; or use one at a time.",
     ),
     "E500": Kind(
         "training diverged",

@@ -352,6 +352,7 @@ def validate(values: Any, *, place: str = "config", places: Places | None = None
         raise ConfigError(
             f"{place}: train.compile true with data.packing packed: packed rows have a new shape in every update",
             fix="set data.packing: auto",
+            code="E204",
         )
     if config.adapter.type == "none" and config.adapter.start is not None:
         raise ConfigError(

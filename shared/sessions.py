@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.adapters.bases import check_base, other_weights
 from shared.adapters.folder import Adapter, check_copies, check_fit
 from shared.config import EvaluationConfig
 from shared.convert.merge import read_weighted
@@ -59,6 +60,8 @@ def open_session(
     found = read_weighted([str(adapter)] if isinstance(adapter, str | Path) else adapter) if adapter else None
     folder = find_folder(model)
     base = open_folder(folder)
+    if found is not None:
+        check_base(found, base)
     tokenizer = load_tokenizer(folder)
     engine = find_backend(backend)
     if dtype == "auto":
@@ -92,8 +95,8 @@ def differences(adapter: Adapter | None, base: ModelFolder, *, dtype: str) -> It
 def other_base(adapter: Adapter, base: ModelFolder) -> Iterator[str]:
     """Yield that a base is another than the adapter was trained on, as far as its notes say; reads the whole base."""
     files = [*base.files, base.path / "config.json"]
-    if "base" in adapter.notes and joint_hash(hash_files(files).result()) != adapter.notes["base"]:
-        yield "this is not the base that the adapter was trained on: its files differ"
+    if "base" in adapter.notes:
+        yield from other_weights(adapter, joint_hash(hash_files(files).result()))
 
 
 def choose_quantization(asked: str, adapter: Adapter | None, *, already: bool, note: Note) -> str:
@@ -166,7 +169,7 @@ def prompt_ids(
         text = session.tokenizer.chat_prompt([{"role": "user", "content": prompt}])
         ids = session.tokenizer.encode(text, special=False)
     if not ids:
-        raise DataError("the prompt is empty and the model has no start token", fix="give a prompt")
+        raise DataError("the prompt is empty and the model has no start token", fix="give a prompt", code="E215")
     return ids
 
 
@@ -187,6 +190,7 @@ def check_room(session: Session, prompts: Sequence[Sequence[int]], sampling: Sam
                 f"{which} has {len(ids)} tokens, with {sampling.max_tokens} of an answer more than the model has "
                 f"positions: {most}",
                 fix=fits,
+                code="E215",
             )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mlxlora.cli.options import Debug, Json
-from mlxlora.cli.output import emit
+from mlxlora.cli.output import emit, say
 
 
 def merge(
@@ -33,6 +33,8 @@ def merge(
     if as_json:
         emit(result)
         return
-    parts = " + ".join(f"{one.weight:g} {one.folder.name}" for one in result.adapters)
+    for text in result.notes:
+        say(text)
+    parts = " + ".join(f"{one.weight:g} {one.folder}" for one in result.adapters)
     what = "copied" if result.copied else f"{result.method}, rank {result.rank}"
     print(f"{parts}: {result.modules} modules, {what}\nadapter: {result.output}")

@@ -28,7 +28,7 @@ def ls(
 
     from shared.jobs.runs import list_runs, number_text
 
-    found = list_runs(folder)
+    found = list_runs(folder) if folder != Path("runs") or folder.exists() else []  # nothing was trained here yet
     if as_json:
         emit_object({"runs": [asdict(run) for run in found]})
         return

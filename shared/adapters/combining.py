@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from shared.adapters.bases import check_bases
 from shared.adapters.folder import Adapter
 from shared.adapters.own import is_own
 from shared.adapters.spec import ends_of, leaves_of, natural
@@ -54,6 +55,7 @@ def combine(
     if len(chosen) == 1 and chosen[0][1] == 1 and rank in (None, chosen[0][0].spec.rank):
         return chosen[0][0]  # nothing to add it to
     check_addable([adapter for adapter, _ in chosen])
+    check_bases([adapter for adapter, _ in chosen])
     common = Counter(a.spec.scale_of(name) for a, _ in chosen for name in a.spec.modules).most_common(1)[0][0]
     scale = common if method == "concat" else 1.0
     modules = sorted({name for adapter, _ in chosen for name in adapter.spec.modules}, key=natural)
@@ -93,24 +95,24 @@ def check_addable(adapters: Sequence[Adapter]) -> None:
     own = next((adapter.spec.kind for adapter in adapters if is_own(adapter.spec.kind)), None)
     if own is not None:
         raise CapabilityError(
-            f"{own} is a user's own adapter, of which nobody knows what a sum would be", code="E404",
+            f"{own} is a user's own adapter, of which nobody knows what a sum would be", code="E406",
             expected="LoRA and rsLoRA", fix="use one at a time",
         )  # fmt: skip
     if any(adapter.spec.kind == "dora" for adapter in adapters):
         raise CapabilityError(
-            "DoRA scales the base's rows by their norms: such adapters cannot be added to others", code="E404",
+            "DoRA scales the base's rows by their norms: such adapters cannot be added to others", code="E406",
             expected="LoRA and rsLoRA", fix="fuse the DoRA adapter into the base, and use the others on that",
         )  # fmt: skip
     whole = next((name for adapter in adapters for name in adapter.spec.saved), None)
     if whole is not None:
         raise CapabilityError(
-            f'an adapter brings "{whole}" whole (modules_to_save): two such modules have no sum', code="E404",
+            f'an adapter brings "{whole}" whole (modules_to_save): two such modules have no sum', code="E406",
             expected="adapters without modules_to_save",
             fix="fuse that adapter into the base, and use the others on that",
         )  # fmt: skip
     if len({adapter.spec.tied for adapter in adapters if ends_of(adapter.spec.modules)}) > 1:
         raise CapabilityError(
-            "one adapter changes embedding and head as one tensor, another does not (ensure_weight_tying)", code="E404",
+            "one adapter changes embedding and head as one tensor, another does not (ensure_weight_tying)", code="E406",
             expected="adapters that treat them alike",
         )  # fmt: skip
     damaged = [name for adapter in adapters for name, tensor in adapter.tensors.items() if not is_finite(tensor)]
@@ -210,4 +212,5 @@ def rounded(values: np.ndarray, *, name: str) -> Tensor:
 def common_notes(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what was noted alike of all, such as the base; not where one of them came from."""
     first = {key: value for key, value in notes[0].items() if key != "origin"}
-    return {key: value for key, value in first.items() if all(other.get(key) == value for other in notes)}
+    same = {key: value for key, value in first.items() if all(other.get(key) == value for other in notes)}
+    return same if "base" in same or "base" not in first else {**same, "base": "several"}  # no base's hash

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from shared.adapters.bases import check_base
 from shared.adapters.folder import check_copies, check_fit, read_adapter
 from shared.adapters.spec import ends_of, first_values
 from shared.adapters.writing import Facts, peft_targets, plain_number
@@ -24,6 +25,7 @@ def start_values(config: RunConfig, spec: AdapterSpec, model: Model, base: Model
     if config.adapter.start is None:
         return first_values(spec, model, seed=config.train.seed)
     found = read_adapter(Path(config.adapter.start).expanduser())
+    check_base(found, base)
     check_fit(found, model.info, own=config.adapter.type)
     check_copies(found, base)
     own = replace(found.spec, tied=found.spec.tied and model.info.is_tied)

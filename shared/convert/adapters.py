@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from shared.adapters.bases import check_base
 from shared.adapters.folder import Adapter, check_copies, from_peft, is_copy, no_adapter, no_tensors, read_as
 from shared.adapters.names import (
     COPY,
@@ -86,6 +87,8 @@ def convert_adapter(source: Path, target: Path, *, to: str, base: str | None = N
     first = restored(config, stored, load_restore(source), to=to)
     folder = find_base(config, base)
     facts = facts_of(folder)
+    if folder is not None:
+        check_base(adapter, folder)
     check_expressible(adapter.spec, folder, to=to)
     if folder is not None:
         adapter = replace(adapter, spec=replace(adapter.spec, tied=adapter.spec.tied and folder.is_tied))

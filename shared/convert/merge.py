@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shared.adapters.bases import check_base, different_bases
 from shared.adapters.combining import check_options, combine
 from shared.adapters.folder import Adapter, check_copies, read_adapter
 from shared.adapters.names import MLX_FILE, PEFT_FILE
@@ -16,7 +17,7 @@ from shared.adapters.writing import METADATA, to_mlx, to_peft, why_not_mlx, writ
 from shared.convert.adapters import RESTORE_FILE, facts_of, find_base, named_base
 from shared.convert.target import ADAPTER, new_folder
 from shared.errors import CapabilityError, ConfigError
-from shared.folder import ModelFolder, read_json
+from shared.folder import ModelFolder, find_folder, open_folder, read_json
 from shared.tensors import save_file
 from shared.types import AdapterSpec
 
@@ -41,6 +42,7 @@ class Merged:
     modules: int
     rank: int
     copied: bool  # the first bytes: one adapter with weight 1, the others with 0
+    notes: tuple[str, ...] = ()
 
 
 def parse_weighted(text: str) -> Weighted:
@@ -78,6 +80,9 @@ def merge_adapters(
     found = tuple(parse_weighted(text) for text in adapters)
     check_options(method, rank=rank, density=density)
     read = [read_adapter(one.folder) for one in found]
+    named = None if base is None else open_folder(find_folder(base))
+    for adapter in read if named is not None else ():
+        check_base(adapter, named)
     merged = combine(read, [one.weight for one in found], method=method, rank=rank, density=density)
     if any(adapter.copies for adapter in read):
         folder = find_base(read_json(found[0].folder / CONFIG_FILE), base)
@@ -97,7 +102,8 @@ def merge_adapters(
                     (staged / name).write_bytes((found[same].folder / name).read_bytes())
         else:
             write_merged(staged, merged, found, method=method, base=base)
-    return Merged(target, method, found, len(merged.spec.modules), merged.spec.rank, same is not None)
+    notes = () if same is not None else tuple(different_bases(read))
+    return Merged(target, method, found, len(merged.spec.modules), merged.spec.rank, same is not None, notes)
 
 
 def write_merged(staged: Path, merged: Adapter, found: Sequence[Weighted], *, method: str, base: str | None) -> None:

@@ -56,7 +56,9 @@ def load_rows(data: DataConfig, *, valid_too: bool = True) -> Rows:
                 raise no_rows(found[0], prefix=prefix, dropped=sum(dropped.values()) - left_out)
         kept, parted = part(train[before:], share=data.valid_split)
         if not kept:
-            raise DataError(f"data.valid_split leaves no row of {root} to train on", fix="a smaller one, or more rows")
+            raise DataError(
+                f"data.valid_split leaves no row of {root} to train on", fix="a smaller one, or more rows", code="E204"
+            )
         train[before:], valid = kept, valid + parted
         counts.append(len(kept))
     return Rows(train, valid, tuple(counts), roots, files, dropped)
@@ -98,7 +100,7 @@ def name_sources(roots: Sequence[Path]) -> list[str]:
 def check_valid(found: list[Path], split: str, data: DataConfig) -> None:
     """Refuse to make a split that is there."""
     if data.valid_split is not None and split == "valid" and found:
-        raise ConfigError(f"data.valid_split, but there is {found[0].name}", fix="remove one of them")
+        raise ConfigError(f"data.valid_split, but there is {found[0].name}", fix="remove one of them", code="E204")
 
 
 def label(file: Path, root: Path) -> str:
@@ -175,7 +177,7 @@ def drop_long(examples: list[Example], counts: tuple[int, ...], *, most: int) ->
     origins = np.repeat(np.arange(len(counts)), counts)[: len(examples)]
     left = np.bincount(origins[fits], minlength=len(counts))
     if not left.all() and examples:
-        raise DataError(f"all rows of a source have more than {most} tokens", fix="raise data.max_length")
+        raise DataError(f"all rows of a source have more than {most} tokens", fix="raise data.max_length", code="E213")
     return [example for example, fit in zip(examples, fits, strict=True) if fit], tuple(left.tolist())
 
 

@@ -150,14 +150,14 @@ def streams(config: RunConfig, *, least: int = STREAM_BYTES) -> bool:
     """
     data, against = config.data, against_streaming(config)
     if data.streaming is True and against is not None:
-        raise ConfigError(f"data.streaming true with {against}", fix="set data.streaming: false")
+        raise ConfigError(f"data.streaming true with {against}", fix="set data.streaming: false", code="E204")
     if data.streaming is False or against is not None:
         return False
     other = file_without_lines(data)
     if other is not None and data.streaming is True:
         raise ConfigError(
             f"data.streaming true, but {other.name} has no lines to be read one by one",
-            expected=".jsonl", fix="write the rows as .jsonl, or set data.streaming: false",
+            expected=".jsonl", fix="write the rows as .jsonl, or set data.streaming: false", code="E204",
         )  # fmt: skip
     size = sum(file.stat().st_size for file in train_files(data))
     return other is None and (data.streaming is True or size >= least)
@@ -221,6 +221,8 @@ def check_counts(index: Index, data: DataConfig, roots: Sequence[Path]) -> None:
     """Raise DataError for a source that has no row to train on."""
     for root, count in zip(roots, index.found.counts, strict=True):
         if count == 0 and data.valid_split is not None:
-            raise DataError(f"data.valid_split leaves no row of {root} to train on", fix="a smaller one, or more rows")
+            raise DataError(
+                f"data.valid_split leaves no row of {root} to train on", fix="a smaller one, or more rows", code="E204"
+            )
         if count == 0:
             raise no_rows(root, dropped=index.found.empty)

@@ -240,11 +240,11 @@ def fit(config: RunConfig, memory: str) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def write_config(config: RunConfig, file: Path) -> None:
-    """Write a config as YAML into a new file; raises StorageError where there is one already."""
+    """Write a config as YAML into a new file; raises ConfigError where there is one already, and StorageError."""
     try:
         with file.open("x", encoding="utf-8") as out:
             out.write(to_yaml(config))
     except FileExistsError:
-        raise StorageError(f"{file} exists", fix="give --output a new name") from None
+        raise ConfigError(f"{file} exists", fix="give --output a new name", code="E205") from None
     except OSError as error:
         raise StorageError(f"cannot write {file}: {error.strerror}", fix="choose another --output") from None

@@ -83,6 +83,7 @@ class Chat:
             raise DataError(
                 f"the conversation has {tokens} tokens, and the model takes {most}",
                 fix="begin anew (/reset), or say less at once",
+                code="E215",
             )
         return min(self.sampling.max_tokens, most - tokens)
 

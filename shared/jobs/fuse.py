@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.adapters.bases import check_base
 from shared.adapters.folder import Adapter, check_copies, is_apart, read_adapter
 from shared.convert.change import find_changes
 from shared.convert.files import WORDS
@@ -77,6 +78,7 @@ def fuse(
     target, base, source = Path(output).expanduser(), find_folder(model), Path(adapter).expanduser()
     check_target(target, sources=[base, source], force=force)
     found, folder = read_adapter(source), open_folder(base)
+    check_base(found, folder)
     check_whole(folder)
     weights = plain_weights(folder)
     check_fusable(found, folder)
@@ -151,7 +153,7 @@ class Lost(AdapterError):
             f"fusing would lose the adapter: a cosine of {kept:.3f} between its change and what is left of it",
             expected=f"{KEPT} or more; nothing was written",
             fix=f"{plain}, keep the adapter apart, or --accept-loss",
-            code="E304",
+            code="E313",
         )
 
 

@@ -168,7 +168,7 @@ def tokenize_whole(
         long = "too_long" in data.drop and len(found.tokens) > data.max_length
         if not long and not found.supervised[: data.max_length].any():
             what = f"{found.source}: no supervised token within data.max_length {data.max_length}"
-            problems.append(DataError(f"{what} ({len(found.tokens)} tokens)"))
+            problems.append(DataError(f"{what} ({len(found.tokens)} tokens)", code="E213"))
     return examples, problems
 
 

@@ -44,7 +44,7 @@ def copy_recipe(recipe: Recipe, target: Path, *, demo: Path, with_base: bool) ->
     """Write recipe.yaml and the rows in data/ into a new folder, and return what it holds.
 
     demo: folder with the base/ that is copied too where asked for, and the task/ of recipes without rows of their own.
-    Raises StorageError where something is there already.
+    Raises ConfigError where something is there already.
     """
     rows = recipe.file.parent / "data" / recipe.name
     parts = {"recipe.yaml": recipe.file, "data": rows if rows.is_dir() else demo / "task"}
@@ -55,7 +55,7 @@ def copy_recipe(recipe: Recipe, target: Path, *, demo: Path, with_base: bool) ->
             copy = shutil.copytree if source.is_dir() else shutil.copyfile
             copy(source, target / name)
     except FileExistsError:
-        raise StorageError(f"{target} exists", fix="name another folder") from None
+        raise ConfigError(f"{target} exists", fix="name another folder", code="E205") from None
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror}", fix="name another folder") from None
     return tuple(target / name for name in parts)

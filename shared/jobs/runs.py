@@ -117,7 +117,9 @@ def read_run(folder: Path) -> RunFacts:
     if not (folder / "manifest.json").is_file():
         near = [path.parent.name for place in (folder.parent, RUNS) for path in place.glob("*/manifest.json")]
         hint = did_you_mean(folder.name, near) if near else "mlxlora runs ls DIR lists runs"
-        raise CheckpointError(f"{folder} is not the folder of a run", expected="manifest.json in it", fix=hint)
+        raise CheckpointError(
+            f"{folder} is not the folder of a run", expected="manifest.json in it", fix=hint, code="E323"
+        )
     rows, manifest = Metrics(folder / "metrics.jsonl").read(), read_manifest(folder / "manifest.json")
     updates = manifest.get("updates")
     return RunFacts(
@@ -281,7 +283,9 @@ def evaluate_both(
         settings = read_settings(run.path)
         adapter = run.path / "adapter"
         if not adapter.is_dir() and not (run.path / "model").is_dir():
-            raise CheckpointError(f"{run.path} has no adapter yet", fix="let the run end: the same command goes on")
+            raise CheckpointError(
+                f"{run.path} has no adapter yet", fix="let the run end: the same command goes on", code="E323"
+            )
         base = str(settings.get("model", run.model)) if adapter.is_dir() else str(run.path / "model")
         session = open_session(base, adapter=str(adapter) if adapter.is_dir() else None, backend=backend, note=note)
         options = {"max_length": settings["data.max_length"], "train_on": settings["data.train_on"]}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import faults
+from shared.adapters.bases import architecture_of, check_base, other_weights
 from shared.adapters.folder import read_adapter
 from shared.adapters.spec import resolve
 from shared.adapters.start import start_values
@@ -190,6 +191,8 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
     longest, most = max(len(example.tokens) for example in sample_of(prepared.train)), run.model.info.max_positions
     if isinstance(most, int) and longest > most:
         yield f"rows of up to {longest} tokens, but the model was made for {most}; data.max_length: {most} cuts them"
+    if run.config.adapter.start is not None and run.state.step == 0:
+        yield from other_weights(read_adapter(Path(run.config.adapter.start).expanduser()), run.identity["base"])
     yield from odd_sizes(run)
     yield from idle_settings(run, prepared)
     if capability.name == "mlx" and capability.device == "cpu" and run.config.train.dtype != "float32":
@@ -214,7 +217,7 @@ def build_run(
     """Load the model, attach the adapter, and put both where the checkpoint says."""
     config = prepared.config
     if found is None and config.adapter.start is not None:
-        read_adapter(Path(config.adapter.start).expanduser())  # refused here rather than behind the model's loading
+        check_base(read_adapter(Path(config.adapter.start).expanduser()), prepared.base)  # before the model is loaded
     chosen = decide_run(config, prepared.base, sample_of(prepared.train), backend=backend)
     model, spec = load_trainable(prepared, backend, recompute=chosen.recompute)
     free = "auto" in (config.train.micro_tokens, config.train.recompute)
@@ -323,6 +326,7 @@ def write_result(run: Run, prepared: Prepared, result: Mapping[str, Any]) -> Non
         "rows": prepared.kind,
         "seed": run.config.train.seed,
         "base": run.identity["base"],
+        "architecture": architecture_of(prepared.base),
     }
     try:
         staged.mkdir()

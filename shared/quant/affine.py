@@ -74,7 +74,7 @@ def in_groups(weight: Tensor, size: int) -> np.ndarray:
     """Return the values of a weight (O, I) in groups, (O, I/size, size) float32; raises ModelError for a rest."""
     rows, width = weight.shape
     if width % size:
-        raise ModelError(f"a weight of width {width} does not divide into groups of {size}", code="E308")
+        raise ModelError(f"a weight of width {width} does not divide into groups of {size}", code="E314")
     return to_float32(weight).reshape(rows, -1, size)
 
 

@@ -44,7 +44,7 @@ class BitnetQuantizer:
         """
         rows, width = weight.shape
         if not self.fits((rows, width)):
-            raise ModelError(f"a weight of {rows} rows does not divide into fours", code="E308")
+            raise ModelError(f"a weight of {rows} rows does not divide into fours", code="E314")
         values = to_float32(weight)
         scale = choose_scale(values)
         trits = np.clip(np.rint(values / scale), -1, 1).astype(np.int8)

@@ -52,7 +52,7 @@ class QuantoQuantizer:
         """Return codes and scales of a weight (O, I), with shifts below 8 bits."""
         rows, width = weight.shape
         if not self.fits((rows, width)):
-            raise ModelError(f"quanto stores a weight of shape {(rows, width)} in another way", code="E308")
+            raise ModelError(f"quanto stores a weight of shape {(rows, width)} in another way", code="E314")
         arrays = self.eight_bits(weight) if self.scheme.bits == 8 else self.few_bits(weight)
         return Packed(self.scheme, arrays, (rows, width), weight.dtype)
 

@@ -44,7 +44,7 @@ class RowInt8Quantizer:
         given = to_float32(weight)
         if not np.abs(given).max() <= LARGEST:
             raise ModelError(
-                "a weight is too large for int8, which rounds to float16 first", code="E308", fix="use affine-8bit-g64"
+                "a weight is too large for int8, which rounds to float16 first", code="E314", fix="use affine-8bit-g64"
             )
         values = to_float32(from_float32(given, "F16"))
         absmax = np.abs(values).max(axis=1)

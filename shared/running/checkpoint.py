@@ -181,7 +181,8 @@ def load(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{folder.name} is damaged: its step is {state['step']!r}")
         return Checkpoint(state["step"], *tensors, state)
     except (CheckpointError, ModelError) as error:
-        raise CheckpointError(error.what, expected=error.expected, fix=error.fix) from None
+        code = error.code if isinstance(error, CheckpointError) else None  # a model's page is about models
+        raise CheckpointError(error.what, expected=error.expected, fix=error.fix, code=code) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder.name} is damaged: {type(error).__name__} {error}") from None
 
@@ -197,7 +198,9 @@ def migrate(state: dict[str, Any], *, name: str) -> dict[str, Any]:
     version = state["format"]
     if version not in (*MIGRATIONS, FORMAT):
         raise CheckpointError(
-            f"{name} has format {version!r}, this mlxlora reads 1 to {FORMAT}", fix="use the mlxlora that wrote it"
+            f"{name} has format {version!r}, this mlxlora reads 1 to {FORMAT}",
+            fix="use the mlxlora that wrote it",
+            code="E324",
         )
     for older in range(version, FORMAT):
         state = {**MIGRATIONS[older](state), "format": older + 1}

@@ -132,7 +132,9 @@ def find_checkpoint(
         found = from_path(source)
         if folder.resolve() not in (source.resolve(), *source.resolve().parents) and checkpoint.step_dirs(root):
             raise ConfigError(
-                f"{folder} holds a run of its own, and --resume names another", fix="choose another --output"
+                f"{folder} holds a run of its own, and --resume names another",
+                fix="choose another --output",
+                code="E205",
             )
     if found is None:
         return None

@@ -99,7 +99,7 @@ def test_fit_prints_or_writes_a_new_config_and_leaves_the_users_own(capsys, reci
     assert isinstance(written.train.recompute, bool)
     assert (written.data.max_length, written.quantization) == (2048, "none")
     assert recipe.read_text() == before
-    call(capsys, "estimate", recipe, *options, "--fit", "here", "--output", recipe, code=7)
+    call(capsys, "estimate", recipe, *options, "--fit", "here", "--output", recipe, code=2)
     assert recipe.read_text() == before
 
 

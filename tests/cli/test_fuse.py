@@ -41,7 +41,7 @@ def test_the_report_comes_before_the_refusal(packed_folder, tmp_path, capsys):
     assert run([*command, "--scheme", "same", "--backend", "torch"]) == 3
     out, error = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()] == ["cosine", "layer", "layer", "all", "log-probabilities"]
-    assert error.splitlines()[-3].startswith("error E304: fusing would lose the adapter")
+    assert error.splitlines()[-3].startswith("error E313: fusing would lose the adapter")
     assert len(error.splitlines()) == 3
     assert not (tmp_path / "out").exists()
     assert run([*command, "--scheme", "same", "--backend", "torch", "--json"]) == 3

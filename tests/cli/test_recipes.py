@@ -130,7 +130,7 @@ def test_a_copy_is_the_recipe_and_never_writes_over_anything(tmp_path, monkeypat
     assert (tmp_path / "sql/recipe.yaml").read_text() == text
     assert yaml.safe_load(text)["model"] in MODELS
     assert not (tmp_path / "sql/base").exists()
-    assert "sql exists" in call(capsys, "recipes", "cp", "sql", code=7)["error"]
+    assert "sql exists" in call(capsys, "recipes", "cp", "sql", code=2)["error"]
 
 
 def test_a_recipe_that_is_not_there_gets_the_nearest_name(capsys):

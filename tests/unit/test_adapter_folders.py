@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from mlxlora import convert, fuse, merge
+from mlxlora import convert, fuse, generate, merge, train
 from shared.adapters.folder import read_adapter
 from shared.adapters.names import mlx_name, own_name, own_name_of_mlx
 from shared.adapters.writing import Facts, folded, mlx_keys, peft_targets, unfolded
@@ -186,6 +186,40 @@ def test_a_base_without_the_modules_is_refused(tmp_path, tiny_model_folder):
     )
     with pytest.raises(AdapterError, match="no module"):
         convert(folder, to="mlx", output=tmp_path / "b", base=tiny_model_folder())
+
+
+def test_an_adapter_of_another_architecture_is_refused_where_it_fits_unless_the_user_insists(
+    tmp_path, tiny_model_folder, write_jsonl, monkeypatch
+):
+    """Llama and Mistral of one size: every matrix fits, and nothing of what was learnt is true."""
+    base, other, seeded = tiny_model_folder(), tiny_model_folder("mistral"), tiny_model_folder(seed=3)
+    common = {
+        "data": str(write_jsonl({"text": "hello"})), "backend": "torch",
+        "train": {"updates": 1, "batch_size": 1, "dtype": "float32"},
+    }  # fmt: skip
+    one, two, three = (
+        train(model=str(model), output=str(tmp_path / f"run{n}"), **common).adapter
+        for n, model in enumerate((base, other, seeded))
+    )
+    again = {**common, "model": str(other), "output": str(tmp_path / "run9"), "adapter": {"start": str(one)}}
+    uses = [
+        lambda: generate(str(other), "hello", adapter=str(one), backend="torch", max_tokens=1),
+        lambda: fuse(other, adapter=one, output=tmp_path / "fused"),
+        lambda: convert(one, to="mlx", output=tmp_path / "mlx", base=other),
+        lambda: merge([one, two], output=tmp_path / "both"),
+        lambda: train(**again),
+    ]
+    for use in uses:
+        with pytest.raises(AdapterError, match=r"architectures?: model_type (llama, here|llama and) mistral") as error:
+            use()
+        assert error.value.code == "E312"
+    assert not {path.name for path in tmp_path.iterdir()} & {"fused", "mlx", "both", "run9"}
+    assert merge([one, three], output=tmp_path / "both").notes == (
+        "the adapters were trained on different bases: their files differ",
+    )
+    monkeypatch.setenv("MLXLORA_ANY_BASE", "1")
+    for use in uses[:-2]:
+        use()
 
 
 def test_a_target_is_never_overwritten_unasked_and_the_source_never(tmp_path):
