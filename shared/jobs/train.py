@@ -46,6 +46,7 @@ from shared.running.run_folder import (
     changed_maker,
     changed_rows,
     check_allowed,
+    check_inputs,
     check_output,
     command_line,
     find_checkpoint,
@@ -113,6 +114,7 @@ def train_once(
     folder = config.output_dir
     check_allowed(allow_change, config)
     check_output(folder, resume)
+    check_inputs(config)
     check_installed(config.backend)
     check_sinks(config.log.to)
     prepared = prepare(config)

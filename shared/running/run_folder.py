@@ -39,6 +39,7 @@ FREE = (
 
 FOLDERS = ("checkpoints", "adapter", "model")  # what a run replaces as a whole
 TRACKED = ("sinks", "tensorboard", "wandb", "profile")  # what trackers and profilers keep of it
+WRITTEN = (*FOLDERS, *TRACKED, "config.yaml", "manifest.json", "metrics.jsonl", "report.html")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,26 @@ def check_output(folder: Path, resume: str) -> None:
         raise CheckpointError(
             f"--resume: no folder at {resume}", code="E320", expected="auto, never, a run folder or a checkpoint folder"
         )
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Raise ConfigError where a run would write over what it reads: the model, an adapter, or data."""
+    folder = config.output_dir.resolve()
+    inputs = [("model", config.model), ("adapter.start", config.adapter.start)]
+    inputs += [("data.path", source.path) for source in config.data.sources]
+    inputs += [(f"evaluation.sets.{name}", path) for name, path in config.evaluation.sets.items()]
+    for key, text in inputs:
+        path = Path(text or "").expanduser()
+        if text is None or not path.exists():
+            continue
+        place = path.resolve()
+        below = place.relative_to(folder).parts if place.is_relative_to(folder) else ("",)
+        same = not below and not (folder / "manifest.json").is_file()  # a run that began so may go on
+        if same or (below and below[0] in WRITTEN):
+            what = f"output: {config.output_dir} is the folder of {key}" if same else f"output: {key} {text} lies in it"
+            raise ConfigError(
+                f"{what}, and the run would write over files there", code="E205", fix="choose another --output"
+            )
 
 
 def open_run(folder: Path) -> bool:
