@@ -139,7 +139,11 @@ def sweep(
 
 
 def estimate(
-    config: str | Path | RunConfig, *, memory: str | None = None, tflops: float | None = None, **values: Any
+    config: str | Path | RunConfig | None = None,
+    *,
+    memory: str | None = None,
+    tflops: float | None = None,
+    **values: Any,
 ) -> Report:
     """Return bytes by part, time per update and the largest settings that fit; loads no weights.
 
@@ -152,7 +156,7 @@ def estimate(
     return make_report(checked, memory=memory, tflops=tflops)
 
 
-def preview(config: str | Path | RunConfig, *, rows: int = 5, **values: Any) -> Preview:
+def preview(config: str | Path | RunConfig | None = None, *, rows: int = 5, **values: Any) -> Preview:
     """Return what a run would learn from its rows, token by token for the first `rows`; loads no model."""
     from shared.config import RunConfig
     from shared.jobs.preview import preview as run
@@ -167,14 +171,14 @@ def evaluate(
     """Return loss (nats per supervised token), perplexity and token counts of a model on rows.
 
     generate: answer so many prompts, too; `scores` of the result then has exact_match, token_f1 and rouge_l.
-    options: split, max_length, max_tokens (of an answer), train_on, dtype, quantization, device.
+    options: split, columns, max_length, max_tokens (of an answer), train_on, dtype, quantization, device.
     """
     from dataclasses import replace
 
     from shared.evaluating.exams import mean_scores
     from shared.sessions import answer_rows, evaluate_rows, find_rows, open_session
 
-    rows, _ = find_rows(str(data), split=options.pop("split", None))
+    rows, _ = find_rows(str(data), split=options.pop("split", None), columns=options.pop("columns", None))
     opened = {key: options.pop(key) for key in ("dtype", "quantization", "device") if key in options}
     session = open_session(str(model), adapter=adapter, backend=backend, **opened)
     most = options.pop("max_tokens", None)

@@ -38,7 +38,8 @@ def describe(root: type[BaseModel], error: ValidationError, *, place: str, place
     key = ".".join(str(part) for part in path) or "the top level"
     where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), place)
     if first["type"] == "literal_error" and first["loc"][-1:] == ("[key]",):
-        return ConfigError(f'{where}: unknown key "{key}"', code="E201", fix=nearest(path[-1], first))
+        colon = "put a blank behind the colon: {name: value}" if ":" in str(path[-1]) else None  # YAML wants one
+        return ConfigError(f'{where}: unknown key "{key}"', code="E201", fix=colon or nearest(path[-1], first))
     if first["type"] == "extra_forbidden":
         return ConfigError(
             f'{where}: unknown key "{key}"', code="E201", fix=did_you_mean(str(path[-1]), keys_of(root, path[:-1]))

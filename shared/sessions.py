@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,15 @@ def choose_quantization(asked: str, adapter: Adapter | None, *, already: bool, n
     return "none"
 
 
-def find_rows(data: str, *, split: str | None = None) -> tuple[list[Row], str]:
-    """Return the rows of a file, or of a folder's split (valid, else test, else train), and the file's name."""
+def find_rows(
+    data: str, *, split: str | None = None, columns: Mapping[Any, str] | None = None
+) -> tuple[list[Row], str]:
+    """Return the rows of a file, or of a folder's split (valid, else test, else train), and the file's name.
+
+    columns: our key -> the file's.
+    """
     files = find_split(find_data(data), split)
-    return read_rows(*files), files[0].name
+    return read_rows(*files, columns=columns), files[0].name
 
 
 def evaluate_rows(

@@ -14,13 +14,17 @@ import typer
 from mlxlora.cli.options import (
     AllowChange,
     BackendName,
+    ConfigFile,
+    Data,
     Debug,
     Json,
+    Model,
     Set,
     Supervise,
     Sweep,
     check_backend,
     check_choice,
+    given,
 )
 from mlxlora.cli.output import emit, emit_object, say
 
@@ -44,9 +48,9 @@ def options(
 
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Argument(help="YAML file; not needed with --model and --data.")] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="M", help="Folder or hub id of the base.")] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="D", help="Folder with train.jsonl, or a file.")] = None,
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
     overrides: Set = None,
     backend: Annotated[
         str | None, typer.Option("--backend", metavar="auto|mlx|torch", help="Where to compute.")
@@ -63,8 +67,7 @@ def train(
     import mlxlora
     from shared.watching.display import make_display
 
-    given = {"model": model, "data": {"path": data} if data else None, "backend": backend, "output": output}
-    values = {key: value for key, value in given.items() if value is not None}
+    values = given(model, data, backend=backend, output=output)
     if sweep is not None:
         check_alone("--sweep", {"--supervise": supervise, "--resume": resume != "auto", "--allow-change": allow_change})
         raise typer.Exit(train_sweep(config, sweep, overrides=overrides or [], values=values, as_json=as_json))
@@ -127,7 +130,9 @@ def show_result(result: TrainResult, *, model: str) -> None:
 
 @app.command()
 def parity(
-    config: Annotated[Path, typer.Argument(help="YAML file of a run.")],
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
     updates: Annotated[
         int | None, typer.Option("--updates", min=1, help="How many to compare; by default train.updates, 50 at most.")
     ] = None,
@@ -138,7 +143,8 @@ def parity(
     """Run MLX and PyTorch on the same batches and print the gaps; exit code 0 within tolerance."""
     import mlxlora
 
-    result = mlxlora.parity(mlxlora.load_config(config, overrides=overrides or []), updates=updates, note=say)
+    checked = mlxlora.load_config(config, overrides=overrides or [], **given(model, data))
+    result = mlxlora.parity(checked, updates=updates, note=say)
     if as_json:
         emit(result, ok=result.ok)
     else:

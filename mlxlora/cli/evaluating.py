@@ -16,15 +16,20 @@ from mlxlora.cli.options import (
     Json,
     ModelPath,
     Quantization,
+    Set,
     check_backend,
     check_choice,
 )
 from mlxlora.cli.output import AnswerFile, emit_object, say
 
 if TYPE_CHECKING:
+    from shared.config import DataConfig
+    from shared.data.rows import Row
     from shared.evaluating.exams import Graded
+    from shared.sessions import Session
 
 
+READING = ("columns", "max_length", "train_on")  # settings of data that decide how rows are read
 DataPaths = Annotated[
     list[str],
     typer.Option("--data", metavar="PATH", help="File, or folder (valid, else test, else train); several times."),
@@ -44,8 +49,8 @@ Answers = Annotated[Path | None, typer.Option("--answers", metavar="FILE", help=
 def evaluate(
     model: ModelPath, data: DataPaths, adapter: AdapterPath = None, split: Split = None, max_length: MaxLength = 2048,
     train_on: TrainOn = "completion", generate: Generate = None, max_tokens: MaxTokens = None, answers: Answers = None,
-    backend: BackendName = "auto", dtype: Dtype = "auto", quantization: Quantization = "auto", as_json: Json = False,
-    debug: Debug = False,
+    overrides: Set = None, backend: BackendName = "auto", dtype: Dtype = "auto", quantization: Quantization = "auto",
+    as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Loss in nats per supervised token, and perplexity; with --generate exact match, token F1, ROUGE-L."""
     from shared.sessions import answer_rows, evaluate_rows, find_rows, open_session
@@ -55,14 +60,16 @@ def evaluate(
     check_choice("--train-on", train_on, ("completion", "assistant", "all"))
     check_backend(backend)
     asked = number_of(generate, answers, max_tokens)
-    sets = {path: find_rows(path, split=split) for path in data}
+    rows_as = row_settings(overrides or [], max_length=max_length, train_on=train_on)
+    sets = {path: find_rows(path, split=split, columns=rows_as.columns) for path in data}
     found: list[dict[str, Any]] = []
     with AnswerFile(answers, option="--answers") if answers is not None else nullcontext() as lines:
         session = open_session(
             model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization, note=say
         )
         for path, (rows, file) in sets.items():
-            loss = evaluate_rows(session, rows, max_length=max_length, train_on=train_on)
+            tell_notices(rows, session)
+            loss = evaluate_rows(session, rows, max_length=rows_as.max_length, train_on=rows_as.train_on)
             graded = answer_rows(session, rows, number=asked, max_tokens=max_tokens, note=say) if asked else []
             if lines is not None:
                 write_answers(lines, graded, data=path)
@@ -72,6 +79,29 @@ def evaluate(
         emit_object(found[0] if len(found) == 1 else {"sets": found})
     for facts in found if not as_json else ():
         show(facts, name="file" if len(found) == 1 else "data")
+
+
+def tell_notices(rows: list[Row], session: Session) -> None:
+    """Say what of rows does not reach the model, and what is odd about them."""
+    from shared.data.notices import find_notices, sample_rows
+
+    for notice in find_notices(sample_rows(rows), session.tokenizer, total=len(rows)):
+        say(notice.text)
+
+
+def row_settings(overrides: list[str], *, max_length: int, train_on: str) -> DataConfig:
+    """Return how rows are to be read, with --set of data.columns and the like on top; raises ConfigError for others."""
+    from shared.config_file import build_config, parse_override
+    from shared.errors import ConfigError
+
+    for text in overrides:
+        sections = parse_override(text)
+        inner = sections.get("data")
+        if len(sections) > 1 or not isinstance(inner, dict) or not inner.keys() <= set(READING):
+            expected = ", ".join(f"data.{key}" for key in READING)
+            raise ConfigError(f"--set {text}: a setting that evaluate has no use for", expected=f"one of {expected}")
+    data = {"path": "rows", "max_length": max_length, "train_on": train_on}
+    return build_config({"model": "model", "data": data}, overrides=overrides).data
 
 
 def number_of(generate: str | None, answers: Path | None, max_tokens: int | None) -> int | None:

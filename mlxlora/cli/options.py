@@ -30,6 +30,10 @@ Quantization = Annotated[
     ),
 ]
 
+ConfigFile = Annotated[Path | None, typer.Argument(help="YAML file of a run; not needed with --model and --data.")]
+Model = Annotated[str | None, typer.Option("--model", metavar="M", help="Folder or hub id of the base.")]
+Data = Annotated[str | None, typer.Option("--data", metavar="D", help="Folder with train.jsonl, or a file.")]
+
 AllowChange = Annotated[
     list[str] | None,
     typer.Option("--allow-change", metavar="KEY", help="Go on though this setting, data or base has changed."),
@@ -43,6 +47,12 @@ Sweep = Annotated[
     Path | None,
     typer.Option("--sweep", metavar="GRID.yaml", help="Train every combination of the values that a file lists."),
 ]
+
+
+def given(model: str | None, data: str | None, **more: Any) -> dict[str, Any]:
+    """Return the settings that options name, without those that were not given."""
+    values = {"model": model, "data": {"path": data} if data else None, **more}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def check_choice(option: str, value: Any, known: tuple[Any, ...]) -> None:

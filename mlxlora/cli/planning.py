@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxlora.cli.options import Debug, Json, Set
+from mlxlora.cli.options import ConfigFile, Data, Debug, Json, Model, Set, given
 from mlxlora.cli.output import emit, emit_object, say
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ Output = Annotated[Path | None, typer.Option("--output", metavar="NEW.yaml", hel
 
 
 def estimate(
-    config: Annotated[Path, typer.Argument(help="YAML file of a run.")],
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
     overrides: Set = None,
     backend: Annotated[str | None, typer.Option("--backend", metavar="auto|mlx|torch", help="auto: both.")] = None,
     memory: Memory = None,
@@ -45,8 +47,7 @@ def estimate(
     import mlxlora
     from shared.errors import ConfigError
 
-    values = {} if backend is None else {"backend": backend}
-    checked = mlxlora.load_config(config, overrides=overrides or [], **values)
+    checked = mlxlora.load_config(config, overrides=overrides or [], **given(model, data, backend=backend))
     if output is not None and fit is None:
         raise ConfigError("--output takes the config that --fit makes", fix="add --fit here, or --fit 16GB")
     if fit is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxlora.cli.options import Debug, Json, Set
+from mlxlora.cli.options import ConfigFile, Data, Debug, Json, Model, Set, given
 from mlxlora.cli.output import check_page, emit, emit_object, say
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ PAGE = (
 
 
 def preview(
-    config: Annotated[Path, typer.Argument(help="YAML file of a run.")],
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
     rows: Annotated[int, typer.Option("--rows", min=0, help="Training rows to show.")] = 5,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too.")] = None,
     schedule: Annotated[bool, typer.Option("--schedule", help="Draw the learning rate of the run instead.")] = False,
@@ -45,7 +47,7 @@ def preview(
     import mlxlora
 
     check_page(html)
-    checked = mlxlora.load_config(config, overrides=overrides or [])
+    checked = mlxlora.load_config(config, overrides=overrides or [], **given(model, data))
     if schedule:
         show_schedule(checked, as_json=as_json)
         return

@@ -46,7 +46,6 @@ from shared.running.run_folder import (
     changed_maker,
     changed_rows,
     check_allowed,
-    check_inputs,
     check_output,
     command_line,
     find_checkpoint,
@@ -113,8 +112,7 @@ def train_once(
     """Do as `train`, but raise LateOutOfMemory where the model must be loaded again to go on."""
     folder = config.output_dir
     check_allowed(allow_change, config)
-    check_output(folder, resume)
-    check_inputs(config)
+    check_output(config, resume)
     check_installed(config.backend)
     check_sinks(config.log.to)
     prepared = prepare(config)

@@ -66,8 +66,10 @@ def flat_settings(config: RunConfig) -> dict[str, Any]:
     return flat
 
 
-def check_output(folder: Path, resume: str) -> None:
+def check_output(config: RunConfig, resume: str) -> None:
     """Raise ConfigError or CheckpointError for a run folder or a --resume that cannot be used."""
+    folder = config.output_dir
+    check_inputs(config)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output: {folder} is a file", code="E205", expected="a folder, or a name for a new one")
     theirs = [name for name in FOLDERS if (folder / name).exists()]

@@ -308,6 +308,12 @@ def output_is_mine(w: World) -> list[str]:
     return [*w.train(), "--resume", "never"]
 
 
+def data_in_output(w: World) -> list[str]:
+    w.output.mkdir()
+    shutil.copy(w.data(*ROWS) / "train.jsonl", w.output / "metrics.jsonl")
+    return w.train(data=f"{{path: {w.output / 'metrics.jsonl'}}}")
+
+
 def output_below_file(w: World) -> list[str]:
     (w.folder / "taken").write_text("mine")
     return w.train(output=w.folder / "taken" / "run")
@@ -393,7 +399,7 @@ CONFIG = [
     case("targets empty", section("adapter: {targets: []}"), 2, "config.yaml:6: adapter.targets", "one entry at least"),
     case("batch 0", training("{batch_size: 0}"), 2, "config.yaml:5: train.batch_size, found 0", "1 or more"),
     case("batch -4", training("{batch_size: -4}"), 2, "config.yaml:5: train.batch_size, found -4", "1 or more"),
-    case("batch is true", training("{batch_size: true}"), 2, "config.yaml:5", "batch_size, found true", "a whole number"),
+    case("batch is true", training("{batch_size: true}"), 2, "config.yaml:5", "batch_size, found true", "a whole"),
     case("updates 0", training("{updates: 0}"), 2, "config.yaml:5: train.updates, found 0", "1 or more"),
     case("updates -5", training("{updates: -5}"), 2, "config.yaml:5: train.updates, found -5", "1 or more"),
     case("updates is true", training("{updates: true}"), 2, "config.yaml:5", "updates, found true", "a whole number"),
@@ -499,6 +505,11 @@ COMMANDS = [
          "step-000002", "--resume never"),
     case("a checkpoint whose manifest climbs out", climbing_checkpoint, 3, "--resume: step-000002 is damaged", "auto"),
     case("output holds a model of yours", output_is_mine, 2, 'would replace "model"', "--output"),
+    case("output is the data folder", lambda w: w.train(output=w.data(*ROWS)), 2, "data is the folder of data.path",
+         "--output"),
+    case("output is the model folder",
+         lambda w: w.train(model=w.model(), output=w.folder / "model"), 2, "is the folder of model", "--output"),
+    case("output holds the data where it writes", data_in_output, 2, "data.path .* lies in it", "--output"),
     case("a checkpoint of other settings", another_run, 3, "optimizer.lr: 0.0001 -> 0.5", "--resume never"),
 ]  # fmt: skip
 

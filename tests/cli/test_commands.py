@@ -341,6 +341,23 @@ def loss_by_hand(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> tupl
     return total / count, count
 
 
+def test_evaluate_reads_columns_of_other_names(tiny_model_folder, tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("question,answer\nq,hello\n")
+    (tmp_path / "b.csv").write_text("prompt,completion\nq,hello\n")
+    asked = ["evaluate", tiny_model_folder(), "--backend", "mlx", "--json"]
+    columns = ["--set", "data.columns={prompt: question, completion: answer}"]
+    found = answer_of(call(capsys, *asked, "--data", tmp_path / "a.csv", *columns))
+    assert found["loss"] == answer_of(call(capsys, *asked, "--data", tmp_path / "b.csv"))["loss"]
+
+
+@pytest.mark.parametrize("command", ["preview", "estimate"])
+def test_a_command_takes_model_and_data_in_place_of_a_config(tiny_model_folder, write_jsonl, tmp_path, capsys, command):
+    folder, file = tiny_model_folder(), write_jsonl({"text": "hello"})
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": str(folder), "data": {"path": str(file)}}))
+    options = answer_of(call(capsys, command, "--model", folder, "--data", file, "--json"))
+    assert options == answer_of(call(capsys, command, tmp_path / "run.yaml", "--json"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_evaluate_gives_the_loss_that_transformers_logits_give(backend, trained, tiny_model_folder, reference, capsys):
     wanted, count = loss_by_hand(*reference, ROWS)

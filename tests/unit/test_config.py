@@ -126,6 +126,7 @@ def test_a_missing_key_is_named_with_the_way_to_set_it(load, text):
         ("data.cache=maybe", "expected: true or false"),
         ("data.columns=5", "expected: a mapping: {name: value}"),
         ("data.columns={promt: x}", 'unknown key "data.columns.promt"\nfix: did you mean "prompt"?'),
+        ("data.columns={prompt:x}", "put a blank behind the colon"),
         ("data.path=[{pth: a}]", 'unknown key "data.path.0.pth"\nfix: did you mean "path"?'),
         ("data.path=[a]", "expected: a text or a section with keys such as path, weight"),
         ("data.path=[]", "expected: a text or a list of 1 or more"),
