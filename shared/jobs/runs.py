@@ -21,7 +21,8 @@ from shared.evaluating.loss import evaluate_each
 from shared.running.lock import FILE as LOCK
 from shared.sessions import find_rows, open_session
 from shared.types import Example
-from shared.watching.report import Point, chart, flatten, noisy, page, points, read_manifest, read_settings, write_page
+from shared.watching.charts import Point, chart, noisy, points
+from shared.watching.report import flatten, page, read_manifest, read_settings, write_page
 from shared.watching.words import escape
 
 RUNS = Path("runs")  # where runs are that are called by their names

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
 import yaml
 
 from shared.callbacks import Metrics
 from shared.durable import write_whole
 from shared.errors import StorageError
+from shared.watching.charts import Curve, Point, Rows, chart, curve, noisy, points
 from shared.watching.display import megabytes
 from shared.watching.heat import gradient_section
+from shared.watching.sets import set_charts
 from shared.watching.words import duration, escape, moment, number, short, shown
 
-Point = tuple[float, float]
-Rows = Sequence[Mapping[str, Any]]
 Flat = Mapping[str, Any]  # the manifest, one level deep: "rows.train" -> value
 
-LIMIT = 1000  # points per curve; 100k of them would make a page of 10 MB
-NOISY, MEAN_OF, MEANS = 60, 25, 200  # points from which a mean is drawn, of a 25th of them, at so many places
-LEFT, RIGHT, TOP, BOTTOM = 58, 436, 28, 196  # the plot's box in a picture of 460 x 240
-ARROW, DOT, GAP, DASH = " \u2192 ", " \u00b7 ", "\u2003", {"a": "\u2014", "b": "- -", "c": "- -"}
+ARROW, DOT = " \u2192 ", " \u00b7 "
 DATA = {
     "rows.train": "training rows",
     "rows.valid": "validation rows",
@@ -42,8 +35,8 @@ DATA = {
 MODEL = ("family", "quantization", "adapter", "modules", "trained_parameters")
 
 CSS = """
-:root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--text:#1a1d21;--muted:#59626e;--line:#dde1e6;--a:#1d5fd1;--b:#b4540a}
-@media(prefers-color-scheme:dark){:root{--bg:#121518;--card:#1b1f24;--text:#e7e9ec;--muted:#a0a9b4;--line:#343b43;--a:#74aaff;--b:#ffb057}}
+:root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--text:#1a1d21;--muted:#59626e;--line:#dde1e6;--a:#1d5fd1;--b:#b4540a;--s2:#1b7f3b;--s3:#8a3fb5;--s4:#b5123e;--s5:#0b7f8a}
+@media(prefers-color-scheme:dark){:root{--bg:#121518;--card:#1b1f24;--text:#e7e9ec;--muted:#a0a9b4;--line:#343b43;--a:#74aaff;--b:#ffb057;--s2:#6fd08c;--s3:#d49bf5;--s4:#ff8fa8;--s5:#5fd3de}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--text);overflow-wrap:anywhere;font:15px/1.5 system-ui,"Segoe UI",sans-serif}
 main{max-width:1000px;margin:0 auto;padding:24px 16px 40px}p{margin:6px 0}footer{margin-top:32px}h1{font-size:26px;line-height:1.25;margin:0}
 h2{font-size:18px;margin:32px 0 12px}h3{font-size:15px;margin:0 0 4px}small,.label,footer{font-size:13px}.muted,.label,small,footer{color:var(--muted)}
@@ -53,8 +46,9 @@ h2{font-size:18px;margin:32px 0 12px}h3{font-size:15px;margin:0 0 4px}small,.lab
 table{width:100%;border-collapse:collapse;font-size:14px}th,td{text-align:left;vertical-align:top;padding:4px 0;border-top:1px solid var(--line)}tr:first-child>*{border-top:0}th{font-weight:400;color:var(--muted);width:45%}td{padding-left:14px}
 pre{margin:0;white-space:pre-wrap;overflow:auto;font:13px/1.5 ui-monospace,Menlo,Consolas,monospace}.sample pre{max-height:18em}svg{display:block;width:100%;height:auto;overflow:visible}text{fill:var(--muted);font-size:12px}.rule{stroke:var(--line)}.axis{stroke:var(--muted);fill:none}
 .curve{fill:none;stroke-width:1.6;stroke-linejoin:round}.dense{stroke-width:1.2;opacity:.8}.faint{stroke-width:1;stroke-dasharray:none;opacity:.4}.heat rect{shape-rendering:crispEdges}.zero{fill:none;stroke:var(--b)}.warning{border-left:4px solid var(--b);padding-left:10px}.a{stroke:var(--a)}.b,.c{stroke:var(--b);stroke-dasharray:5 3}.dot-a,rect{fill:var(--a)}.dot-b,.dot-c{fill:var(--b)}
+.legend span{white-space:nowrap;margin-right:14px}.s0{stroke:var(--a)}.s1{stroke:var(--b)}.s2{stroke:var(--s2)}.s3{stroke:var(--s3)}.s4{stroke:var(--s4)}.s5{stroke:var(--s5)}.dot-s0{fill:var(--a);color:var(--a)}.dot-s1{fill:var(--b);color:var(--b)}.dot-s2{fill:var(--s2);color:var(--s2)}.dot-s3{fill:var(--s3);color:var(--s3)}.dot-s4{fill:var(--s4);color:var(--s4)}.dot-s5{fill:var(--s5);color:var(--s5)}
 @media(max-width:600px){.figures{grid-template-columns:repeat(2,1fr);gap:8px}.figures b{font-size:17px}.figures .card{padding:8px 10px}text{font-size:15px}}
-@media print{:root{--bg:#fff;--card:#fff;--text:#000;--muted:#444;--line:#ccc;--a:#1d5fd1;--b:#b4540a}main{max-width:none;padding:0}.grid{grid-template-columns:1fr 1fr}.figures{grid-template-columns:repeat(3,1fr)}text{font-size:12px}.figures .card,figure,.sample,table{break-inside:avoid}h2,h3{break-after:avoid}.sample pre{max-height:none}svg *{print-color-adjust:exact}}
+@media print{:root{--bg:#fff;--card:#fff;--text:#000;--muted:#444;--line:#ccc;--a:#1d5fd1;--b:#b4540a;--s2:#1b7f3b;--s3:#8a3fb5;--s4:#b5123e;--s5:#0b7f8a}main{max-width:none;padding:0}.grid{grid-template-columns:1fr 1fr}.figures{grid-template-columns:repeat(3,1fr)}text{font-size:12px}.figures .card,figure,.sample,table{break-inside:avoid}h2,h3{break-after:avoid}.sample pre{max-height:none}svg *{print-color-adjust:exact}}
 """  # noqa: E501
 
 
@@ -66,16 +60,6 @@ class Sample:
     wanted: str
     before: str
     after: str
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of a chart; style: a, b (dashed, a dot at each point) or c (dashed); faint: behind its own mean."""
-
-    name: str
-    points: tuple[Point, ...]
-    style: str = "a"
-    faint: bool = False
 
 
 def write_report(folder: Path, *, samples: Sequence[Sample]) -> Path:
@@ -146,111 +130,6 @@ def flatten(found: Any) -> dict[str, Any]:
     return flat
 
 
-def points(rows: Rows, key: str, *, scale: float = 1.0) -> tuple[Point, ...]:
-    """Return (step, value / scale) of every row with a finite value."""
-    pairs = ((row["step"], number(row.get(key))) for row in rows)
-    return tuple((float(step), value / scale) for step, value in pairs if value is not None)
-
-
-def curve(rows: Rows, key: str, name: str, *, style: str = "a", scale: float = 1.0) -> Curve:
-    """Return one line of a chart, thinned."""
-    return Curve(name, thin(points(rows, key, scale=scale)), style)
-
-
-def noisy(rows: Rows, key: str, name: str, *, style: str = "a") -> tuple[Curve, ...]:
-    """Return a curve that goes up and down: of a long run faint, with its running mean in front."""
-    found, raw = points(rows, key), curve(rows, key, name, style=style)
-    if len(found) < NOISY:
-        return (raw,)
-    return replace(raw, faint=True), Curve(name, running_mean(found, window=len(found) // MEAN_OF), style)
-
-
-def running_mean(found: Sequence[Point], *, window: int, num: int = MEANS) -> tuple[Point, ...]:
-    """Return at most `num` points, each the mean of the `window` values around it, fewer at the ends.
-
-    >>> running_mean([(float(n), n * n) for n in range(5)], window=3)
-    ((0.0, 0.5), (1.0, 1.6666666666666667), (2.0, 4.666666666666667), (3.0, 9.666666666666666), (4.0, 12.5))
-    """
-    half, places = window // 2, np.unique(np.linspace(0, len(found) - 1, min(num, len(found))).round().astype(int))
-    ys = [y for _, y in found]
-    return tuple((found[n][0], fmean(ys[max(n - half, 0) : n + half + 1])) for n in places)
-
-
-def thin(found: Sequence[Point], *, limit: int = LIMIT) -> tuple[Point, ...]:
-    """Return at most `limit` points: the ends, and the lowest and highest of equal buckets between them."""
-    if len(found) <= limit:
-        return tuple(found)
-    inner, num_buckets = found[1:-1], (limit - 2) // 2
-    edges = [len(inner) * n // num_buckets for n in range(num_buckets + 1)]
-    kept = [found[0]]
-    for begin, end in pairwise(edges):
-        bucket = inner[begin:end]
-        kept += sorted({min(bucket, key=itemgetter(1)), max(bucket, key=itemgetter(1))})
-    return (*kept, found[-1])
-
-
-def ticks(low: float, high: float, *, num: int = 5, smallest: float = 0.0) -> list[float]:
-    """Return about `num` round values from at most `low` to at least `high`."""
-    size = max(abs(low), abs(high))
-    if high - low <= max(1e-4 * size, 1e-300):  # flat: the noise of one value is no scale
-        pad = max(0.1 * size, 1e-300) if size else 1.0
-        low, high = low - pad if low else 0.0, high + pad
-    rough = (high - low) / num
-    decade = 10.0 ** math.floor(math.log10(rough))
-    step = max(next(m for m in (1, 2, 5, 10) if m * decade >= rough * 0.75) * decade, smallest)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [n * step for n in range(first, last + 1)]
-
-
-def tick_labels(values: Sequence[float]) -> list[str]:
-    """Return the values with as many digits as their distance needs: 4.50, 2,000, 2e-4."""
-    place = math.floor(math.log10(values[1] - values[0]) + 1e-9)
-    if 0.01 <= max(map(abs, values)) < 1e6:
-        return [f"{value:,.{max(0, -place)}f}" for value in values]
-    return [f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e") for value in values]
-
-
-def chart(title: str, unit: str, *curves: Curve, last_step: int, from_zero: bool = True) -> str:
-    """Return a figure, empty where there is nothing to draw; x is the update, from 0 to the last one."""
-    curves = tuple(line for line in curves if line.points)
-    if not curves:
-        return ""
-    ys = [y for line in curves for _, y in line.points]
-    y_ticks = ticks(min(0.0, *ys) if from_zero else min(ys), max(ys))
-    bottom, top, end = y_ticks[0], y_ticks[-1], max(last_step, 1)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return LEFT + (RIGHT - LEFT) * x / end, BOTTOM - (BOTTOM - TOP) * (y - bottom) / (top - bottom)
-
-    parts = [f'<text x="0" y="12">{unit}</text>']
-    for value, label in zip(y_ticks, tick_labels(y_ticks), strict=True):
-        y = at(0, value)[1]
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    x_ticks = [value for value in ticks(0, end, num=4, smallest=1.0) if value <= end]
-    for value, label in zip(x_ticks, tick_labels(x_ticks), strict=True):
-        x = at(value, bottom)[0]
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 18}" text-anchor="middle">{label}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>')
-    parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 38}" text-anchor="middle">update</text>')
-    for line in curves:
-        places = [at(x, y) for x, y in line.points]
-        way, dense = "L".join(f"{x:.1f} {y:.1f}" for x, y in places), " dense" if len(places) > 300 else ""
-        dense = " faint" if line.faint else dense
-        parts.append(f'<path class="curve {line.style}{dense}" d="M{way}"/>')
-        if len(places) == 1 or (line.style == "b" and len(places) <= 60):
-            circle = f'<circle class="dot-{line.style}" r="3" cx="{{:.1f}}" cy="{{:.1f}}"><title>{{}}</title></circle>'
-            parts += [circle.format(*place, short(y)) for place, (_, y) in zip(places, line.points, strict=True)]
-    named = [line for line in curves if not line.faint]
-    if len(named) > 1:
-        names = [f'<tspan class="dot-{line.style}">{DASH[line.style]} {line.name}</tspan>' for line in named]
-        parts.append(f'<text x="{RIGHT}" y="12" text-anchor="end">{GAP.join(names)}</text>')
-    summary = "; ".join(f"{line.name} {short(line.points[0][1])} to {short(line.points[-1][1])}" for line in named)
-    picture = f'<svg viewBox="0 0 460 240" role="img" aria-label="{title}, {unit}: {summary}">{"".join(parts)}</svg>'
-    return f'<figure class="card"><h3>{title}</h3>{picture}</figure>'
-
-
 def curves_and_data(rows: Rows, manifest: Flat) -> str:
     """Return the charts and the facts on the data."""
     steps = max((row["step"] for row in rows), default=0)
@@ -260,6 +139,7 @@ def curves_and_data(rows: Rows, manifest: Flat) -> str:
     norms = (*noisy(rows, "grad_norm", "gradient norm"), *clipping(rows, manifest))
     tiles = [
         chart("Loss", "nats per supervised token", *losses, last_step=steps, from_zero=False),
+        *set_charts(rows, last_step=steps),
         chart("Learning rate", "per update", curve(rows, "lr", "learning rate"), last_step=steps),
         chart("Gradient norm", "L2, before clipping", *norms, last_step=steps),
         chart("Speed", "tokens per second", *noisy(rows, "tokens_per_s", "speed"), last_step=steps),

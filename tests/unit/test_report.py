@@ -12,7 +12,9 @@ import pytest
 
 from shared.callbacks import Metrics
 from shared.errors import StorageError
-from shared.watching.report import BOTTOM, LIMIT, TOP, Sample, duration, short, thin, tick_labels, ticks, write_report
+from shared.watching.charts import BOTTOM, LIMIT, TOP, thin, tick_labels, ticks
+from shared.watching.report import Sample, write_report
+from shared.watching.words import duration, short
 
 MANIFEST = {
     "created": "2026-01-02T03:04:05+00:00",
@@ -287,3 +289,24 @@ def test_numbers_are_written_for_people():
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(StorageError, match=r"cannot write .*report\.html"):
         write_report(tmp_path / "missing", samples=())
+
+
+def test_every_set_and_metric_of_evaluations_has_its_curve_under_its_name(report):
+    names = ["", *(f"set_{n}_" for n in range(7))]
+    rows = [
+        {"step": step, **{f"eval_{name}{metric}": 1.0 / (step + 1 + n) for n, name in enumerate(names)
+                          for metric in ("loss", "rouge_l")}}
+        for step in (0, 10, 20)
+    ]  # fmt: skip
+    page = report(rows=rows)
+    found = pictures(page)
+    assert {"Loss", "Loss by set", "ROUGE-L"} <= set(found)
+    assert "Exact match" not in found
+    for title in ("Loss by set", "ROUGE-L"):
+        assert len(places(found[title])) == len(names)
+    text = Page(page).text
+    assert all(text.count(f"● {name.rstrip('_') or 'validation'}") == 2 for name in names)
+
+
+def test_without_sets_no_chart_of_them_is_drawn(report):
+    assert "Loss by set" not in pictures(report())
