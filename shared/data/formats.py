@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from shared.errors import CapabilityError, DataError
 
 MAX_LINE = 50_000_000
+MARK = b"\xef\xbb\xbf"  # of UTF-8, where a file begins
 BLANK = re.compile(r"[ \t\n\r]*")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 NAMES_OF_MARKS = {";": "semicolon", "\t": "tab", ",": "comma", "|": "bar"}
@@ -33,7 +34,7 @@ def read_lines(file: Path) -> Iterator[tuple[Any, str]]:
     """Yield the value of every line."""
     with file.open("rb") as stream:
         for number, raw in enumerate(raw_lines(stream), start=1):
-            if raw.strip():
+            if not is_blank_line(raw):
                 source = f"{file.name}:{number}"
                 yield parse_line(raw, source=source), source
 
@@ -43,10 +44,15 @@ def raw_lines(stream: BinaryIO) -> Iterator[bytes]:
     return iter(partial(stream.readline, MAX_LINE + 1), b"")
 
 
+def is_blank_line(raw: bytes) -> bool:
+    """Return whether a line holds nothing but blanks, and the mark that some editors put in front of a file."""
+    return not raw.removeprefix(MARK).strip()
+
+
 def read_json(file: Path) -> Iterator[tuple[Any, str]]:
     """Yield the values of a JSON array, or of lines; the place of an array's value is the line where it begins."""
     with file.open("rb") as stream:
-        if not stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        if not stream.read(4096).removeprefix(MARK).lstrip().startswith(b"["):
             whole = read_object(file)
             yield from read_lines(file) if whole is None else iter([(whole, f"{file.name}:1")])
             return
@@ -178,7 +184,7 @@ def count_values(file: Path) -> int:
             return table.metadata.num_rows
     if file.suffix == ".jsonl":
         with file.open("rb", buffering=2**20) as stream:
-            return sum(bool(raw.strip()) for raw in raw_lines(stream))
+            return sum(not is_blank_line(raw) for raw in raw_lines(stream))
     return sum(1 for _ in read_values(file))
 
 

@@ -22,7 +22,7 @@ from threading import Lock
 from typing import IO, TYPE_CHECKING, Any
 
 from shared.data.cache import cache_folder, digest_of, shrink
-from shared.data.formats import parse_line, raw_lines
+from shared.data.formats import is_blank_line, parse_line, raw_lines
 from shared.data.rows import Kind, Row, content_hash, make_row
 from shared.data.sources import is_empty, is_parted
 from shared.durable import write_whole
@@ -257,7 +257,7 @@ def lines_of(part: Part, found: Found) -> Iterator[tuple[int, bytes, int]]:
         with part.path.open("rb", buffering=2**20) as stream:
             for line, raw in enumerate(raw_lines(stream), start=1):
                 digest.update(raw)
-                if raw.strip():
+                if not is_blank_line(raw):
                     yield start, raw, line
                 start += len(raw)
             same = stamp(os.fstat(stream.fileno())) == part.stamp

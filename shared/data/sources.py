@@ -111,12 +111,21 @@ def label(file: Path, root: Path) -> str:
 def read(files: list[Path], data: DataConfig, dropped: dict[str, int], *, prefix: str) -> Iterator[Row]:
     """Yield the checked rows of files, without empty ones where these are dropped."""
     for file in files:
-        for value, place in read_values(file):
-            source = prefix + place
+        for value, source in named_values(file, prefix):
             if "empty" in dropped and isinstance(value, dict) and is_empty(value, source, data):
                 dropped["empty"] += 1
                 continue
             yield make_row(value, source=source, columns=data.columns)
+
+
+def named_values(file: Path, prefix: str) -> Iterator[tuple[Any, str]]:
+    """Yield what `read_values` does, its places and errors under the name of the source."""
+    try:
+        for value, place in read_values(file):
+            yield value, prefix + place
+    except DataError as error:
+        what = prefix + error.what if error.what.startswith(file.name) else error.what
+        raise DataError(what, code=error.code, expected=error.expected, fix=error.fix) from None
 
 
 def is_empty(value: dict[str, Any], source: str, data: DataConfig) -> bool:

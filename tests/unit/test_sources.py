@@ -124,3 +124,15 @@ def test_a_split_of_the_whole_is_refused_and_so_is_a_second_one(tmp_path):
     write(tmp_path / "a", {"text": "y"}, name="valid.jsonl")
     with pytest.raises(ConfigError, match=r"valid_split, but there is valid.jsonl"):
         load_rows(DataConfig(path=path, valid_split=0.5))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"{", r"^b/t\.jsonl:1: not JSON"), (b"\xff", r"^b/t\.jsonl:1: not UTF-8")]
+)
+def test_a_line_that_cannot_be_read_is_named_with_its_source(tmp_path, content, message):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t.jsonl").write_bytes(b'{"text": "x"}' if name == "a" else content)
+    sources = [{"path": str(tmp_path / name / "t.jsonl")} for name in ("a", "b")]
+    with pytest.raises(DataError, match=message):
+        load_rows(DataConfig(path=sources))

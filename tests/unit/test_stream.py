@@ -82,6 +82,14 @@ def test_sources_weights_parts_blank_lines_and_marks_of_the_file_are_as_in_memor
     assert list(memory.leaks.values() if isinstance(memory.leaks, dict) else [memory.leaks]) == [2]
 
 
+def test_a_mark_of_the_file_alone_on_its_line_is_a_blank_line(base, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf\r\n" + b"\r\n".join(json.dumps(row).encode() for row in ROWS))
+    memory, streamed = both(base, str(file))
+    assert_same(memory, streamed)
+    assert streamed.train[0].source == "a.jsonl:2"
+
+
 def test_what_is_dropped_and_parted_is_as_in_memory(base, tmp_path):
     rows = [*ROWS, {"prompt": "q", "completion": "  "}, {"prompt": "q", "completion": None}]
     data = {"path": write(tmp_path / "d", rows), "drop": ["empty"], "valid_split": 0.3}
