@@ -22,6 +22,7 @@ from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
 from mlxlora.state import mlx_dtype
 from mlxlora.whole import find_norms
 from shared.adapters.spec import layer_of
+from shared.convert.experts import stacks_of
 from shared.errors import ModelError
 from shared.experts import is_expert, is_router, num_experts
 from shared.families import (
@@ -247,6 +248,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         can_pad_left=folder.family in PADDABLE,
         num_experts=num_experts(folder.config),
         norms=find_norms(zoo),
+        experts=stacks_of(folder),
     )
 
 

@@ -19,12 +19,14 @@ from mlxlora.adapters import Dropout, adapter_modules, attach_lora
 from mlxlora.attention import LeftPadded, Segments
 from mlxlora.dora import attach_dora, magnitudes
 from mlxlora.ends import attach_ends
+from mlxlora.experts import attach_experts
 from mlxlora.own import attach_own
 from mlxlora.state import from_mlx, to_mlx
 from mlxlora.whole import attach_whole
 from shared.adapters.own import is_own
 from shared.adapters.spec import is_trained, within_layers
 from shared.errors import ModelError
+from shared.experts import mlx_stack, own_stack
 from shared.generation.loop import generate
 from shared.protocols import Rows
 from shared.strict import check_adapter, check_length
@@ -51,6 +53,7 @@ class MLXModel:
             self.dropout = Dropout(p=spec.dropout)
             attach = attach_own if is_own(spec.kind) else attach_dora if spec.kind == "dora" else attach_lora
             attach(self.zoo, within_layers(spec, self.info), self.dropout, self.info.linears)
+            attach_experts(self.zoo, spec, self.info.experts, self.info.family)
             whole = attach_whole(self.zoo, spec, head=self.head.module)
             adapted = attach_ends(self.zoo, spec, self.info.ends)
             head = next((one for one in (adapted, whole) if one is not None), self.head.module)
@@ -69,12 +72,14 @@ class MLXModel:
 
     def put_parameters(self, values: Mapping[str, mx.array]) -> None:
         """Replace the trained tensors."""
-        self.zoo.update(tree_unflatten(list(values.items())))
+        places = {mlx_stack(self.info.family, name): value for name, value in values.items()}
+        self.zoo.update(tree_unflatten(list(places.items())))
 
     @staticmethod
     def canonical(name: str) -> str:
         """Return the Hugging Face name of an MLX parameter."""
-        return name.replace(".base.", ".")
+        own = name.replace(".base.", ".")
+        return own_stack(own) if is_trained(own) else own
 
     def hidden(self, batch: Batch) -> mx.array:
         """Return (N, D) last hidden states at the positions that predict supervised tokens."""

@@ -1,7 +1,8 @@
 """Mixtures of experts: where a folder stores the experts of a layer, and what both zoos make of them.
 
 On disk every expert has matrices of its own. transformers 5 stacks them as `experts.gate_up_proj` (E, 2 I, D), gate
-above up, and `experts.down_proj` (E, D, I); mlx-lm as three stacks under `switch_mlp`.
+above up, and `experts.down_proj` (E, D, I); mlx-lm as three stacks under `switch_mlp`. An adapter knows three stacks as
+well, by transformers' block: `mlp.experts.gate_proj`, `up_proj` and `down_proj`.
 Legend: E experts, I width of an expert, D model.
 """
 
@@ -26,6 +27,8 @@ BLOCK = "mlp"  # of transformers 5, in every family
 STACKED = ("gate_proj", "up_proj", "down_proj")
 STACK = ".switch_mlp."  # mlx-lm's, under the same block
 EXPERT = re.compile(r"\.(experts|switch_mlp)\.")
+ADAPTED = re.compile(rf"\.experts\.({'|'.join(STACKED)})$")
+IN_MLX_LM = re.compile(rf"\.\w+\.switch_mlp\.(?=({'|'.join(STACKED)})(\.|$))")
 FLOAT_EXPERTS = "not quantized: the experts of the {family} model; a float copy of all of them stays in memory"
 
 
@@ -69,6 +72,54 @@ def is_expert(module: str) -> bool:
     (True, False)
     """
     return EXPERT.search(module + ".") is not None
+
+
+def is_stack(module: str) -> bool:
+    """Return whether a module is all experts' matrices of one kind, by the name that adapters give it.
+
+    >>> is_stack("model.layers.0.mlp.experts.up_proj"), is_stack("model.layers.0.mlp.experts.7.up_proj")
+    (True, False)
+    """
+    return ADAPTED.search(module) is not None
+
+
+def own_stack(name: str) -> str:
+    """Return a tensor's name with the stack's name that adapters give it, of mlx-lm's; any other stays as it is.
+
+    >>> own_stack("model.layers.0.block_sparse_moe.switch_mlp.up_proj.lora_a")
+    'model.layers.0.mlp.experts.up_proj.lora_a'
+    """
+    return IN_MLX_LM.sub(f".{BLOCK}.experts.", name)
+
+
+def mlx_stack(family: str, name: str) -> str:
+    """Return mlx-lm's name of a stack, or of a tensor of it, in a model of a family.
+
+    >>> mlx_stack("mixtral", "model.layers.0.mlp.experts.up_proj")
+    'model.layers.0.block_sparse_moe.switch_mlp.up_proj'
+    """
+    block = MIXTURES[family][0] if family in MIXTURES else BLOCK
+    return name.replace(f".{BLOCK}.experts.", f".{block}{STACK}")
+
+
+def stack_shapes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int, int]]:
+    """Return the shapes (E, O, I) of the experts' stacks by the names that adapters give them.
+
+    shapes: (O, I) of stored modules, one by one or the quantized stacks of mlx-lm, whose rows stand below each other.
+    """
+    number = num_experts(config)
+    if config.get("model_type") not in MIXTURES or number == 1:
+        return {}
+    block, leaves = MIXTURES[config["model_type"]]
+    own, found = dict(zip(leaves, STACKED, strict=True)), {}
+    for module, (out, width) in ((name, shape) for name, shape in shapes.items() if len(shape) == 2):
+        layer, inside, leaf = module.partition(f".{block}.experts.0.")
+        stacked = own_stack(module)
+        if inside:
+            found[f"{layer}.{BLOCK}.experts.{own[leaf]}"] = (number, out, width)
+        elif stacked != module:
+            found[stacked] = (number, out // number, width)
+    return found
 
 
 def in_block(config: Mapping[str, Any], module: str) -> str:

@@ -273,11 +273,17 @@ class ModelInfo:
     can_pad_left: bool = False  # a row with padding in front of it gives what it gives alone
     num_experts: int = 1  # in a layer
     norms: Mapping[str, int] = field(default_factory=dict[str, int])  # module with a vector of weights -> its width
+    experts: Mapping[str, tuple[int, int, int]] = field(
+        default_factory=dict[str, tuple[int, int, int]]
+    )  # stacks of experts -> (experts, out, in)
 
     @property
-    def adaptable(self) -> dict[str, tuple[int, int]]:
-        """Return the shapes (out, in) of all modules that adapters know: linears and ends; of an embedding (D, V)."""
-        return {**self.linears, **self.ends}
+    def adaptable(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes (out, in) of all modules that adapters know: linears, ends and stacks of experts.
+
+        Of an embedding (D, V), of a stack (E, out, in).
+        """
+        return {**self.linears, **self.ends, **self.experts}
 
 
 @dataclass(frozen=True)

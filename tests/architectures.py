@@ -48,13 +48,15 @@ LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_fre
 class Architecture:
     """One row: a title, the model type and what its config says beyond the usual tiny one.
 
-    in_mlx_lm: why mlx-lm alone does not compute this base as transformers does, where it does not.
+    in_mlx_lm: why mlx-lm alone does not compute this base as transformers does, where it does not. targets: of the
+    adapter.
     """
 
     title: str
     family: str
     settings: dict[str, Any] = field(default_factory=dict)
     in_mlx_lm: str = ""
+    targets: str | list[str] = "all-linear"
 
 
 SORTED = "sorted: `data.packing: auto` sorts instead, packed rows are not proven for this family on this backend"
@@ -63,6 +65,11 @@ GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 8, "sliding_window": 10}
 ALTERNATING = ["sliding_attention", "full_attention"]
 WINDOW = "in rows up to the window only: mlx-lm alone applies none in this family"
 SHORT = 8  # tokens, within every window here
+MIXTURES = (
+    ("Mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("Qwen 2 MoE", "qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 64}),
+    ("Qwen 3 MoE", "qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+)
 ARCHITECTURES = (
     Architecture("Llama 2", "llama", {"num_key_value_heads": 4}),
     Architecture("Llama 3.x (rope scaling)", "llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -78,9 +85,11 @@ ARCHITECTURES = (
         in_mlx_lm=WINDOW,
     ),
     Architecture("Qwen 3", "qwen3", {"head_dim": 32}),
-    Architecture("Mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    Architecture("Qwen 2 MoE", "qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 64}),
-    Architecture("Qwen 3 MoE", "qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    *(Architecture(*mixture) for mixture in MIXTURES),
+    *(
+        Architecture(f"{title}, experts adapted", family, settings, targets=["all-linear", "experts"])
+        for title, family, settings in MIXTURES
+    ),
     Architecture(
         "Gemma 2", "gemma2", {**GEMMA, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 5.0}, in_mlx_lm=WINDOW
     ),
@@ -134,8 +143,10 @@ def wanted_log_probs(folder: Path, examples: Sequence[Example], **options: Any) 
 class Trial:
     """One architecture on one backend: every column is a method that raises, or returns whether it holds."""
 
-    def __init__(self, folder: Path, backend: str, examples: Sequence[Example]) -> None:
-        self.folder, self.backend, self.examples = folder, backend, list(examples)
+    def __init__(
+        self, folder: Path, backend: str, examples: Sequence[Example], *, targets: str | list[str] = "all-linear"
+    ) -> None:
+        self.folder, self.backend, self.examples, self.targets = folder, backend, list(examples), targets
         self.ids = self.examples[1].tokens.tolist()
         self.losses: list[float] = []
         self.trained: dict[str, Tensor] = {}
@@ -152,8 +163,8 @@ class Trial:
     def fresh(self, **settings: Any) -> tuple[Any, Any, Any]:
         """Return a model with a LoRA whose B is not zero, its trainer and its spec."""
         model = load(self.backend, self.folder)
-        spec = resolve(AdapterConfig(rank=4, **settings), model.info)
-        values = initial_adapter(spec, model.info.linears, seed=0)
+        spec = resolve(AdapterConfig(**{"rank": 4, "targets": self.targets, **settings}), model.info)
+        values = initial_adapter(spec, model.info.adaptable, seed=0)
         for name, tensor in values.items():
             if name.endswith("lora_B"):
                 tensor.data[:] = 0.02 * np.random.default_rng(len(name)).standard_normal(tensor.shape)
@@ -264,7 +275,7 @@ def examine(architecture: Architecture) -> dict[str, dict[str, str]]:
     place = Path(tempfile.mkdtemp())
     try:
         folder = as_on_the_hub(save(place / "model", architecture.family, architecture.settings))
-        trials = {name: Trial(folder, name, rows()) for name in BACKENDS}
+        trials = {name: Trial(folder, name, rows(), targets=architecture.targets) for name in BACKENDS}
         found = {name: columns_of(trial, architecture, place / f"adapter-{name}") for name, trial in trials.items()}
     finally:
         shutil.rmtree(place)

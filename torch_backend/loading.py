@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from shared.adapters.spec import layer_of
+from shared.convert.experts import stacks_of
 from shared.errors import ModelError
 from shared.experts import in_block, is_expert, is_router, num_experts, stacked_shapes, stored_names
 from shared.families import (
@@ -249,6 +250,7 @@ def describe(zoo: Any, folder: ModelFolder, notes: tuple[str, ...]) -> ModelInfo
         can_pad_left=folder.family in attention.PADDABLE,
         num_experts=num_experts(folder.config),
         norms=find_norms(zoo),
+        experts=stacks_of(folder),
     )
 
 

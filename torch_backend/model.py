@@ -26,6 +26,7 @@ from torch_backend import attention, generation, objectives
 from torch_backend.adapters import Dropout, adapter_parameters, attach_lora
 from torch_backend.dora import attach_dora, magnitudes
 from torch_backend.ends import attach_ends
+from torch_backend.experts import attach_experts
 from torch_backend.offload import offload_layers
 from torch_backend.own import attach_own
 from torch_backend.state import from_torch, send, to_torch
@@ -51,6 +52,7 @@ class TorchModel:
             self.dropout = Dropout(p=spec.dropout)
             attach = attach_own if is_own(spec.kind) else attach_dora if spec.kind == "dora" else attach_lora
             attach(self.zoo, within_layers(spec, self.info), self.dropout, self.info.linears)
+            attach_experts(self.zoo, spec, self.info.experts)
             whole = attach_whole(self.zoo, spec, head=self.head.module)
             adapted = attach_ends(self.zoo, spec, self.info.ends)
             head = next((one for one in (adapted, whole) if one is not None), self.head.module)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from shared.adapters.fused import is_fused, unfuse_experts
 from shared.adapters.names import (
     COPY,
     MLX_FILE,
@@ -38,8 +39,9 @@ from shared.adapters.schema import (
     read_rank,
     read_ranks,
 )
-from shared.adapters.spec import ADAPTER_LEAVES, ends_of, is_embedding, is_saved, leaves_of, natural
+from shared.adapters.spec import ADAPTER_LEAVES, ends_of, factor_shapes, is_embedding, is_saved, leaves_of, natural
 from shared.errors import AdapterError, CapabilityError, ModelError
+from shared.experts import is_stack, own_stack
 from shared.folder import ModelFolder, read_json
 from shared.registry import find_quantizer
 from shared.strict import check_adapter
@@ -183,12 +185,16 @@ def from_peft(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[
                 fix="copy config and tensors of one adapter",
             )  # fmt: skip
     tensors, tied = without_twins(tensors, tied=bool(config.get("ensure_weight_tying")))
-    modules = modules_of(tensors)
     rank, alpha = read_rank(config, "r", 8), read_number(config, "lora_alpha", 8)
     ranks, alphas = read_ranks(config), read_pattern(config, "alpha_pattern")
-    own_ranks = {name: int(match_pattern(ranks, name, rank)) for name in modules}
-    own_alphas = {name: match_pattern(alphas, name, alpha) for name in modules}
     kind = "rslora" if config.get("use_rslora") else "lora"
+    experts = unfuse_experts(
+        tensors, read_names(config, "target_parameters"), kind=kind, rank=rank, alpha=alpha, ranks=ranks, alphas=alphas
+    )
+    tensors = {**{name: tensor for name, tensor in tensors.items() if not is_fused(name)}, **experts.tensors}
+    modules = modules_of(tensors)
+    own_ranks = {name: int(match_pattern(ranks, name, rank)) for name in modules} | experts.ranks
+    own_alphas = {name: match_pattern(alphas, name, alpha) for name in modules} | experts.alphas
     if config.get("use_dora"):
         if kind == "rslora":
             alpha, own_alphas = alpha * math.sqrt(rank), {n: a * math.sqrt(own_ranks[n]) for n, a in own_alphas.items()}
@@ -238,16 +244,10 @@ def from_mlx_lm(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tupl
     """Return spec and tensors of mlx-lm's files."""
     settings = check_mlx(config)
     kind = config.get("fine_tune_type", "lora")
-    experts = next((name for name in stored if ".switch_" in name or "experts" in name), None)
-    if experts:
-        raise CapabilityError(
-            f'the adapter holds experts ("{experts}"), which this version does not load',
-            code="E404",
-            expected="an adapter of dense layers",
-        )
     for name, tensor in stored.items():
-        leaf = name.rpartition(".")[2]
-        if leaf not in OWN_LEAVES or len(tensor.shape) != (1 if leaf == "m" else 2):
+        module, _, leaf = name.rpartition(".")
+        size = 1 if leaf == "m" else 3 if is_stack(own_stack(module)) else 2
+        if leaf not in OWN_LEAVES or len(tensor.shape) != size or (size == 2 and ".switch_" in name):
             raise CapabilityError(
                 f'the adapter holds "{name}", which this version does not load',
                 code="E404",
@@ -312,9 +312,9 @@ def check_ranks(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
                 f'adapter tensor "{magnitude}" {state}', code="E311", fix="copy config and tensors of one adapter"
             )
         A, B = leaves_of(module)
-        for leaf, axis in ((A, 0), (B, -1)):
+        for leaf, axis in ((A, -2), (B, -1)):
             found, rank = tensors.get(f"{module}.{leaf}"), spec.rank_of(module)
-            if found is None or len(found.shape) != 2:
+            if found is None or len(found.shape) != (3 if is_stack(module) else 2):
                 raise AdapterError(
                     f'adapter tensor "{module}.{leaf}" is missing', code="E311", fix="copy the adapter again"
                 )
@@ -346,22 +346,17 @@ def check_fit(adapter: Adapter, info: ModelInfo, *, own: str = "") -> None:
         check_adapter({name: adapter.tensors[name] for name in adapter.tensors if not is_saved(name)}, expected=wanted)
         return
     for name in adapter.spec.modules:
-        out, width = adaptable[name]
-        A, B = leaves_of(name)
-        shapes: dict[str, tuple[int, ...]] = {
-            A: (adapter.spec.rank_of(name), width),
-            B: (out, adapter.spec.rank_of(name)),
-        }
+        shapes = factor_shapes(name, adaptable[name], rank=adapter.spec.rank_of(name))
         if adapter.spec.kind == "dora":
-            shapes["lora_magnitude_vector"] = (out,)
-        for leaf, shape in shapes.items():
-            check_tensor(adapter, f"{name}.{leaf}", shape)
+            shapes[f"{name}.lora_magnitude_vector"] = adaptable[name][:1]
+        for tensor, shape in shapes.items():
+            check_tensor(adapter, tensor, shape)
 
 
 def check_saved(adapter: Adapter, info: ModelInfo) -> None:
     """Raise AdapterError unless the model has every module that was trained whole, with the right shape."""
     for name in adapter.spec.saved:
-        if name not in info.norms and name not in info.adaptable:
+        if (name not in info.norms and name not in info.adaptable) or is_stack(name):
             raise AdapterError(
                 f'the adapter does not fit this {info.family} model: it has no module "{name}" (modules_to_save)',
                 fix="use the base that the adapter was trained on",

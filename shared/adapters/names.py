@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from shared.adapters.spec import is_embedding
+from shared.experts import mlx_stack, own_stack
 from shared.types import Tensor
 
 PEFT_FILE, MLX_FILE = "adapter_model.safetensors", "adapters.safetensors"
@@ -70,14 +71,16 @@ def twin(name: str, table: str) -> str:
     return f"{table}.{own[name] if name in own else name.removeprefix('lm_head.')}"
 
 
-def mlx_name(name: str) -> str:
-    """Return mlx-lm's name of an adapter tensor.
+def mlx_name(name: str, *, family: str = "") -> str:
+    """Return mlx-lm's name of an adapter tensor; family: of the base, which decides what its experts are called.
 
     >>> mlx_name("a.q_proj.lora_A"), mlx_name("a.q_proj.lora_magnitude_vector")
     ('a.q_proj.lora_a', 'a.q_proj.m')
+    >>> mlx_name("a.0.mlp.experts.up_proj.lora_A", family="mixtral")
+    'a.0.block_sparse_moe.switch_mlp.up_proj.lora_a'
     """
     module, _, leaf = name.rpartition(".")
-    return f"{renamed(module, RENAMED)}.{MLX_LEAVES[leaf]}"
+    return f"{mlx_stack(family, renamed(module, RENAMED))}.{MLX_LEAVES[leaf]}"
 
 
 def own_name_of_mlx(name: str) -> str:
@@ -89,7 +92,7 @@ def own_name_of_mlx(name: str) -> str:
     module, _, leaf = name.rpartition(".")
     own = OWN_LEAVES[leaf]
     own = own.replace("lora_", "lora_embedding_") if is_embedding(module) and leaf != "m" else own
-    return f"{renamed(module, [(mlx, hf) for hf, mlx in RENAMED])}.{own}"
+    return f"{own_stack(renamed(module, [(mlx, hf) for hf, mlx in RENAMED]))}.{own}"
 
 
 def renamed(module: str, pairs: Sequence[tuple[str, str]]) -> str:
@@ -98,5 +101,5 @@ def renamed(module: str, pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def turned(tensor: Tensor) -> Tensor:
-    """Return the transposed matrix, contiguous; a vector stays as it is."""
-    return Tensor(tensor.dtype, np.ascontiguousarray(tensor.data.T))
+    """Return the transposed matrix, contiguous; a vector stays as it is, and so do matrices of experts in mlx-lm."""
+    return tensor if len(tensor.shape) == 3 else Tensor(tensor.dtype, np.ascontiguousarray(tensor.data.T))

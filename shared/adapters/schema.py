@@ -15,14 +15,14 @@ CONFIG_FILE = "adapter_config.json"
 # Settings of PEFT that change what an adapter computes, and the value that leaves it as we understand it.
 PLAIN = {
     "bias": "none", "lora_bias": False, "fan_in_fan_out": False,
-    "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
+    "trainable_token_indices": None, "layer_replication": None,
     "alora_invocation_tokens": None, "use_qalora": False, "use_bdlora": None,
     "arrow_config": None, "kasa_config": None, "velora_config": None, "monteclora_config": None, "enable_lora": None,
 }  # fmt: skip
 # Settings of PEFT that are read, or say only which modules there are, how training went or where files lie.
 KNOWN = frozenset((
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-    "modules_to_save", "ensure_weight_tying",
+    "modules_to_save", "ensure_weight_tying", "target_parameters",
     "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",

@@ -11,6 +11,7 @@ import numpy as np
 
 from shared.adapters.own import OWN, find_own, is_own, own_values
 from shared.errors import CapabilityError, ConfigError, did_you_mean
+from shared.experts import is_stack
 from shared.families import EMBEDDINGS
 from shared.seeds import normal, uniform
 from shared.tensors import to_float32
@@ -30,6 +31,7 @@ ADAPTER_LEAVES = (
     ".modules_to_save.bias",
 )  # how names of adapter tensors end
 SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # siblings that read one tensor
+OF_EXPERTS = "PEFT and mlx-lm know plain LoRA of experts only"
 SQUARED_ELEMENTS = 2**22  # widened to float64 at a time: 32 MiB
 LAYER = re.compile(r"\.(\d+)\.")
 
@@ -55,19 +57,25 @@ def resolve(config: AdapterConfig, info: ModelInfo) -> AdapterSpec:
     every = sorted(info.linears, key=natural)
     inside = [name for name in every if layer_of(name) in layers]
     ends = [] if config.targets == "all-linear" else sorted(info.ends, key=natural)
+    stacks = [] if config.targets == "all-linear" else sorted(info.experts, key=natural)
     tied = config.ensure_weight_tying and info.is_tied
-    modules = one_of_tied(match_targets(config.targets, [*inside, *ends], every=[*every, *ends]), info, tied=tied)
+    open_to = [*inside, *(name for name in stacks if layer_of(name) in layers)]
+    open_to = sorted(open_to, key=natural)
+    found = match_targets(config.targets, [*open_to, *ends], every=[*every, *stacks, *ends])
+    modules = one_of_tied(found, info, tied=tied)
     saved = one_of_tied(match_saved(config.modules_to_save, info), info, tied=tied)
     check_saved(saved, modules)
     tied = tied and any(name in info.ends for name in (*modules, *saved))
     check_ends([name for name in modules if name in ends], config, tied=tied)
     ranks = by_pattern(config.rank_pattern, modules, key="rank_pattern", usual=config.rank)
     alphas = by_pattern(config.alpha_pattern, modules, key="alpha_pattern", usual=config.alpha)
-    return AdapterSpec(
+    spec = AdapterSpec(
         config.type, rank=config.rank, alpha=float(config.alpha), dropout=config.dropout, modules=tuple(modules),
         ranks={name: int(rank) for name, rank in ranks.items()},
         alphas={name: float(alpha) for name, alpha in alphas.items()}, saved=tuple(saved), tied=tied,
     )  # fmt: skip
+    check_stacks(spec)
+    return spec
 
 
 def one_of_tied(modules: Sequence[str], info: ModelInfo, *, tied: bool) -> list[str]:
@@ -79,7 +87,7 @@ def one_of_tied(modules: Sequence[str], info: ModelInfo, *, tied: bool) -> list[
 
 def match_saved(names: Sequence[str], info: ModelInfo) -> list[str]:
     """Return the modules that `modules_to_save` names, in model order; each name must match at least one."""
-    every = sorted({*info.adaptable, *info.norms}, key=natural)
+    every = sorted({*info.linears, *info.ends, *info.norms}, key=natural)
     for target in names:
         if not any(is_match(target, name) for name in every):
             kinds = sorted({short_name(name) for name in every})
@@ -133,6 +141,30 @@ def check_ends(ends: Sequence[str], config: AdapterConfig, *, tied: bool) -> Non
         )  # fmt: skip
 
 
+def check_stacks(spec: AdapterSpec) -> None:
+    """Refuse adapters of experts that PEFT, which fuses gate and up, or mlx-lm could not compute."""
+    stacks = [name for name in spec.modules if is_stack(name)]
+    if not stacks:
+        return
+    if is_own(spec.kind) or spec.kind == "dora":
+        raise ConfigError(
+            f"adapter.type: {spec.kind} of experts (\"{stacks[0]}\"): {OF_EXPERTS}", code="E204",
+            expected="lora or rslora", fix='take "experts" out of adapter.targets',
+        )  # fmt: skip
+    if spec.dropout:
+        raise ConfigError(
+            "adapter.dropout with experts among adapter.targets, which PEFT refuses to load", code="E204",
+            fix="set adapter.dropout: 0",
+        )  # fmt: skip
+    for gate in (name.replace(".up_proj", ".gate_proj") for name in stacks if short_name(name) != "down_proj"):
+        pair = (gate, gate.replace(".gate_proj", ".up_proj"))
+        if not set(pair) <= set(stacks) or len({(spec.rank_of(name), spec.scale_of(name)) for name in pair}) > 1:
+            raise ConfigError(
+                f'adapter: "{gate}" and its up_proj are one tensor in transformers and PEFT', code="E204",
+                expected="both among adapter.targets, with one rank and one alpha",
+            )  # fmt: skip
+
+
 def is_embedding(module: str) -> bool:
     """Return whether a module is an embedding, by its name.
 
@@ -176,15 +208,16 @@ def match_targets(targets: str | Sequence[str], inside: Sequence[str], *, every:
     if targets == "all-linear":
         return list(inside)
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    kinds = sorted({short_name(name) for name in every})
+    kinds = sorted({"experts" if is_stack(name) else short_name(name) for name in every})
     for target in wanted:
-        if not any(is_match(target, name) for name in every):
+        if target != "all-linear" and not any(is_match(target, name) for name in every):
             raise ConfigError(
                 f'adapter.targets: "{target}" matches no linear module', code="E206",
                 expected=f"all-linear or {', '.join(kinds)}",
                 fix=hint if "mean" in (hint := did_you_mean(target, kinds)) else None,
             )  # fmt: skip
-    found = [name for name in inside if any(is_match(target, name) for target in wanted)]
+    linear = {name for name in inside if not (ends_of([name]) or is_stack(name))} if "all-linear" in wanted else set()
+    found = [name for name in inside if name in linear or any(is_match(target, name) for target in wanted)]
     if not found:
         raise ConfigError(
             "adapter.targets matches no module in the chosen layers", code="E206", fix="change adapter.layers"
@@ -193,11 +226,16 @@ def match_targets(targets: str | Sequence[str], inside: Sequence[str], *, every:
 
 
 def is_match(target: str, name: str) -> bool:
-    """Return whether a target names a module: the whole path or its last parts.
+    """Return whether a target names a module: the whole path or its last parts; experts only where it says so.
 
     >>> is_match("q_proj", "model.layers.0.self_attn.q_proj"), is_match("proj", "model.layers.0.self_attn.q_proj")
     (True, False)
+    >>> [is_match(target, "a.0.mlp.experts.up_proj") for target in ("experts", "experts.up_proj", "up_proj")]
+    [True, True, False]
     """
+    if is_stack(name):
+        block = f".{name.rpartition('.')[0]}"
+        return block.endswith("." + target) or ("experts." in target and f".{name}".endswith("." + target))
     return name == target or name.endswith("." + target)
 
 
@@ -236,8 +274,8 @@ def short_name(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def initial_adapter(spec: AdapterSpec, linears: Mapping[str, tuple[int, int]], *, seed: int) -> dict[str, Tensor]:
-    """Return A (r, in) from U(-1/sqrt(in), 1/sqrt(in)) and B (out, r) zero, float32, for every module.
+def initial_adapter(spec: AdapterSpec, linears: Mapping[str, tuple[int, ...]], *, seed: int) -> dict[str, Tensor]:
+    """Return A (r, in) from U(-1/sqrt(in), 1/sqrt(in)) and B (out, r) zero, float32, for every module; of each expert.
 
     Of an embedding A (r, V) is zero and B (D, r) from N(0, 1), so that only tokens that occur are changed.
     Source: Hu et al. 2021 with PEFT's kaiming_uniform(a=sqrt(5)), which is this bound, and PEFT's embeddings.
@@ -246,16 +284,26 @@ def initial_adapter(spec: AdapterSpec, linears: Mapping[str, tuple[int, int]], *
         return own_values(spec, linears, seed=seed)
     tensors: dict[str, Tensor] = {}
     for name in spec.modules:
-        out, width = linears[name]
-        rank = spec.rank_of(name)
+        sizes = factor_shapes(name, linears[name], rank=spec.rank_of(name))
+        (first, A), (second, B) = sizes.items()
+        start_A, start_B = np.zeros(A, dtype=np.float32), np.zeros(B, dtype=np.float32)
         if is_embedding(name):
-            tensors[f"{name}.lora_embedding_A"] = Tensor("F32", np.zeros((rank, width), dtype=np.float32))
-            tensors[f"{name}.lora_embedding_B"] = Tensor("F32", normal(seed=seed, name=name, shape=(out, rank)))
-            continue
-        values = uniform(seed=seed, name=name, shape=(rank, width), bound=width**-0.5)
-        tensors[f"{name}.lora_A"] = Tensor("F32", values)
-        tensors[f"{name}.lora_B"] = Tensor("F32", np.zeros((out, rank), dtype=np.float32))
+            start_B = normal(seed=seed, name=name, shape=B)
+        else:
+            start_A = uniform(seed=seed, name=name, shape=A, bound=A[-1] ** -0.5)
+        tensors[first], tensors[second] = Tensor("F32", start_A), Tensor("F32", start_B)
     return tensors
+
+
+def factor_shapes(module: str, shape: tuple[int, ...], *, rank: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's two matrices by name; shape: (out, in), or (E, out, in) of a stack of experts.
+
+    >>> factor_shapes("mlp.experts.up_proj", (4, 32, 16), rank=2)
+    {'mlp.experts.up_proj.lora_A': (4, 2, 16), 'mlp.experts.up_proj.lora_B': (4, 32, 2)}
+    """
+    *stack, out, width = shape
+    A, B = leaves_of(module)
+    return {f"{module}.{A}": (*stack, rank, width), f"{module}.{B}": (*stack, out, rank)}
 
 
 def within_layers(spec: AdapterSpec, info: ModelInfo) -> AdapterSpec:

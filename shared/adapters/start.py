@@ -29,7 +29,7 @@ def start_values(config: RunConfig, spec: AdapterSpec, model: Model, base: Model
     check_fit(found, model.info, own=config.adapter.type)
     check_copies(found, base)
     own = replace(found.spec, tied=found.spec.tied and model.info.is_tied)
-    check_same(own, spec, facts=Facts(model.info.num_layers, frozenset(model.info.adaptable)))
+    check_same(own, spec, facts=Facts(model.info.num_layers, frozenset(model.info.adaptable), model.info.family))
     return dict(found.tensors)
 
 

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from shared.adapters.fused import Fused, fuse_experts
 from shared.adapters.names import MLX_FILE, OWN_FILE, PEFT_FILE, SAVED, mlx_name, peft_name, turned, twin
 from shared.adapters.own import is_own
 from shared.adapters.schema import CONFIG_FILE
 from shared.adapters.spec import LAYER, ends_of, is_embedding, is_saved, layer_of, leaves_of, natural, short_name
 from shared.durable import write_json
+from shared.experts import is_stack
 from shared.hub import split_revision
 from shared.tensors import from_float32, save_file, to_float32
 from shared.types import AdapterSpec, ModelInfo, Tensor
@@ -29,10 +31,11 @@ METADATA = {PEFT_FILE: {"format": "pt"}, MLX_FILE: {"format": "mlx"}}
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the base: how many layers, and the names of its modules; None where nobody said."""
+    """What is known of the base: how many layers, the names of its modules, its family; None where nobody said."""
 
     num_layers: int | None = None
     modules: frozenset[str] | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def write_adapter(
         save_file(folder / OWN_FILE, tensors.items(), metadata={"format": "mlxlora"})
         write_config(folder, {"base_model_name_or_path": base, "mlxlora": {**notes, "spec": asdict(spec)}})
         return
-    facts = Facts(info.num_layers, frozenset(info.adaptable))
+    facts = Facts(info.num_layers, frozenset(info.adaptable), info.family)
     layouts = [to_peft(spec, tensors, facts, base=base)]
     if why_not_mlx(spec, tied=info.is_tied) is None:
         layouts.append(to_mlx(spec, tensors, facts))
@@ -80,7 +83,13 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 def to_peft(spec: AdapterSpec, tensors: Mapping[str, Tensor], facts: Facts, *, base: str | None) -> Layout:
     """Return an adapter as PEFT keeps it; base: what its config calls the model."""
-    targets, layers = peft_targets(spec.modules, facts)
+    targets, layers = peft_targets([name for name in spec.modules if not is_stack(name)], facts)
+    experts = fuse_experts(spec, tensors)
+    parameters = peft_parameters(experts, facts)
+    ranks = {name: rank for name, rank in spec.ranks.items() if not is_stack(name)}
+    alphas = {name: alpha for name, alpha in spec.alphas.items() if not is_stack(name)}
+    ranks |= {parameters[name]: rank for name, rank in experts.ranks.items() if rank != spec.rank}
+    alphas |= {parameters[name]: alpha for name, alpha in experts.alphas.items() if alpha != spec.alpha}
     name, revision = split_revision(base) if base else (None, None)
     config = {
         "peft_type": "LORA",
@@ -93,10 +102,11 @@ def to_peft(spec: AdapterSpec, tensors: Mapping[str, Tensor], facts: Facts, *, b
         **({"ensure_weight_tying": True} if spec.tied else {}),
         "r": spec.rank,
         "lora_alpha": plain_number(spec.alpha),
-        "rank_pattern": dict(spec.ranks),
-        "alpha_pattern": {name: plain_number(alpha) for name, alpha in spec.alphas.items()},
+        "rank_pattern": ranks,
+        "alpha_pattern": {name: plain_number(alpha) for name, alpha in alphas.items()},
         "lora_dropout": spec.dropout,
         "target_modules": targets,
+        **({"target_parameters": list(dict.fromkeys(parameters.values()))} if parameters else {}),
         "layers_to_transform": layers,
         "use_rslora": spec.kind == "rslora",
         "use_dora": spec.kind == "dora",
@@ -104,7 +114,21 @@ def to_peft(spec: AdapterSpec, tensors: Mapping[str, Tensor], facts: Facts, *, b
         "inference_mode": True,
     }
     whole = {**tensors, **twins(tensors)} if spec.tied else tensors
+    whole = {name: tensor for name, tensor in whole.items() if not is_stack(name.rpartition(".")[0])} | experts.tensors
     return Layout(PEFT_FILE, config, {peft_name(name): tensor for name, tensor in whole.items()})
+
+
+def peft_parameters(experts: Fused, facts: Facts) -> dict[str, str]:
+    """Return what to call adapted parameters of experts: by their ends where that means just these, and all alike."""
+    blocks = {name.rpartition(".")[0] for name in facts.modules or () if is_stack(name)}
+    shown = {}
+    for name, rank in experts.ranks.items():
+        leaf, block = short_name(name), name.rpartition(".")[0]
+        same = [other for other in experts.ranks if short_name(other) == leaf and experts.ranks[other] == rank]
+        whole = {other.rpartition(".")[0] for other in same} == blocks
+        whole = whole and len({experts.alphas[other] for other in same}) == 1
+        shown[name] = f"{'.'.join(block.split('.')[-2:])}.{leaf}" if whole else name
+    return shown
 
 
 def twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,7 +148,7 @@ def peft_targets(modules: Sequence[str], facts: Facts) -> tuple[list[str], list[
     """Return target_modules and layers_to_transform: short names where they mean just these modules, else paths."""
     kinds = sorted({short_name(name) for name in modules})
     if facts.modules is not None:
-        same = {name for name in facts.modules if short_name(name) in kinds} == set(modules)
+        same = {one for one in facts.modules if short_name(one) in kinds and not is_stack(one)} == set(modules)
         return (kinds if same else list(modules)), None
     by_layer = parts_by_layer(modules)
     if None in by_layer or len(set(map(frozenset, by_layer.values()))) != 1:
@@ -143,7 +167,9 @@ def parts_by_layer(modules: Sequence[str]) -> dict[int | None, set[str]]:
 
 def to_mlx(spec: AdapterSpec, tensors: Mapping[str, Tensor], facts: Facts) -> Layout:
     """Return an adapter as mlx-lm keeps it."""
-    num_layers, keys = mlx_keys([mlx_name(f"{name}.lora_A").removesuffix(".lora_a") for name in spec.modules], facts)
+    family = facts.family or ""
+    places = [mlx_name(f"{name}.lora_A", family=family).removesuffix(".lora_a") for name in spec.modules]
+    num_layers, keys = mlx_keys(places, facts)
     scale, rank = common_scale(spec), max(spec.rank_of(name) for name in spec.modules)
     config = {
         "fine_tune_type": "dora" if spec.kind == "dora" else "lora",
@@ -153,9 +179,9 @@ def to_mlx(spec: AdapterSpec, tensors: Mapping[str, Tensor], facts: Facts) -> La
     even = dict(tensors)
     for module in spec.modules:
         A, B = (f"{module}.{leaf}" for leaf in leaves_of(module))
-        even[A] = with_zeros(tensors[A], rank, axis=0)
-        even[B] = folded(with_zeros(tensors[B], rank, axis=1), spec.scale_of(module) / scale)
-    return Layout(MLX_FILE, config, {mlx_name(name): turned(tensor) for name, tensor in even.items()})
+        even[A] = with_zeros(tensors[A], rank, axis=-2)
+        even[B] = folded(with_zeros(tensors[B], rank, axis=-1), spec.scale_of(module) / scale)
+    return Layout(MLX_FILE, config, {mlx_name(name, family=family): turned(tensor) for name, tensor in even.items()})
 
 
 def mlx_keys(modules: Sequence[str], facts: Facts) -> tuple[int, list[str]]:
@@ -179,11 +205,12 @@ def common_scale(spec: AdapterSpec) -> float:
 
 
 def with_zeros(matrix: Tensor, rank: int, *, axis: int) -> Tensor:
-    """Return A or B filled up with zeros to a rank."""
+    """Return A or B filled up with zeros to a rank, which is their length along an axis counted from the end."""
     missing = rank - matrix.shape[axis]
     if missing == 0:
         return matrix
-    return Tensor(matrix.dtype, np.pad(matrix.data, [(0, missing if n == axis else 0) for n in range(2)]))
+    widths = [(0, missing if n == axis else 0) for n in range(-len(matrix.shape), 0)]
+    return Tensor(matrix.dtype, np.pad(matrix.data, widths))
 
 
 def folded(matrix: Tensor, ratio: float) -> Tensor:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from shared.experts import STACKED, expert_names
+from shared.experts import STACKED, expert_names, stack_shapes
 from shared.folder import ModelFolder
 from shared.protocols import Quantizer
 from shared.types import Packed, Tensor
+
+
+def stacks_of(folder: ModelFolder) -> dict[str, tuple[int, int, int]]:
+    """Return the shapes (E, O, I) of a folder's stacks of experts, by the names that adapters give them."""
+    floats = {name.removesuffix(".weight"): folder.entries[name].shape for name in folder.entries}
+    return stack_shapes(
+        folder.config, {**floats, **{name: place.stored.shape for name, place in folder.places.items()}}
+    )
 
 
 def pack_experts(folder: ModelFolder, quantizer: Quantizer, layer: str) -> dict[str, Packed] | None:
