@@ -151,6 +151,7 @@ class Trial:
         self.losses: list[float] = []
         self.trained: dict[str, Tensor] = {}
         self.model: Any = None
+        self.options: dict[str, Any] = {}  # of loading
 
     def loads(self) -> bool:
         """Return whether the log-probabilities are those of transformers' eager attention."""
@@ -162,7 +163,7 @@ class Trial:
 
     def fresh(self, **settings: Any) -> tuple[Any, Any, Any]:
         """Return a model with a LoRA whose B is not zero, its trainer and its spec."""
-        model = load(self.backend, self.folder)
+        model = load(self.backend, self.folder, **self.options)
         spec = resolve(AdapterConfig(**{"rank": 4, "targets": self.targets, **settings}), model.info)
         values = initial_adapter(spec, model.info.adaptable, seed=0)
         for name, tensor in values.items():

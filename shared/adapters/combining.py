@@ -3,7 +3,7 @@
 With D_i = scale_i B_i A_i and weights w_i. concat: sum w_i D_i exactly, ranks added. svd: the best approximation of
 that sum of a chosen rank. linear and ties work on A and B, each taking sqrt(w_i scale_i), so they are not the sum; as
 PEFT's add_weighted_adapter has them.
-Legend: R rank, K sum of ranks, I input width, O output width.
+Legend: R rank, K sum of ranks, I input width, O output width. Matrices of experts have one more axis in front.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shared.adapters.folder import Adapter
 from shared.adapters.own import is_own
 from shared.adapters.spec import ends_of, leaves_of, natural
 from shared.errors import AdapterError, CapabilityError, ConfigError, did_you_mean
+from shared.experts import is_stack
 from shared.tensors import from_float32, is_finite, to_float32
 from shared.types import AdapterSpec, Tensor
 
@@ -35,6 +36,11 @@ class Factors:
     B: np.ndarray  # (O, R)
     weight: float
     scale: float
+
+    @property
+    def rank(self) -> int:
+        """Return the rank."""
+        return self.A.shape[-2]
 
 
 Pair = tuple[np.ndarray, np.ndarray]  # A (R, I) and B (O, R)
@@ -65,7 +71,7 @@ def combine(
         pair = joined(found, module, method=method, scale=scale, rank=rank, density=density)
         for leaf, values in zip(leaves_of(module), pair, strict=True):
             tensors[f"{module}.{leaf}"] = rounded(values, name=f"{module}.{leaf}")
-    ranks = {module: tensors[f"{module}.{leaves_of(module)[0]}"].shape[0] for module in modules}
+    ranks = {module: tensors[f"{module}.{leaves_of(module)[0]}"].shape[-2] for module in modules}
     most = max(ranks.values())
     spec = AdapterSpec(
         "lora", rank=most, alpha=scale * most, dropout=0.0, modules=tuple(modules),
@@ -120,11 +126,11 @@ def check_addable(adapters: Sequence[Adapter]) -> None:
         raise AdapterError(
             f'adapter tensor "{damaged[0]}" holds NaN or infinity', code="E311", fix="use an earlier checkpoint"
         )
-    shapes: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for adapter in adapters:
         for module in adapter.spec.modules:
             A, B = (adapter.tensors[f"{module}.{leaf}"] for leaf in leaves_of(module))
-            shape = (B.shape[0], A.shape[1])
+            shape = (*B.shape[:-1], A.shape[-1])
             if shapes.setdefault(module, shape) != shape:
                 raise AdapterError(
                     f'"{module}" is {shapes[module]} in one adapter and {shape} in another',
@@ -146,9 +152,9 @@ def joined(
         return concatenated(found, scale=scale)
     if method == "svd":
         return truncated(*concatenated(found, scale=1.0), module, rank=rank or 1)
-    if len({len(factors.A) for factors in found}) > 1:
+    if len({factors.rank for factors in found}) > 1:
         raise ConfigError(
-            f'--method {method} adds matrices of one rank; "{module}" has ranks {[len(f.A) for f in found]}',
+            f'--method {method} adds matrices of one rank; "{module}" has ranks {[f.rank for f in found]}',
             fix="--method concat, or svd with a --rank",
         )
     roots = [math.sqrt(abs(factors.weight * factors.scale)) for factors in found]
@@ -156,6 +162,11 @@ def joined(
     As, Bs = [factors.A for factors in found], [factors.B for factors in found]
     if method == "linear":
         return total(As, signs), total(Bs, roots)
+    if is_stack(module):
+        raise CapabilityError(
+            f'--method ties trims by PEFT\'s tensors, which "{module}" is a part of', code="E404",
+            fix="--method concat, linear or svd",
+        )  # fmt: skip
     share = density or 1.0
     smallest = min(matrix.size for matrix in (*As, *Bs))
     if int(share * smallest) < 1:
@@ -166,17 +177,19 @@ def joined(
 def concatenated(found: Sequence[Factors], *, scale: float) -> Pair:
     """Return A (K, I) and B (O, K) whose product times scale is the weighted sum of all."""
     A = [factors.A * (factors.weight * factors.scale / scale) for factors in found]
-    return np.concatenate(A), np.concatenate([factors.B for factors in found], axis=1)
+    return np.concatenate(A, axis=-2), np.concatenate([factors.B for factors in found], axis=-1)
 
 
 def truncated(A: np.ndarray, B: np.ndarray, module: str, *, rank: int) -> Pair:
     """Return the factors of the best approximation of B A of a rank (Eckart and Young 1936), without forming B A."""
-    if rank > min(len(A), A.shape[1], len(B)):
-        raise ConfigError(f'--rank {rank}: the sum for "{module}" has rank {len(A)} at most', fix="--method concat")
+    if rank > min(*A.shape[-2:], B.shape[-2]):
+        raise ConfigError(
+            f'--rank {rank}: the sum for "{module}" has rank {A.shape[-2]} at most', fix="--method concat"
+        )
     left_Q, left_R = np.linalg.qr(B)
-    right_Q, right_R = np.linalg.qr(A.T)
-    U, S, Vh = np.linalg.svd(left_R @ right_R.T, full_matrices=False)
-    return Vh[:rank] @ right_Q.T, left_Q @ (U[:, :rank] * S[:rank])
+    right_Q, right_R = np.linalg.qr(A.swapaxes(-1, -2))
+    U, S, Vh = np.linalg.svd(left_R @ right_R.swapaxes(-1, -2), full_matrices=False)
+    return Vh[..., :rank, :] @ right_Q.swapaxes(-1, -2), left_Q @ (U[..., :rank] * S[..., None, :rank])
 
 
 def total(matrices: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:

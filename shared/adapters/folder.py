@@ -246,8 +246,13 @@ def from_mlx_lm(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tupl
     kind = config.get("fine_tune_type", "lora")
     for name, tensor in stored.items():
         module, _, leaf = name.rpartition(".")
-        size = 1 if leaf == "m" else 3 if is_stack(own_stack(module)) else 2
-        if leaf not in OWN_LEAVES or len(tensor.shape) != size or (size == 2 and ".switch_" in name):
+        stacked = is_stack(own_stack(module))
+        if (".switch_" in name or "experts" in name) and (not stacked or leaf == "m" or len(tensor.shape) != 3):
+            raise CapabilityError(
+                f'the adapter holds experts in a form that this version does not load ("{name}")', code="E404",
+                expected="switch_mlp, lora_a (experts, r, in) and lora_b (experts, out, r), as mlx-lm writes today",
+            )  # fmt: skip
+        if leaf not in OWN_LEAVES or len(tensor.shape) != (1 if leaf == "m" else 3 if stacked else 2):
             raise CapabilityError(
                 f'the adapter holds "{name}", which this version does not load',
                 code="E404",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from shared.adapters.bases import check_base
 from shared.adapters.folder import Adapter, check_copies, from_peft, is_copy, no_adapter, no_tensors, read_as
+from shared.adapters.fused import INNER, fuse_experts, is_fused
 from shared.adapters.names import (
     COPY,
     MLX_FILE,
@@ -43,8 +44,10 @@ from shared.adapters.writing import (
     why_not_mlx,
     write_config,
 )
+from shared.convert.experts import stacks_of
 from shared.convert.target import ADAPTER, new_folder
 from shared.errors import AdapterError, CapabilityError, ConfigError, MlxloraError, ModelError
+from shared.experts import is_stack
 from shared.folder import ModelFolder, find_folder, open_folder, read_json
 from shared.tensors import NUMPY, is_finite, load_file, save_file
 from shared.types import AdapterSpec, Tensor
@@ -162,12 +165,12 @@ def facts_of(folder: ModelFolder | None) -> Facts:
     if folder is None:
         return Facts()
     layers = {layer for name in folder.entries if (layer := layer_of(name)) is not None}
-    return Facts(num_layers=len(layers) or None)
+    return Facts(num_layers=len(layers) or None, modules=None, family=folder.family)
 
 
 def check_expressible(spec: AdapterSpec, folder: ModelFolder | None, *, to: str) -> None:
     """Refuse what the two libraries compute differently, and modules that the base does not have."""
-    names = set() if folder is None else {name.rpartition(".")[0] for name in folder.entries}
+    names = set() if folder is None else {*(name.rpartition(".")[0] for name in folder.entries), *stacks_of(folder)}
     missing = [name for name in (*spec.modules, *spec.saved) if names and name not in names and name != "lm_head"]
     if missing:
         raise AdapterError(
@@ -178,10 +181,16 @@ def check_expressible(spec: AdapterSpec, folder: ModelFolder | None, *, to: str)
 
 
 def check_ends(spec: AdapterSpec, folder: ModelFolder | None, *, to: str) -> None:
-    """Refuse what mlx-lm has no place for, and adapters of ends where nobody says whether these are one tensor."""
+    """Refuse what mlx-lm has no place for, and what only a base tells: whether both ends are one, names of experts."""
     why = why_not_mlx(spec, tied=folder is not None and folder.is_tied) if to == "mlx" else None
     if why is not None:
         raise CapabilityError(why, code="E405", fix="use it with PEFT or here")
+    stack = next(filter(is_stack, spec.modules), None)
+    if stack and to == "mlx" and folder is None:
+        raise CapabilityError(
+            f'the adapter changes experts ("{stack}"), which mlx-lm calls differently in each family', code="E405",
+            fix="name the base: --base MODEL",
+        )  # fmt: skip
     ends = ends_of(spec.modules)
     if ends and folder is None:
         raise CapabilityError(
@@ -210,7 +219,7 @@ def write_converted(
         notes["origin"] = origin
     save_file(staged / layout.file, layout.tensors.items(), metadata=METADATA[layout.file])
     write_config(staged, {**written, "mlxlora": notes})
-    lost = {**dict(rounded_away(adapter, layout)), **adapter.copies} if to == "mlx" else {}
+    lost = {**dict(rounded_away(adapter, layout, facts)), **adapter.copies} if to == "mlx" else {}
     if lost:
         save_file(staged / RESTORE_FILE, lost.items(), metadata={"format": "mlxlora"})
 
@@ -233,12 +242,13 @@ def ratio_of(spec: AdapterSpec, module: str) -> float:
     return spec.scale_of(module) / common_scale(spec)
 
 
-def rounded_away(adapter: Adapter, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def rounded_away(adapter: Adapter, layout: Layout, facts: Facts) -> Iterator[tuple[str, Tensor]]:
     """Yield by how many units of the last place each B is off that does not come back from mlx-lm's exactly."""
     for module in adapter.spec.modules:
         name = f"{module}.{leaves_of(module)[1]}"
         B = adapter.tensors[name]
-        back = brought_back(layout.tensors[mlx_name(name)], B.shape, B.dtype, ratio=ratio_of(adapter.spec, module))
+        held = layout.tensors[mlx_name(name, family=facts.family or "")]
+        back = brought_back(held, B.shape, B.dtype, ratio=ratio_of(adapter.spec, module))
         words = f"<i{B.data.dtype.itemsize}"
         off = B.data.view(words).astype(np.int64) - back.data.view(words).astype(np.int64)
         if off.any():
@@ -266,20 +276,26 @@ def restored(
     try:
         if origin is None or origin["format"] != to or origin["converted"] != digest(config):
             return None
-        data = rebuilt(origin, stored, lost, to=to)
+        data = rebuilt(origin, config, stored, lost, to=to)
         return (origin["config"], data) if hashlib.sha256(data).hexdigest() == origin["sha256"] else None
     except (LookupError, TypeError, ValueError, AttributeError, MlxloraError):
         return None  # notes that somebody changed
 
 
-def rebuilt(origin: Mapping[str, Any], stored: Mapping[str, Tensor], lost: Mapping[str, Tensor], *, to: str) -> bytes:
+def rebuilt(
+    origin: Mapping[str, Any], config: Mapping[str, Any], stored: Mapping[str, Tensor], lost: Mapping[str, Tensor], *,
+    to: str,
+) -> bytes:  # fmt: skip
     """Return the bytes of the first tensor file, as far as this adapter still has them."""
     header = origin["header"].encode("utf-8")
     entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-    back = back_to_peft(json.loads(origin["config"]), entries, stored, lost) if to == "peft" else None
+    if to == "peft":
+        back = back_to_peft(json.loads(origin["config"]), entries, stored, lost)
+    else:
+        back = back_to_mlx(entries, config, stored)
     pieces = [struct.pack("<Q", len(header)), header]
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        found = back[name] if back is not None else back_to_mlx(name, stored)
+        found = back[name]
         if found.dtype != entry["dtype"] or list(found.shape) != entry["shape"]:
             raise ModelError(f'"{name}" is another tensor now')
         pieces.append(np.ascontiguousarray(found.data).tobytes())
@@ -294,8 +310,16 @@ def back_to_peft(
         name: Tensor(entry["dtype"], np.broadcast_to(np.zeros((), NUMPY[entry["dtype"]]), entry["shape"]))
         for name, entry in entries.items()
     }
-    spec, _ = from_peft(config, shapes)
+    held = {own_name_of_mlx(name): tensor for name, tensor in stored.items()}
+    shapes |= {name: ones(shapes[name]) for name in one_A(shapes, held)}
+    spec, own_shapes = from_peft(config, shapes)
     tensors: dict[str, Tensor] = {}
+    stacks = {
+        own: back_to_own(own, like.shape, like.dtype, spec, held, lost)
+        for own, like in own_shapes.items()
+        if is_stack(own.rpartition(".")[0])
+    }
+    fused = fuse_experts(spec, stacks).tensors
     table = next((name for name in spec.modules if is_embedding(name)), "")
     for name, own in own_names(shapes, ()).items():
         shape = shapes[name]
@@ -303,19 +327,37 @@ def back_to_peft(
             tensors[name] = lost[f"{own.removesuffix(COPY)}.weight"]
         elif spec.tied and own.startswith("lm_head."):
             other = twin(own, table)
-            tensors[name] = turned(back_to_own(other, shape.shape[::-1], shape.dtype, spec, stored, lost))
+            tensors[name] = turned(back_to_own(other, shape.shape[::-1], shape.dtype, spec, held, lost))
+        elif is_fused(own):
+            tensors[name] = fused[own]
         else:
-            tensors[name] = back_to_own(own, shape.shape, shape.dtype, spec, stored, lost)
+            tensors[name] = back_to_own(own, shape.shape, shape.dtype, spec, held, lost)
     return tensors
 
 
+def one_A(names: Iterable[str], held: Mapping[str, Tensor]) -> list[str]:
+    """Return PEFT's names of the B of gate and up that had one A; held: our names of what mlx-lm keeps."""
+    found = []
+    for name, own in own_names(names, ()).items():
+        block = own.removesuffix(".lora_B").removesuffix(INNER)
+        pair = [held.get(f"{block}.{leaf}.lora_A") for leaf in ("gate_proj", "up_proj")]
+        if is_fused(own) and own.endswith("_B") and pair[0] and pair[1] and np.array_equal(pair[0].data, pair[1].data):
+            found.append(name)
+    return found
+
+
+def ones(like: Tensor) -> Tensor:
+    """Return a tensor without zeros."""
+    return Tensor(like.dtype, np.broadcast_to(np.ones((), like.data.dtype), like.shape))
+
+
 def back_to_own(
-    own: str, shape: tuple[int, ...], dtype: str, spec: AdapterSpec, stored: Mapping[str, Tensor],
+    own: str, shape: tuple[int, ...], dtype: str, spec: AdapterSpec, held: Mapping[str, Tensor],
     lost: Mapping[str, Tensor],
 ) -> Tensor:  # fmt: skip
-    """Return a tensor as it was before it was converted to mlx-lm, to the last bit."""
+    """Return a tensor as it was before it was converted to mlx-lm, to the last bit; held: mlx-lm's by our names."""
     ratio = ratio_of(spec, own.rpartition(".")[0]) if own.endswith("_B") else 1.0
-    found = brought_back(stored[mlx_name(own)], shape, dtype, ratio=ratio)
+    found = brought_back(held[own], shape, dtype, ratio=ratio)
     if own not in lost:
         return found
     words = f"<i{found.data.dtype.itemsize}"
@@ -323,9 +365,11 @@ def back_to_own(
     return Tensor(found.dtype, (found.data.view(words) + off).view(found.data.dtype))
 
 
-def back_to_mlx(name: str, stored: Mapping[str, Tensor]) -> Tensor:
-    """Return mlx-lm's tensor of a name, from PEFT's."""
-    return turned(stored[peft_name(own_name_of_mlx(name))])
+def back_to_mlx(names: Iterable[str], config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return mlx-lm's tensors, from PEFT's."""
+    own = {name: own_name_of_mlx(name) for name in names}
+    stacks = from_peft(config, stored)[1] if any(is_stack(one.rpartition(".")[0]) for one in own.values()) else {}
+    return {name: turned(stacks[one] if one in stacks else stored[peft_name(one)]) for name, one in own.items()}
 
 
 def remarks(spec: AdapterSpec, folder: ModelFolder | None, *, base: str | None, to: str) -> Iterator[str]:

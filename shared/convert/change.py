@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from shared.adapters.folder import Adapter
 from shared.adapters.names import SAVED
 from shared.adapters.own import is_own
-from shared.adapters.spec import is_embedding, is_saved
+from shared.adapters.spec import factor_shapes, is_embedding, is_saved
 from shared.convert.source import Weight
 from shared.errors import AdapterError, CapabilityError
+from shared.experts import BLOCK, MIXTURES, expert_names, is_stack, mlx_stack
 from shared.tensors import is_finite, to_float32
 from shared.types import Tensor
 
@@ -64,8 +66,10 @@ class Replacement:
 AnyChange = Change | Replacement
 
 
-def find_changes(adapter: Adapter, weights: Mapping[str, Weight]) -> dict[str, AnyChange]:
-    """Return the change of every weight that an adapter touches, by the weight's name.
+def find_changes(
+    adapter: Adapter, weights: Mapping[str, Weight], config: Mapping[str, Any]
+) -> dict[str, AnyChange]:  # fmt: skip
+    """Return the change of every weight that an adapter touches, by the weight's name; config: of the base.
 
     Raises AdapterError where the adapter does not fit the base or holds NaN or infinity.
     """
@@ -75,7 +79,7 @@ def find_changes(adapter: Adapter, weights: Mapping[str, Weight]) -> dict[str, A
             f"{spec.kind} is a user's own adapter: nobody knows what it does to a weight", code="E405",
             expected="LoRA, rsLoRA or DoRA", fix="use it beside the base: --adapter",
         )  # fmt: skip
-    touched = [*spec.modules, *spec.saved]
+    touched = [*(name for name in spec.modules if not is_stack(name)), *spec.saved]
     missing = [module for module in touched if f"{module}.weight" not in weights]
     if missing:
         raise AdapterError(
@@ -89,21 +93,50 @@ def find_changes(adapter: Adapter, weights: Mapping[str, Weight]) -> dict[str, A
         shape = weights[plain].shape if plain in weights else ()
         changes[plain] = Replacement(read_leaf(adapter.tensors, name, shape=shape))
     for module in spec.modules:
-        shape = weights[f"{module}.weight"].shape
-        if len(shape) != 2:
-            raise AdapterError(f'"{module}" has a weight of shape {shape}', expected="a matrix (out, in)")
-        rank = spec.rank_of(module)
-        if is_embedding(module):  # its weight (V, D) is that of a linear layer, turned
-            size = {"lora_embedding_A": (rank, shape[0]), "lora_embedding_B": (shape[1], rank)}
-            A, B = (read_leaf(adapter.tensors, f"{module}.{leaf}", shape=found) for leaf, found in size.items())
-            changes[f"{module}.weight"] = Change(B.T, A.T, spec.scale_of(module))
-            continue
-        leaves: dict[str, tuple[int, ...]] = {"lora_A": (rank, shape[1]), "lora_B": (shape[0], rank)}
-        if spec.kind == "dora":
-            leaves["lora_magnitude_vector"] = (shape[0],)
-        A, B, *magnitude = (read_leaf(adapter.tensors, f"{module}.{leaf}", shape=size) for leaf, size in leaves.items())
-        changes[f"{module}.weight"] = Change(A, B, spec.scale_of(module), *magnitude)
+        own = changes_of_experts if is_stack(module) else changes_of_matrix
+        changes |= own(adapter, module, weights, config)
     return changes
+
+
+def changes_of_matrix(
+    adapter: Adapter, module: str, weights: Mapping[str, Weight], _config: Mapping[str, Any]
+) -> dict[str, AnyChange]:  # fmt: skip
+    """Return the change of a module's weight, a matrix."""
+    spec, shape = adapter.spec, weights[f"{module}.weight"].shape
+    if len(shape) != 2:
+        raise AdapterError(f'"{module}" has a weight of shape {shape}', expected="a matrix (out, in)")
+    is_turned = is_embedding(module)  # its weight (V, D) is that of a linear layer, turned
+    leaves = factor_shapes(module, shape[::-1] if is_turned else shape, rank=spec.rank_of(module))
+    if spec.kind == "dora":
+        leaves[f"{module}.lora_magnitude_vector"] = (shape[0],)
+    A, B, *magnitude = (read_leaf(adapter.tensors, name, shape=size) for name, size in leaves.items())
+    A, B = (B.T, A.T) if is_turned else (A, B)
+    return {f"{module}.weight": Change(A, B, spec.scale_of(module), *magnitude)}
+
+
+def changes_of_experts(
+    adapter: Adapter, module: str, weights: Mapping[str, Weight], config: Mapping[str, Any]
+) -> dict[str, AnyChange]:  # fmt: skip
+    """Return the changes of a stack's weights, expert by expert; raises CapabilityError where these are one."""
+    layer, _, leaf = module.partition(f".{BLOCK}.experts.")
+    names = expert_names(config, layer, leaf) if config.get("model_type") in MIXTURES else []
+    missing = next((name for name in names if name not in weights), None)
+    if not names or (missing and mlx_stack(config["model_type"], f"{module}.weight") not in weights):
+        raise AdapterError(
+            f'the adapter does not fit this base: it has no experts "{module}"',
+            fix="use the base that the adapter was trained on",
+        )
+    if missing:
+        raise CapabilityError(
+            f'the adapter changes experts ("{module}"), which this base stores as quantized stacks', code="E405",
+            fix="fuse it into the model that the base was quantized from",
+        )  # fmt: skip
+    shape = (len(names), *weights[names[0]].shape)
+    A, B = (
+        read_leaf(adapter.tensors, name, shape=size)
+        for name, size in factor_shapes(module, shape, rank=adapter.spec.rank_of(module)).items()
+    )
+    return {name: Change(A[n], B[n], adapter.spec.scale_of(module)) for n, name in enumerate(names)}
 
 
 def read_leaf(tensors: Mapping[str, Tensor], name: str, *, shape: tuple[int, ...]) -> np.ndarray:

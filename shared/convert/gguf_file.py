@@ -209,7 +209,7 @@ def write_adapter(adapter: Adapter, folder: ModelFolder, path: Path) -> None:
         raise CapabilityError(
             "llama.cpp has no DoRA adapters", code="E405", fix="fuse it (mlxlora fuse) and export the whole model"
         )
-    facts, found_changes = read_facts(folder), find_changes(adapter, plain_weights(folder))
+    facts, found_changes = read_facts(folder), find_changes(adapter, plain_weights(folder), folder.config)
     changes = {name: change for name, change in found_changes.items() if isinstance(change, Change)}
     find_name = name_finder(facts)
     alphas = {name: change.scale * change.A.shape[0] for name, change in changes.items()}

@@ -17,6 +17,7 @@ from shared.adapters.writing import METADATA, to_mlx, to_peft, why_not_mlx, writ
 from shared.convert.adapters import RESTORE_FILE, facts_of, find_base, named_base
 from shared.convert.target import ADAPTER, new_folder
 from shared.errors import CapabilityError, ConfigError
+from shared.experts import is_stack
 from shared.folder import ModelFolder, find_folder, open_folder, read_json
 from shared.tensors import save_file
 from shared.types import AdapterSpec
@@ -123,7 +124,7 @@ def write_merged(staged: Path, merged: Adapter, found: Sequence[Weighted], *, me
 
 
 def is_alike(spec: AdapterSpec, folder: ModelFolder | None) -> bool:
-    """Return whether mlx-lm is known to compute an adapter as PEFT does: no ends, or a base that is known."""
-    if not ends_of(spec.modules):
+    """Return whether mlx-lm is known to compute an adapter as PEFT does: no ends or experts, or a known base."""
+    if not ends_of(spec.modules) and not any(map(is_stack, spec.modules)):
         return True
     return folder is not None and why_not_mlx(spec, tied=folder.is_tied) is None

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.adapters.own import is_own, own_values
-from shared.adapters.spec import is_embedding, layer_of, natural, resolve, short_name
+from shared.adapters.spec import factor_shapes, is_embedding, layer_of, natural, resolve, short_name
 from shared.config import RunConfig
 from shared.estimate.costs import Costs, Rows, find_costs, is_measured
-from shared.experts import is_expert, is_router
+from shared.experts import is_expert, is_router, num_experts, stack_shapes
 from shared.families import GATED
 from shared.folder import COMPUTED, ModelFolder
 from shared.optimizers import method_of, num_bytes
@@ -203,6 +203,8 @@ def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
         ends=ends,
         is_tied=folder.is_tied,
         norms={module: shape[0] for module, shape in shapes.items() if len(shape) == 1},
+        num_experts=num_experts(folder.config),
+        experts=stack_shapes(folder.config, shapes),
     )
 
 
@@ -319,9 +321,8 @@ def trained_shapes(shape: Shape, spec: AdapterSpec) -> dict[str, tuple[int, ...]
     if is_own(spec.kind):
         shapes |= {name: value.shape for name, value in own_values(spec, known).items()}
     for name in () if is_own(spec.kind) else spec.modules:
-        (out, wide), rank = known[name], spec.rank_of(name)
-        shapes |= {f"{name}.lora_A": (rank, wide), f"{name}.lora_B": (out, rank)}
-        shapes |= {f"{name}.magnitude": (out,)} if spec.kind == "dora" else {}
+        shapes |= factor_shapes(name, known[name], rank=spec.rank_of(name))
+        shapes |= {f"{name}.magnitude": known[name][:1]} if spec.kind == "dora" else {}
     for name in spec.saved:
         shapes[f"{name}.weight"] = known.get(name) or (shape.info.norms[name],)
     return shapes

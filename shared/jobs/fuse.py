@@ -82,7 +82,7 @@ def fuse(
     check_whole(folder)
     weights = plain_weights(folder)
     check_fusable(found, folder)
-    changes = find_changes(found, weights)
+    changes = find_changes(found, weights, folder.config)
     for text in other_base(found, folder):
         note(text)
     trained = str(found.notes.get("quantization", "none"))

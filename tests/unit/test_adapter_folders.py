@@ -48,7 +48,7 @@ def mlx_folder(folder, config=MLX, **tensors):
         ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"target_parameters": ["mlp.experts.bias"]}, "target_parameters"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
@@ -113,7 +113,7 @@ def test_settings_of_mlx_lm_that_change_the_numbers_are_refused_by_name(tmp_path
 @pytest.mark.parametrize(
     ("tensors", "word"),
     [
-        ({"model.layers.0.mlp.switch_mlp.up_proj.lora_a": (4, 2, 8), "x.lora_b": (2, 8)}, "experts"),
+        ({"model.layers.0.mlp.switch_glu.up_proj.lora_a": (4, 2, 8), "x.lora_b": (2, 8)}, "experts"),
         ({"model.layers.0.mlp.switch_mlp.up_proj.lora_a": (8, 8), "x.lora_b": (2, 8)}, "experts"),  # old, flat
         ({f"{Q}.weight": (8, 8)}, '"model.layers.0.self_attn.q_proj.weight"'),
         (
