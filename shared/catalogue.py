@@ -234,8 +234,8 @@ CATALOGUE = {
     ),
     "E404": Kind(
         "an adapter of a kind that is not loaded",
-        "The adapter holds or asks for something that has no counterpart here, such as other PEFT types, experts or "
-        "whole modules.",
+        "The adapter holds or asks for something that has no counterpart here, such as other PEFT types or "
+        "parameters.",
         "Train it as LoRA, rsLoRA or DoRA; `mlxlora convert` or the tool it comes from can often write it so.",
     ),
     "E405": Kind(

@@ -111,7 +111,8 @@ class AdapterConfig(Section):
     alpha: Annotated[Positive, Field(description="the product is scaled by alpha / rank")] = 16
     dropout: Annotated[ShareBelowOne, Field(description="of what the adapters read, in training")] = 0.0
     targets: Annotated[
-        str | list[str], Field(description='"all-linear", or names of modules: q_proj, self_attn.q_proj, a full path')
+        str | list[str],
+        Field(description='"all-linear", or names of modules: q_proj, self_attn.q_proj, experts, a full path'),
     ] = "all-linear"
     layers: Annotated[
         Literal["all"] | Count | list[Annotated[int, Field(ge=0, strict=True)]],

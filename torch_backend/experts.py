@@ -88,6 +88,7 @@ class LoRAExperts(nn.Module):
         for leaf in STACKED:
             self.add_module(leaf, ExpertsPair(base, leaf, name=f"{block}.{leaf}", spec=spec, shapes=shapes))
 
+    @torch.compiler.disable  # how many rows an expert gets is known when it runs: each count would be compiled anew
     def forward(self, x_ND: torch.Tensor, chosen_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Return (N, D): the weighted sum of the chosen experts' outputs."""
         route = find_route(chosen_NK, self.number)
