@@ -67,7 +67,7 @@ class Rows:
         if not rows:
             self.caches = []
         for cache in self.caches:
-            cache.filter(mx.array(rows))
+            cache.filter(mx.array(list(rows)))
 
     def feed(self, tokens: Sequence[Sequence[int]], caches: Any) -> np.ndarray:
         """Return (B, V) float32 logits behind the last of the tokens fed; the caches grow by them."""

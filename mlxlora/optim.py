@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -41,7 +41,7 @@ class PendingStats:
             grad_norm=float(self.grad_norm),
             skipped=not bool(self.applied),
             overflowed=bool(self.overflowed),
-            norms={} if self.norms is None else by_module(self.names, self.norms.tolist()),
+            norms={} if self.norms is None else by_module(self.names, cast(list[float], self.norms.tolist())),
         )
 
     def arrays(self) -> list[mx.array]:

@@ -81,9 +81,10 @@ def merge_adapters(
     found = tuple(parse_weighted(text) for text in adapters)
     check_options(method, rank=rank, density=density)
     read = [read_adapter(one.folder) for one in found]
-    named = None if base is None else open_folder(find_folder(base))
-    for adapter in read if named is not None else ():
-        check_base(adapter, named)
+    if base is not None:
+        named = open_folder(find_folder(base))
+        for adapter in read:
+            check_base(adapter, named)
     merged = combine(read, [one.weight for one in found], method=method, rank=rank, density=density)
     if any(adapter.copies for adapter in read):
         folder = find_base(read_json(found[0].folder / CONFIG_FILE), base)

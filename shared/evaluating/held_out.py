@@ -30,7 +30,7 @@ class HeldOut:
 def load_sets(config: RunConfig) -> HeldOut:
     """Return the rows of evaluation.sets, as many as are evaluated on; raises DataError with the set's name."""
     found = HeldOut()
-    dropped = dict.fromkeys(config.data.drop, 0)
+    dropped: dict[str, int] = dict.fromkeys(config.data.drop, 0)
     for name, path in config.evaluation.sets.items() if config.evaluation.every is not None else ():
         try:
             root = find_data(path)
