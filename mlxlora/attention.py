@@ -1,19 +1,19 @@
 """Causal attention over packed rows: every example attends to itself only, so nothing is masked away or wasted.
 
 mlx-lm's models pass a cache to every layer and to the mask; ours says where the examples lie.
-Legend: B rows, T tokens, H heads, K head width, G query heads per key head.
+Legend: B rows, T tokens, C channels, H heads, K head width, G query heads per key head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import groupby
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 
-from mlxlora.elementwise import exp, on_gpu
+from mlxlora.elementwise import LOG2_E, on_gpu, power_of_two, row_sums
 from shared.families import CHECKED
 
 PACKABLE = CHECKED | {
@@ -35,8 +35,52 @@ PADDABLE = PACKABLE | {
     "olmo3",
     "phi3",
 }  # on the left too: tests/parity/test_padding.py; mlx-lm's Gemma 2 (0.32) takes no masks of several rows
-BLOCK = 128  # query rows computed at once on a CPU: keys behind a block's last row are left out
+BLOCK = 128  # query rows computed at once on a CPU, at most: keys behind a block's last row are left out
+JOIN = 2**16  # scores that cost what one more call does: an example is filled up to a longer one for fewer
 MASKED = -1e30
+
+
+class Group:
+    """Examples that stand side by side and go through attention in one call, each filled up to the first, the longest.
+
+    What fills up stands behind an example, where causal attention does not look, and no gradient comes from there.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.count, self.longest, self.size = len(lengths), lengths[0], sum(lengths)
+        self.is_even = self.size == self.count * self.longest
+        if self.is_even:
+            return
+        times_T, lengths_N1 = np.arange(self.longest), np.array(lengths)[:, None]
+        starts_N1, own_NT = np.cumsum(lengths)[:, None] - lengths_N1, times_T < lengths_N1
+        places, back = mx.array((starts_N1 + times_T * own_NT).reshape(-1)), mx.array(np.flatnonzero(own_NT))
+        self.move_out, self.move_back = moving(places, back), moving(back, places, own=mx.array(own_NT.reshape(-1, 1)))
+
+    def spread(self, x_BTC: mx.array) -> mx.array:
+        """Return (B, count * longest, C) of (B, size, C)."""
+        return x_BTC if self.is_even else self.move_out(x_BTC)
+
+    def gather(self, y_BTC: mx.array) -> mx.array:
+        """Return (B, size, C) of (B, count * longest, C)."""
+        return y_BTC if self.is_even else self.move_back(y_BTC)
+
+
+def moving(there: mx.array, back: mx.array, *, own: mx.array | None = None) -> Callable[[mx.array], mx.array]:
+    """Return a function that takes positions `there` of (B, T, C).
+
+    Its gradient takes positions `back`, all or those that are `own`: MLX's own adds row by row, twelve times as slow.
+    """
+
+    @mx.custom_function
+    def move(x_BTC: mx.array) -> mx.array:
+        return mx.take(x_BTC, there, axis=1)
+
+    @move.vjp
+    def backward(_primals: Any, grad_BTC: mx.array, _output: mx.array) -> mx.array:
+        moved = mx.take(grad_BTC, back, axis=1)
+        return moved if own is None else moved * own.astype(moved.dtype)
+
+    return cast(Callable[[mx.array], mx.array], move)
 
 
 class Segments:
@@ -49,6 +93,7 @@ class Segments:
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
+        self.groups: dict[int, list[Group]] = {}
 
     def make_mask(self, length: int, *, return_array: bool = False, window_size: int | None = None) -> Any:
         """Return None: the attention knows the segments; raises where a window would cut into one."""
@@ -56,13 +101,18 @@ class Segments:
             raise NotImplementedError(f"a window of {window_size} positions over {max(self.lengths)} packed ones")
         return None
 
-    def slices(self) -> Iterator[tuple[slice, int]]:
-        """Yield where examples of one length stand side by side, and how many they are."""
-        start = 0
-        for length, same in groupby(self.lengths):
-            count = len(list(same))
-            yield slice(start, start + count * length), count
-            start += count * length
+    def groups_for(self, heads: int) -> list[Group]:
+        """Return the examples in groups whose lengths are close enough for a layer of so many heads."""
+        if heads not in self.groups:
+            found: list[list[int]] = []
+            for length in self.lengths:
+                first = found[-1][0] if found else 0
+                if 0 <= heads * (first**2 - length**2) <= JOIN:
+                    found[-1].append(length)
+                else:
+                    found.append([length])
+            self.groups[heads] = [Group(lengths) for lengths in found]
+        return self.groups[heads]
 
 
 class LeftPadded:
@@ -96,11 +146,9 @@ def packing(attention_class: type) -> type:
         def __call__(self, x_BTD: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
             if not isinstance(cache, Segments):
                 return super().__call__(x_BTD, mask, cache)
-            q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-            outputs = [
-                attend(self, q[:, at], k[:, at], v[:, at], count=count).reshape(len(x_BTD), at.stop - at.start, -1)
-                for at, count in cache.slices()
-            ]
+            groups = cache.groups_for(heads_of(self)[0])
+            parts = [pieces(projected(x_BTD), groups) for projected in (self.q_proj, self.k_proj, self.v_proj)]
+            outputs = [attend(self, *qkv, group=group) for group, *qkv in zip(groups, *parts, strict=True)]
             return self.o_proj(outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1))
 
     Packing.__name__ = Packing.__qualname__ = f"Packing{attention_class.__name__}"
@@ -136,17 +184,23 @@ def narrowed(mask: Any, window: int, *, new: int, cached: Any) -> Any:
     return mask & seen_TS if isinstance(mask, mx.array) else seen_TS
 
 
-def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, count: int) -> mx.array:
-    """Return (B * count, T, H, K): in every row of q, k and v stand `count` examples of one length, side by side."""
+def pieces(x_BTC: mx.array, groups: Sequence[Group]) -> list[mx.array]:
+    """Return the positions of each group."""
+    return list(mx.split(x_BTC, np.cumsum([group.size for group in groups])[:-1].tolist(), axis=1))
+
+
+def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, group: Group) -> mx.array:
+    """Return (B, T, C) of the positions of a group in every row."""
 
     def heads(x: mx.array, number: int, norm: Any = None) -> mx.array:
-        x = x.reshape(len(x) * count, x.shape[1] // count, number, -1)
+        x = group.spread(x).reshape(len(x) * group.count, group.longest, number, -1)
         return (x if norm is None else norm(x)).transpose(0, 2, 1, 3)
 
     query_heads, key_heads = heads_of(layer)
+    rows, window = len(q), getattr(layer, "window", None)
     q, k, v = heads(q, query_heads, layer.get("q_norm")), heads(k, key_heads, layer.get("k_norm")), heads(v, key_heads)
-    window = getattr(layer, "window", None)
-    return causal(layer.rope(q), layer.rope(k), v, scale=layer.scale, window=window).transpose(0, 2, 1, 3)
+    y = causal(layer.rope(q), layer.rope(k), v, scale=layer.scale, window=window).transpose(0, 2, 1, 3)
+    return group.gather(y.reshape(rows, group.count * group.longest, -1))
 
 
 def heads_of(layer: Any) -> tuple[int, int]:
@@ -186,17 +240,19 @@ def blockwise(scale: float, window: int | None = None) -> Callable[..., list[mx.
 
 
 def forward(q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None) -> list[mx.array]:
-    """Return the output and the log-sum-exp of every row's scores."""
+    """Return the output and the log-sum-exp of every row's scores, to the base 2."""
     dtype, outputs, norms = q.dtype, [], []
     q, k, v = wide(q, k, v)
+    q, k = q * scale, k * LOG2_E
     for start, stop in blocks(q.shape[-2]):
-        s = scores(q, k, start, stop, scale=scale, window=window)
+        seen = kept(start, stop, window=window)
+        s = scores(q, k, start, stop) + (1 - seen) * MASKED
         top = s.max(axis=-1, keepdims=True)
-        p = exp(s - top) * kept(start, stop, q.dtype, window=window)
-        total = p.sum(axis=-1, keepdims=True)
+        p = power_of_two(s - top) * seen
+        total = row_sums(p)
         outputs.append(((p @ v[..., :stop, :]) / total).astype(dtype))
-        norms.append(top + mx.log(total))
-    return [mx.concatenate(outputs, axis=-2), mx.concatenate(norms, axis=-2)]
+        norms.append(top + mx.log2(total))
+    return [joined(outputs), joined(norms)]
 
 
 def gradients(
@@ -205,17 +261,21 @@ def gradients(
     """Return the gradients of q, k and v; the probabilities are computed again."""
     q, k, v, dout, out, norm = wide(*primals, dout, *outputs)
     delta = (dout * out).sum(axis=-1, keepdims=True)
-    dq, dk, dv = [], mx.zeros_like(k), mx.zeros_like(v)
+    q, k2, dq, dk, dv = q * scale, k * LOG2_E, [], mx.zeros_like(k), mx.zeros_like(v)
     for start, stop in blocks(q.shape[-2]):
         at = (..., slice(start, stop), slice(None))
-        p = exp(scores(q, k, start, stop, scale=scale, window=window) - norm[at]) * kept(
-            start, stop, q.dtype, window=window
-        )
-        ds = p * (dout[at] @ v[..., :stop, :].swapaxes(-1, -2) - delta[at]) * scale
-        dq.append(ds @ k[..., :stop, :])
+        seen = kept(start, stop, window=window)
+        p = power_of_two(scores(q, k2, start, stop) - norm[at] + (1 - seen) * MASKED) * seen
+        ds = p * (dout[at] @ v[..., :stop, :].swapaxes(-1, -2) - delta[at])
+        dq.append((ds @ k[..., :stop, :]) * scale)
         dk = dk.at[..., :stop, :].add((ds.swapaxes(-1, -2) @ q[at]).sum(axis=2, keepdims=True))
         dv = dv.at[..., :stop, :].add((p.swapaxes(-1, -2) @ dout[at]).sum(axis=2, keepdims=True))
-    return [grad.astype(primals[0].dtype) for grad in (mx.concatenate(dq, axis=-2), dk, dv)]
+    return [grad.astype(primals[0].dtype) for grad in (joined(dq), dk, dv)]
+
+
+def joined(pieces: Sequence[mx.array]) -> mx.array:
+    """Return blocks of rows as one."""
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(list(pieces), axis=-2)
 
 
 def wide(*arrays: mx.array) -> list[mx.array]:
@@ -223,19 +283,19 @@ def wide(*arrays: mx.array) -> list[mx.array]:
     return [array.astype(mx.float32) for array in arrays]
 
 
-def scores(q: mx.array, k: mx.array, start: int, stop: int, *, scale: float, window: int | None) -> mx.array:
+def scores(q: mx.array, k: mx.array, start: int, stop: int) -> mx.array:
     """Return the scores of rows [start, stop) over columns [0, stop)."""
-    later = (1 - kept(start, stop, q.dtype, window=window)) * MASKED
-    return (q[..., start:stop, :] * scale) @ k[..., :stop, :].swapaxes(-1, -2) + later
+    return q[..., start:stop, :] @ k[..., :stop, :].swapaxes(-1, -2)
 
 
-def kept(start: int, stop: int, dtype: mx.Dtype, *, window: int | None) -> mx.array:
+def kept(start: int, stop: int, *, window: int | None) -> mx.array:
     """Return (stop - start, stop): 1 where a row sees a column, 0 behind it and before its window."""
     here, there = mx.arange(start, stop)[:, None], mx.arange(stop)[None]
     seen = there <= here
-    return (seen if window is None else seen & (there > here - window)).astype(dtype)
+    return (seen if window is None else seen & (there > here - window)).astype(mx.float32)
 
 
 def blocks(length: int) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) of the blocks of rows."""
-    yield from ((start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
+    """Yield [start, stop) of the blocks of rows, all of about one size: the fewest scores that nothing sees."""
+    size = -(-length // -(-length // BLOCK))
+    yield from ((start, min(start + size, length)) for start in range(0, length, size))

@@ -7,8 +7,7 @@ import math
 import mlx.core as mx
 
 LOG2_E = math.log2(math.e)
-LEAST = -87.0  # e**-87 is the least power above float32's subnormals, which take the C library many times as long
-
+LEAST = -125.5  # the exponent of about the least float32 above the subnormals, which take the C library far longer
 MOST = 127.0  # the largest exponent of a float32
 
 
@@ -23,7 +22,17 @@ def exp(x: mx.array) -> mx.array:
     For x of at most 0, as in a softmax. The product rounds: the relative error is up to 1e-7 * abs(x), next to nothing
     where it counts. On a CPU values below 1.6e-38 are returned as that.
     """
-    return mx.exp(x) if on_gpu() else mx.power(mx.array(2.0, dtype=x.dtype), mx.maximum(x, LEAST) * LOG2_E)
+    return mx.exp(x) if on_gpu() else power_of_two(x * LOG2_E)
+
+
+def power_of_two(x: mx.array) -> mx.array:
+    """Return 2**x for x of at most 127, values below 1.6e-38 as that."""
+    return mx.power(mx.array(2.0, dtype=x.dtype), mx.maximum(x, LEAST))
+
+
+def row_sums(x: mx.array) -> mx.array:
+    """Return sums over the last axis, kept as one of length 1, as a product: a fifth of the time of a sum on a CPU."""
+    return x @ mx.ones((x.shape[-1], 1), dtype=x.dtype)
 
 
 def sigmoid(x: mx.array) -> mx.array:

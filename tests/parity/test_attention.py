@@ -101,6 +101,24 @@ def test_blockwise_attention_is_as_exact_in_bfloat16_as_mlx_s_own(length):
         assert not gap(one, exact) > max(1.5 * gap(other, exact), 4e-3)
 
 
+def test_examples_share_a_call_where_filling_up_costs_less_than_one():
+    segments = on_mlx.Segments([180, 170, 90, 80, 80, 150])
+    assert [group.size for group in segments.groups_for(4)] == [350, 250, 150]
+    assert [group.count for group in segments.groups_for(10**6)] == [1, 1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("lengths", [[7], [4, 4, 4], [9, 7, 7, 1]])
+def test_positions_that_are_spread_and_gathered_are_the_same_with_no_gradient_from_what_fills_up(lengths):
+    group, x = on_mlx.Group(lengths), mx.arange(2.0 * sum(lengths)).reshape(1, -1, 2)
+    assert mx.array_equal(group.gather(group.spread(x)), x)
+    weight = mx.random.normal((1, group.count * group.longest, 2), key=mx.random.key(0))
+    own = group.gather(weight)
+    assert mx.array_equal(mx.grad(lambda x: (group.spread(x) * weight).sum())(x), own)
+    back = mx.grad(lambda y: (group.gather(y) * own).sum())(weight)
+    assert mx.array_equal(group.gather(back), own)
+    assert float(mx.square(back).sum()) == pytest.approx(float(mx.square(own).sum()), rel=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 7}, {"softcap": 0.7}, {"window": 5, "softcap": 0.7}], ids=str)
 @pytest.mark.parametrize("lengths", [[33], [1], [5, 1, 20, 7], [1, 1]])
 def test_torch_attention_of_packed_rows_is_that_of_each_alone(options, lengths):
