@@ -1,10 +1,12 @@
-"""Write tests/unit/golden_masks.json: rows of every format, and what TRL's SFTTrainer makes of them.
+"""Write tests/unit/golden_masks.json, rows of every format, and golden_styles.json, conversations in every template's
+style, with what TRL's SFTTrainer makes of them.
 
     python scripts/trl_masks.py     # needs `pip install trl`; the tests do not
 
 TRL reads texts, prompts with completions, and messages; rows of other formats (ShareGPT, Alpaca, other names of columns
 and reasoning) are given to it as the messages written beside them here, which is what they mean. Its loss is on the
-completion (`completion_only_loss`) or on what the template marks as the assistant's (`assistant_only_loss`).
+completion (`completion_only_loss`) or on what the template marks as the assistant's (`assistant_only_loss`). It gets
+the templates of tests/unit/marked_templates.py, and the tests those without marks.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 from tests.conftest import save_model, save_tokenizer  # noqa: E402
 from tests.unit.chat_templates import MARKED  # noqa: E402
+from tests.unit.marked_templates import ALL, TALKS, TEMPLATES, talk_row  # noqa: E402
 
 OUTPUT = ROOT / "tests/unit/golden_masks.json"
+STYLES_OUTPUT = ROOT / "tests/unit/golden_styles.json"
 TOOLS = [
     {
         "type": "function",
@@ -113,8 +117,34 @@ def masks_of(row: dict[str, Any], model: Path, tokenizer: Any) -> dict[str, Any]
     return {"ids": ids, "mask": [int(label != -100) for label in labels]}
 
 
+def write_styles(model: Path) -> int:
+    """Write golden_styles.json, a line for each style and conversation that its template takes; return how many."""
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    lines = []
+    for name, style in ALL.items():
+        save_tokenizer(
+            model, special=style.special, bos=style.bos, eos=style.eos, pad=None, adds_bos=False,
+            template=TEMPLATES[name],
+        )  # fmt: skip
+        for talk in TALKS:
+            row = talk_row(talk, as_text=name == "deepseek")
+            try:
+                found = masks_of(row, model, AutoTokenizer.from_pretrained(str(model)))
+            except TemplateError:  # of a role that it does not know
+                continue
+            mask = "".join(map(str, found["mask"]))
+            lines.append(json.dumps({"style": name, "talk": talk, "ids": found["ids"], "mask": mask}))
+    versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers", "tokenizers")}
+    head = json.dumps({"made_by": "scripts/trl_masks.py", "versions": versions})[:-1]
+    rows = ",\n".join(lines)
+    STYLES_OUTPUT.write_text(f'{head}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
+    return len(lines)
+
+
 def main() -> None:
-    """Write the file."""
+    """Write the files."""
     from transformers import AutoTokenizer
 
     golden: dict[str, Any] = {"made_by": "scripts/trl_masks.py"}
@@ -126,6 +156,7 @@ def main() -> None:
         for title, (row, theirs, columns) in ROWS.items():
             found = masks_of(theirs, model, AutoTokenizer.from_pretrained(str(model)))
             golden["rows"].append({"name": title, "row": row, "columns": columns, **found})
+        print(f"{STYLES_OUTPUT.name}: {write_styles(model)} rows")
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in golden.pop("rows"))
     head = json.dumps(golden)[:-1]
     OUTPUT.write_text(f'{head}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")

@@ -204,6 +204,7 @@ def write_text(source: str, **values: Any) -> str:
 
 
 MARK = "\ue000"  # a private-use character, which no conversation or template holds
+AGREEING = 4  # characters before a turn that have to be those the model is asked with: "ST]" and more
 REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing, under the names that templates ask for
 Render = Callable[[list[dict[str, Any]], bool], str]
 
@@ -349,6 +350,10 @@ def find_header(text: str, before: list[dict[str, Any]], render: Render) -> int:
     except TEMPLATE_FAULTS:
         return 0
     asked = asked[common_start(bare, asked) :]
+    if not asked:  # nothing asks: the turn begins behind what was said before it, with the blanks in front of its words
+        behind, blanks = len(text.rstrip()), bare[len(bare.rstrip()) :]
+        known = common_start(text[:behind][::-1], bare.rstrip()[::-1]) >= AGREEING
+        return behind + common_start(text[behind:], blanks) if known else 0
     least = len(asked.partition("\n")[0]) + 1  # its first line at least: behind it stands what may be thought
     for length in range(len(asked), min(least, len(asked)) - 1, -1):
         if asked and (at := text.rfind(asked[:length])) >= 0:
@@ -365,8 +370,11 @@ def length_of_end(text: str, upto: list[dict[str, Any]], marked: dict[str, Any],
         whole, other = render(upto, False), render([*upto[:-1], marked], False)
     except TEMPLATE_FAULTS:
         return 0
-    same = common_start(whole[::-1], other[::-1])
-    return common_start(whole[len(whole) - same :], text)
+    closing = whole[len(whole) - common_start(whole[::-1], other[::-1]) :]
+    end = closing[: common_start(closing, text)]
+    if end != closing:  # of "<|end|>\n<|endoftext|>" and "<|end|>\n<|user|>" no more than whole tokens is the end
+        end = re.sub(r"[<\[][^<>\[\]]*$", "", end)
+    return len(end)
 
 
 def common_start(one: str, other: str) -> int:

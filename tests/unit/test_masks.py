@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from shared.data.dialects import translate
-from shared.data.rows import check_row
+from shared.data.rows import check_row, make_row
 from shared.data.template import common_start
 from shared.data.tokenize import tokenize_row
 from shared.errors import DataError
-from tests.unit.chat_templates import CHATML, DEEPSEEK, IM, INSIDE, MARKED, OPENS, QWEN_3
+from tests.unit.chat_templates import CHATML, DEEPSEEK, IM, INSIDE, MARKED, OPENS, QWEN_3, STYLES
+from tests.unit.marked_templates import ALL, TEMPLATES, talk_row
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
@@ -153,6 +155,43 @@ def test_tokens_and_mask_of_every_format_are_trls(marked, golden):
     example = tokenize_row(row, marked, train_on="completion", max_length=9999)
     assert example.tokens.tolist() == golden["ids"]
     assert example.supervised.astype(int).tolist() == [0, *golden["mask"][1:]]  # nothing predicts the first token
+
+
+STYLED = json.loads(Path(__file__).with_name("golden_styles.json").read_text(encoding="utf-8"))["rows"]
+
+
+@pytest.fixture(scope="module")
+def styled(make_tokenizer):
+    """Return the tokenizer of a style, with the template without marks."""
+
+    @cache
+    def make(name):
+        style = ALL[name]
+        return make_tokenizer(
+            special=style.special, bos=style.bos, eos=style.eos, pad=None, adds_bos=False, template=style.template
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("golden", STYLED, ids=lambda golden: f"{golden['style']}, {golden['talk']}")
+def test_tokens_and_mask_in_every_style_are_trls_and_transformers_own(styled, golden):
+    tokenizer, name = styled(golden["style"]), golden["style"]
+    row = make_row(talk_row(golden["talk"], as_text=True), source="r:1")
+    example = tokenize_row(row, tokenizer, train_on="assistant", max_length=9999)
+    assert example.tokens.tolist() == golden["ids"]
+    assert "".join(map(str, example.supervised.astype(int))) == golden["mask"]
+    theirs = talk_row(golden["talk"], as_text=name == "deepseek")
+    made = tokenizer.inner.apply_chat_template(
+        theirs["messages"], tools=theirs.get("tools"), chat_template=TEMPLATES[name], tokenize=True, return_dict=True,
+        return_assistant_tokens_mask=True,
+    )  # fmt: skip
+    assert (made["input_ids"], "".join(map(str, made["assistant_masks"]))) == (golden["ids"], golden["mask"])
+
+
+def test_every_style_is_among_them():
+    assert {golden["style"] for golden in STYLED} == set(ALL) >= set(STYLES)
+    assert {golden["style"] for golden in STYLED if golden["talk"] == "reasoning"} == set(ALL)
 
 
 @pytest.fixture(scope="module")
