@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +119,24 @@ def needs_of(folder: Path) -> list[int]:
         return [int(step) for step in json.loads((folder / STATE_FILE).read_bytes()).get("needs", [])]
     except (OSError, ValueError, TypeError, AttributeError, OverflowError):
         return []
+
+
+def adopt(root: Path, source: Path, *, steps: Iterable[int]) -> None:
+    """Copy the checkpoints of another run that one of ours needs, each whole or not at all; raises StorageError."""
+    for step in steps:
+        theirs, own = folder_of(source, step), folder_of(root, step)
+        if own.exists() or not theirs.is_dir():
+            continue  # what is missing is told where it is wanted
+        staged = root / f".tmp-{step}-{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            shutil.copytree(theirs, staged)
+            for file in staged.iterdir():
+                sync(file)
+            put_in_place(staged, own)
+        except OSError as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            what = f"cannot copy the best checkpoint, {theirs}, to {root}: {error.strerror or error}"
+            raise StorageError(what, fix="free some space") from None
 
 
 def drop_after(root: Path, step: int) -> None:

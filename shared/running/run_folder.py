@@ -239,6 +239,20 @@ def begin(folder: Path, *, step: int, resume: str) -> None:
     Metrics(folder / "metrics.jsonl").truncate(step)
 
 
+def adopt_best(folder: Path, resume: str, found: checkpoint.Checkpoint | None) -> None:
+    """Copy what a checkpoint of another run needs, its best one, into the run folder."""
+    if found is not None and resume != "auto":
+        needed = found.state.get("needs", [])
+        checkpoint.adopt(folder / "checkpoints", root_of(Path(resume).expanduser()), steps=needed)
+
+
+def root_of(path: Path) -> Path:
+    """Return the folder that holds the checkpoints of a run folder, or those beside a checkpoint."""
+    if checkpoint.STEP_DIR.fullmatch(path.name):
+        return path.resolve().parent
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
 def from_path(path: Path) -> checkpoint.Checkpoint:
     """Return the checkpoint of a step-... folder, or the newest of a run folder."""
     if (path / checkpoint.STATE_FILE).exists() or checkpoint.STEP_DIR.fullmatch(path.name):
@@ -249,7 +263,7 @@ def from_path(path: Path) -> checkpoint.Checkpoint:
             raise CheckpointError(
                 f"--resume: {error.what}", code=error.code, expected=error.expected, fix=hint
             ) from None
-    found, _ = checkpoint.newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    found, _ = checkpoint.newest(root_of(path))
     if found is None:
         raise CheckpointError(
             f"--resume: no checkpoint in {path}", code="E320", expected="a folder with checkpoints/step-..."

@@ -200,6 +200,16 @@ def test_min_delta_and_mode_decide_when_it_is_enough(data, tmp_path):
     assert (result["last_update"], result["update"]) == (4, 0)
 
 
+@pytest.mark.parametrize("name", ["", "checkpoints", f"checkpoints/step-{LAST:06d}"])
+def test_a_resume_from_another_folder_takes_its_best_checkpoint_along(data, whole, tmp_path, name):
+    config = recipe(data, tmp_path / "run", "evaluation.patience=4", backend="torch")
+    heard = Heard()
+    result = train(config, resume=str(whole["torch"] / name), callbacks=[heard])
+    assert (result.updates, result.result_update) == (LAST + 2, BEST), heard.notes
+    assert weights_of(tmp_path / "run") == weights_of(whole["torch"])
+    assert train(config).already_complete
+
+
 def test_a_resume_by_another_metric_counts_anew(data, whole, tmp_path):
     shutil.copytree(whole["torch"], tmp_path / "run")
     found, _ = checkpoint.newest(tmp_path / "run/checkpoints")
