@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )  # fmt: skip
@@ -237,6 +238,16 @@ class TrainConfig(Section):
 METRICS = {"loss": "min", "exact_match": "max", "token_f1": "max", "rouge_l": "max"}  # and which way is better
 
 
+def metric_keys(sets: Iterable[str], *, scores: bool) -> tuple[str, ...]:
+    """Return the keys of metrics.jsonl that evaluations of valid.jsonl and more sets give.
+
+    >>> metric_keys(["sql"], scores=False)
+    ('eval_loss', 'eval_sql_loss')
+    """
+    names = ("", *(f"{name}_" for name in sets))
+    return tuple(f"eval_{name}{metric}" for name in names for metric in (METRICS if scores else ("loss",)))
+
+
 class EvaluationConfig(Section):
     every: Annotated[Count | None, Field(description="updates; null: no evaluation")] = 100
     batches: Annotated[
@@ -270,10 +281,7 @@ class EvaluationConfig(Section):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Return the keys that rows of evaluations may have."""
-        measured = METRICS if self.generate else ("loss",)
-        return tuple(
-            f"eval_{name}{metric}" for name in ("", *(f"{name}_" for name in self.sets)) for metric in measured
-        )
+        return metric_keys(self.sets, scores=bool(self.generate))
 
     @property
     def better(self) -> Literal["min", "max"]:
@@ -287,12 +295,15 @@ class EvaluationConfig(Section):
         """Return whether the best checkpoint is kept, and is the result."""
         return self.patience is not None if self.restore_best == "auto" else self.restore_best
 
-    @model_validator(mode="after")
-    def _measured(self) -> EvaluationConfig:
-        if self.metric not in self.metrics:
-            needed = " with evaluation.generate" if self.metric.endswith(tuple(METRICS)[1:]) else ""
-            raise ValueError(f"a metric that is measured{needed}: {', '.join(self.metrics)}")
-        return self
+    @field_validator("metric")
+    @classmethod
+    def _measured(cls, value: str, info: ValidationInfo) -> str:
+        sets, generate = info.data.get("sets", {}), info.data.get("generate")
+        measured, possible = (metric_keys(sets, scores=scores) for scores in (bool(generate), True))
+        if value not in measured:
+            first = "evaluation.generate for that one, or " if value in possible and not generate else ""
+            raise ValueError(f"{first}a metric that is measured: {', '.join(measured)}")
+        return value
 
 
 class CheckpointConfig(Section):

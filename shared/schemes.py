@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -30,10 +31,10 @@ def named_schemes() -> dict[str, Scheme]:
     return {str(scheme): scheme for scheme in schemes}
 
 
-def parse_scheme(text: str) -> Scheme | None:
+def parse_scheme(text: str, *, option: str = "quantization", more: Sequence[str] = ()) -> Scheme | None:
     """Return the scheme a quantization name stands for, None for "none".
 
-    Raises ConfigError for an unknown name.
+    Raises ConfigError for an unknown name; option: where it was given; more: what else it takes.
 
     >>> parse_scheme("affine-4bit-g64")
     Scheme(name='affine', bits=4, group_size=64, double=False, solver='')
@@ -44,10 +45,8 @@ def parse_scheme(text: str) -> Scheme | None:
         return scheme
     if short := re.match(r"(?:q|int)?([234568])", text):
         raise ConfigError(
-            f'quantization: unknown scheme "{text}"', code="E202", fix=f'did you mean "affine-{short[1]}bit-g64"?'
+            f'{option}: unknown scheme "{text}"', code="E202", fix=f'did you mean "affine-{short[1]}bit-g64"?'
         )
-    hint = did_you_mean(text, ["none", *named_schemes()])
+    hint = did_you_mean(text, ["none", *more, *named_schemes()])
     listed = "`mlxlora doctor` lists them, e.g. affine-4bit-g64"  # hundreds, with the solvers
-    raise ConfigError(
-        f'quantization: unknown scheme "{text}"', code="E202", fix=hint if hint.startswith("did") else listed
-    )
+    raise ConfigError(f'{option}: unknown scheme "{text}"', code="E202", fix=hint if hint.startswith("did") else listed)

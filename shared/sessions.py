@@ -56,7 +56,7 @@ def open_session(
     if dtype not in DTYPES:
         raise ConfigError(f'dtype: unknown value "{dtype}"', fix=did_you_mean(dtype, DTYPES))
     if quantization != "auto":
-        parse_scheme(quantization)
+        parse_scheme(quantization, option="--quantization")
     found = read_weighted([str(adapter)] if isinstance(adapter, str | Path) else adapter) if adapter else None
     folder = find_folder(model)
     base = open_folder(folder)

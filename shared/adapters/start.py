@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from shared.adapters.bases import check_base
 from shared.adapters.folder import check_copies, check_fit, read_adapter
-from shared.adapters.spec import ends_of, first_values
+from shared.adapters.spec import ends_of, first_values, short_name
 from shared.adapters.writing import Facts, peft_targets, plain_number
 from shared.config import RunConfig
 from shared.errors import ConfigError
@@ -45,14 +46,44 @@ def check_same(found: AdapterSpec, spec: AdapterSpec, *, facts: Facts) -> None:
     )
     if same:
         return
-    targets = ", ".join(peft_targets(found.modules, facts)[0])
-    saved = f", modules_to_save: [{', '.join(found.saved)}]" if found.saved or spec.saved else ""
-    ends = ends_of([*found.modules, *found.saved])
-    tied = f", ensure_weight_tying: {str(found.tied).lower()}" if ends else ""
+    there, here = (described(one, facts) for one in (found, spec))
+    gaps = ", ".join(key for key in there if there[key] != here[key])
+    told = (f"{key}: {value}" for key, value in there.items() if value not in EMPTY or here[key] not in EMPTY)
     raise ConfigError(
-        "adapter.start: the adapter there is another than the config describes",
-        code="E204",
-        fix=f"adapter.type: {found.kind}, rank: {found.rank}, alpha: {plain_number(found.alpha)}, targets: [{targets}]"
-        + saved
-        + tied,
-    )
+        f"adapter.start: the adapter there is another than the config describes ({gaps})", code="E204",
+        fix=f"adapter.{', '.join(told)}",
+    )  # fmt: skip
+
+
+EMPTY = ("{}", "[]", "all")
+
+
+def described(spec: AdapterSpec, facts: Facts) -> dict[str, str]:
+    """Return the settings under `adapter` that stand for an adapter, as YAML."""
+    targets, layers = peft_targets(spec.modules, replace(facts, modules=None))
+    ends = ends_of([*spec.modules, *spec.saved])
+    return {
+        "type": spec.kind,
+        "rank": str(spec.rank),
+        "alpha": str(plain_number(spec.alpha)),
+        "targets": f"[{', '.join(targets)}]",
+        "layers": str(layers or "all"),
+        "rank_pattern": pattern(spec.ranks, spec.modules),
+        "alpha_pattern": pattern({name: plain_number(alpha) for name, alpha in spec.alphas.items()}, spec.modules),
+        "modules_to_save": f"[{', '.join(spec.saved)}]",
+        **({"ensure_weight_tying": str(spec.tied).lower()} if ends else {"ensure_weight_tying": "all"}),
+    }
+
+
+def pattern(values: Mapping[str, float], modules: Sequence[str]) -> str:
+    """Return numbers of modules as a setting: by short names where all modules of that name have the same.
+
+    >>> pattern({"a.0.q": 4, "a.1.q": 4, "a.1.v": 2}, ["a.0.q", "a.1.q", "a.0.v", "a.1.v"])
+    '{q: 4, a.1.v: 2}'
+    """
+    kinds = {
+        kind: {values.get(name) for name in modules if short_name(name) == kind} for kind in map(short_name, values)
+    }
+    whole = {kind for kind, found in kinds.items() if len(found) == 1}
+    names = {short_name(name) if short_name(name) in whole else name: value for name, value in values.items()}
+    return f"{{{', '.join(f'{name}: {value}' for name, value in names.items())}}}"

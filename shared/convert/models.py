@@ -137,6 +137,8 @@ def is_adapter(source: Path, *, to: str, options: Mapping[str, str], base: str |
     found = to == "peft" or (source / CONFIG_FILE).is_file() or (source / "adapter" / CONFIG_FILE).is_file()
     if to not in (*TARGETS, "peft"):
         raise ConfigError(f'--to: unknown value "{to}"', fix=did_you_mean(to, {*TARGETS, "peft"}))
+    if to == "peft" and not (source / CONFIG_FILE).is_file() and (source / "config.json").is_file():
+        raise ConfigError(f"--to peft is for adapters, {source} is a whole model", fix=f"--to {', '.join(TARGETS)}")
     if not found:
         if base is not None:
             raise ConfigError(f"--base {base} is for adapters, {source} is a whole model", fix="leave it out")

@@ -87,7 +87,7 @@ def quantize(
 
 def make_plan(model: str, *, scheme: str, overrides: Sequence[str], base3: bool) -> Plan:
     """Return what becomes of every module; raises ConfigError, ModelError for a folder that is quantized already."""
-    chosen = parse_scheme(scheme)
+    chosen = parse_scheme(scheme, option="--scheme")
     if chosen is None:
         raise ConfigError("--scheme none leaves the model as it is", expected="a format, e.g. affine-4bit-g64")
     owner = find_owner(chosen, base3=base3)
@@ -120,7 +120,7 @@ def parse_override(text: str, scheme: Scheme, owner: Owner) -> tuple[str, Scheme
     pattern, separator, name = text.rpartition("=")
     if not separator or not pattern:
         raise ConfigError(f'--override "{text}"', expected="PATTERN=SCHEME, e.g. *.down_proj=affine-6bit-g64")
-    found = parse_scheme(name)
+    found = parse_scheme(name, option="--override")
     if found is not None:
         check_together(owner, scheme, found, place=f'--override "{text}"')
     return pattern, found

@@ -21,7 +21,7 @@ from shared.data.rows import Row
 from shared.data.tokenize import tokenize_rows
 from shared.errors import AdapterError, CapabilityError, ConfigError, MlxloraError, did_you_mean
 from shared.folder import ModelFolder, find_folder, open_folder
-from shared.schemes import named_schemes
+from shared.schemes import parse_scheme
 from shared.sessions import find_rows, open_session, other_base
 from shared.types import Example
 
@@ -117,9 +117,8 @@ def check_fusable(found: Adapter, folder: ModelFolder) -> None:
 
 def check_options(scheme: str, dtype: str) -> None:
     """Raise ConfigError for options that nobody knows, or that contradict each other."""
-    if scheme not in ("none", "same", *named_schemes()):
-        known = ["none", "same", *named_schemes()]
-        raise ConfigError(f'--scheme: unknown value "{scheme}"', fix=did_you_mean(scheme, known))
+    if scheme != "same":
+        parse_scheme(scheme, option="--scheme", more=["same"])
     if dtype not in ("auto", *WORDS):
         raise ConfigError(f'--dtype: unknown value "{dtype}"', fix=did_you_mean(dtype, ["auto", *WORDS]))
     if scheme != "none" and dtype != "auto":

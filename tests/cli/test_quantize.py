@@ -76,7 +76,7 @@ def test_a_model_that_is_not_there_is_exit_code_3(tmp_path, capsys):
         (["quantize", "{}", "--scheme", "affine-4bit", "--plan"], 2, 'did you mean "affine-4bit-g64"?'),
         (["quantize", "{}", "--frob"], 2, "mlxlora quantize --help lists what it takes"),
         (["frob"], 2, "mlxlora --help lists what it takes"),
-        (["convert", "{}", "--to", "peft", "--output", "{}-peft"], 3, "name a folder with adapter_config.json"),
+        (["convert", "{}", "--to", "peft", "--output", "{}-peft"], 2, "--to hf, mlx, gguf, ollama"),
     ],
 )
 def test_a_remedy_is_one_that_the_command_has(tiny_model_folder, capsys, arguments, code, remedy):

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from shared.adapters.spec import initial_adapter, is_match, layer_of, resolve, shared_inputs
+from shared.adapters.start import check_same
+from shared.adapters.writing import Facts
 from shared.config import AdapterConfig
+from shared.config_file import build_config
 from shared.errors import ConfigError
 from shared.types import AdapterSpec, ModelInfo
 
@@ -189,3 +192,26 @@ def test_layers_start_differently_and_so_do_seeds(info):
     first, second = (f"model.layers.{n}.self_attn.q_proj.lora_A" for n in (0, 1))
     assert not np.array_equal(start[first].data, start[second].data)
     assert not np.array_equal(start[first].data, other[first].data)
+
+
+def test_a_start_that_differs_is_told_as_the_settings_that_describe_it():
+    names = tuple(f"model.layers.{n}.mlp.{kind}_proj" for n in (1, 2) for kind in ("up", "down"))
+    spec = AdapterSpec("lora", rank=8, alpha=16, dropout=0.0, modules=names)
+    ranks = {name: 4 for name in names if "up" in name} | {names[1]: 2}
+    with pytest.raises(ConfigError) as error:
+        check_same(replace(spec, ranks=ranks, alphas={names[0]: 3.0}), spec, facts=Facts(3, frozenset(names)))
+    assert error.value.what.endswith("(rank_pattern, alpha_pattern)")
+    assert error.value.fix == (
+        "adapter.type: lora, rank: 8, alpha: 16, targets: [down_proj, up_proj], layers: [1, 2], "
+        "rank_pattern: {up_proj: 4, model.layers.1.mlp.down_proj: 2}, alpha_pattern: {model.layers.1.mlp.up_proj: 3}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"), [("eval_rouge_l", "evaluation.generate for that one, or"), ("val_loss", "a metric that is")]
+)
+def test_a_metric_that_is_not_measured_is_told_by_its_key(metric, words):
+    with pytest.raises(ConfigError) as error:
+        build_config({"model": "m", "data": {"path": "d"}, "evaluation": {"metric": metric}})
+    assert error.value.what == f"argument: evaluation.metric, found '{metric}'"
+    assert (error.value.expected or "").startswith(words)
