@@ -42,7 +42,6 @@ from shared.running.result import add_result, has_ended, has_result, read_result
 from shared.running.run import LoopState, Run
 from shared.running.run_folder import (
     Identity,
-    adopt_best,
     begin,
     changed_maker,
     changed_rows,
@@ -134,8 +133,7 @@ def train_once(
         for text in (*changed_maker(found, maker_of(backend)), *changed):
             note(text)
         run = build_run(prepared, backend, found, folder=folder, callbacks=callbacks, identity=identity)
-        begin(folder, step=run.state.step if found else -1, resume=resume)
-        adopt_best(folder, resume, found)
+        begin(folder, found, resume=resume)
         given = command or command_line()
         with sinks(folder, config.log.to, note) as trackers:
             checks = [*convergence_checks(config, note), *gradient_checks(config, folder, note)]

@@ -228,22 +228,18 @@ def changed_rows(folder: Path, own: Mapping[str, str], *, sets: Collection[str] 
             yield f"{changed[0]} has changed: losses of evaluations before and behind do not compare"
 
 
-def begin(folder: Path, *, step: int, resume: str) -> None:
-    """Put the run folder where the run starts: an earlier run goes, or what is behind `step`, -1 for all of it.
+def begin(folder: Path, found: checkpoint.Checkpoint | None, *, resume: str) -> None:
+    """Put the run folder where the run starts: an earlier run goes, or what is behind the checkpoint, None: all of it.
 
     Called when everything is loaded, so that a mistake in the config costs nobody a finished run.
     """
     if resume == "never":
         clear(folder)
-    checkpoint.drop_after(folder / "checkpoints", step)
+    step, root = found.step if found else -1, folder / "checkpoints"
+    checkpoint.drop_after(root, step)
     Metrics(folder / "metrics.jsonl").truncate(step)
-
-
-def adopt_best(folder: Path, resume: str, found: checkpoint.Checkpoint | None) -> None:
-    """Copy what a checkpoint of another run needs, its best one, into the run folder."""
-    if found is not None and resume != "auto":
-        needed = found.state.get("needs", [])
-        checkpoint.adopt(folder / "checkpoints", root_of(Path(resume).expanduser()), steps=needed)
+    if found is not None and resume != "auto":  # of another run its best checkpoint may be the result of this one
+        checkpoint.adopt(root, root_of(Path(resume).expanduser()), steps=found.state.get("needs", []))
 
 
 def root_of(path: Path) -> Path:
