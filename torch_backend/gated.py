@@ -19,10 +19,11 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate).mul_(up)
 
 
-def gated_gradients(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of gate and up."""
-    dgate = torch.ops.aten.silu_backward.default(dy * up, gate)
-    return dgate, functional.silu(gate).mul_(dy)
+def gated_gradients(
+    gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, silu: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of gate and up; silu: of gate, overwritten."""
+    return torch.ops.aten.silu_backward.default(dy * up, gate), silu.mul_(dy)
 
 
 class _Gated(torch.autograd.Function):
@@ -36,7 +37,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        return gated_gradients(gate, up, grads[0])
+        return gated_gradients(gate, up, grads[0], functional.silu(gate))
 
 
 @cache
