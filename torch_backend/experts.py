@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from shared.convert.experts import pack_experts
 from shared.errors import CapabilityError
@@ -201,7 +202,7 @@ class _LowRankExperts(torch.autograd.Function):
             if dup is None:
                 dx.index_add_(0, route.rows_M[at], dx_TI)
             else:
-                dx[at], dup[at] = gated_gradients(x[at], up[at], dx_TI)
+                dx[at], dup[at] = gated_gradients(x[at], up[at], dx_TI, functional.silu(x[at]))
         return dx, dup, None, None, *changes
 
 
