@@ -40,6 +40,8 @@ def translate(value: dict[str, Any], *, source: str, columns: Mapping[Any, str] 
     value = {key: from_cell(inner) if key in LISTS else inner for key, inner in value.items()}
     if form == "Alpaca":
         return {"messages": with_system(alpaca(value), value)}
+    if form == "prompt" and isinstance(value["prompt"], list):
+        return {"messages": prompt_turns(value, source=source), "tools": value.get("tools")}
     if "messages" in value and form in ("messages", None):
         tools = value.get("tools") or as_tools(value.get("functions"))
         return {"messages": read_turns(value["messages"], source=source), "tools": tools}
@@ -70,6 +72,8 @@ def unread_keys(value: dict[str, Any], *, source: str) -> tuple[str, ...]:
     """
     form = find_form(value, source=source)
     read = [key for keys in FORMS[form] for key in keys] if form else list(value)
+    if form == "prompt" and isinstance(value["prompt"], list):
+        read.append("tools")
     return tuple(key for key, inner in value.items() if inner is not None and key not in read)
 
 
@@ -102,6 +106,23 @@ def with_system(messages: Any, value: dict[str, Any]) -> Any:
     if not (isinstance(messages, list) and value.get("system")):
         return messages
     return [{"role": "system", "content": value["system"]}, *messages]
+
+
+def prompt_turns(value: dict[str, Any], *, source: str) -> list[Any]:
+    """Return a prompt and a completion of messages, as TRL has them, as one conversation; prompts carry no loss."""
+    if not isinstance(value["completion"], list):
+        raise DataError(
+            f'{source}: "prompt" is a list of messages, "completion" is not',
+            expected='two lists, or two texts', fix='"completion": [{"role": "assistant", "content": "..."}]',
+        )  # fmt: skip
+    asked, said = (read_turns(value[key], source=source) for key in ("prompt", "completion"))
+    return [without_loss(message) for message in asked] + said
+
+
+def without_loss(message: Any) -> Any:
+    """Return a message that is not learned, where it is the assistant's."""
+    spoken = isinstance(message, dict) and message.get("role") == "assistant"
+    return {**message, "weight": 0} if spoken else message
 
 
 def as_tools(functions: Any) -> Any:

@@ -16,6 +16,7 @@ from shared.errors import CapabilityError, DataError
 MAX_LINE = 50_000_000
 MARK = b"\xef\xbb\xbf"  # of UTF-8, where a file begins
 BLANK = re.compile(r"[ \t\n\r]*")
+LFS = b"version https://git-lfs.github.com/spec/"
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 NAMES_OF_MARKS = {";": "semicolon", "\t": "tab", ",": "comma", "|": "bar"}
 
@@ -23,6 +24,10 @@ NAMES_OF_MARKS = {";": "semicolon", "\t": "tab", ",": "comma", "|": "bar"}
 def read_values(file: Path) -> Iterator[tuple[Any, str]]:
     """Yield every value of a file and its place, "train.jsonl:3"; blank lines are passed over. Raises DataError."""
     try:
+        with file.open("rb") as stream:
+            if stream.read(len(LFS)) == LFS:
+                what = f"{file.name} is a pointer of Git LFS, not the file"
+                raise DataError(what, code="E211", fix="git lfs pull, or download the file itself")
         yield from READERS[file.suffix](file)
     except OSError as error:
         raise DataError(
@@ -111,8 +116,9 @@ def read_table(file: Path) -> Iterator[tuple[Any, str]]:
                 row = next(rows, None)
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{source}: not UTF-8: {error.reason}", code="E211", fix="save the file as UTF-8"
-                ) from None
+                    f"{source}: not UTF-8: {error.reason}", code="E211",
+                    fix="save the file as UTF-8; spreadsheets call it CSV UTF-8",
+                ) from None  # fmt: skip
             except csv.Error as error:
                 raise DataError(
                     f"{source}: not CSV: {error}", code="E211", fix='between quotes, write "" for a quote'

@@ -72,7 +72,11 @@ def split_files(path: Path, split: str, *, names: Mapping[Any, str] | None = Non
     known = ", ".join(READERS)
     if path.is_file():
         if path.suffix not in READERS:
-            raise DataError(f"{path.name} is no data file", code="E210", expected=f"one of {known}")
+            fix = {
+                ".gz": "unpack it: gunzip", ".zip": "unpack it: unzip",
+                ".txt": 'write every text as {"text": "..."} on a line of a .jsonl file',
+            }.get(path.suffix)  # fmt: skip
+            raise DataError(f"{path.name} is no data file", code="E210", expected=f"one of {known}", fix=fix)
         return [path] if split == "train" else []
     for name in (own,) if own else NAMES.get(split, (split,)):
         for pattern in (name, f"{name}-*", f"{name}/*", f"data/{name}-*", f"data/{name}/*"):
@@ -240,7 +244,8 @@ def check_text(value: Any, *, source: str, key: str, may_be_empty: bool) -> None
         fix = f'write it as a text: "{value}"' if isinstance(value, int | float) and len(str(value)) < 40 else None
         raise DataError(f'{source}: "{key}" is {found}', expected="a text", fix=fix)
     if not value and not may_be_empty:
-        raise DataError(f'{source}: "{key}" is empty', fix="fill it in or remove the row")
+        drop = ", or data.drop: [empty]" if key in ("text", "completion") else ""
+        raise DataError(f'{source}: "{key}" is empty', fix=f"fill it in or remove the row{drop}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -252,7 +257,11 @@ def check_text(value: Any, *, source: str, key: str, may_be_empty: bool) -> None
 def check_messages(messages: Any, *, source: str) -> None:
     """Refuse what is not a list of {"role", "content"} with known roles and at least one assistant turn."""
     if not isinstance(messages, list) or not messages:
-        raise DataError(f'{source}: "messages" is empty or not a list', expected='[{"role", "content"}, ...]')
+        kind = f": {kind_of(messages)}" if messages != [] else ""
+        quotes = "JSON has double quotes; json.dumps writes them" if isinstance(messages, str) else None
+        raise DataError(
+            f'{source}: "messages" is empty or not a list{kind}', expected='[{"role", "content"}, ...]', fix=quotes
+        )
     for n, message in enumerate(messages):
         check_message(message, source=f"{source}: message {n}")
     if not any(message["role"] == "assistant" for message in messages):

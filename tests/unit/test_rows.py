@@ -72,6 +72,10 @@ BAD = {
     "a role of ShareGPT's": (
         {"messages": [{"role": "human", "content": "a"}, ASSISTANT]}, r'(?s)role "human".*did you mean "user"',
     ),
+    "messages in Python's words": ({"messages": "[{'role': 'user'}]"}, r"(?s)a text.*JSON has double quotes"),
+    "a completion that is a text, of a prompt of messages": (
+        {"prompt": [USER], "completion": "a"}, r'(?s)"prompt" is a list of messages, "completion" is not.*two lists',
+    ),
     "a text alone": ('"a"', r'(?s)a text\n.*{"text": "..."}'),
     "messages alone": ([USER, ASSISTANT], r'(?s)a list\n.*{"messages": \[...\]}'),
     "a key twice": ('{"text": "a", "text": "b"}', 'the key "text" stands twice'),
@@ -133,6 +137,10 @@ def test_each_kind_of_row_is_told_by_its_keys(write_jsonl, row, kind):
 @pytest.mark.parametrize(
     ("row", "fields", "unread"),
     [
+        (
+            {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT], "tools": [{"name": "f"}], "id": 1},
+            {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, ASSISTANT], "tools": [{"name": "f"}]}, ("id",),
+        ),
         ({"messages": None, "prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c"}, ()),
         ({"prompt": "p", "messages": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]}, ("prompt",)),
         (
@@ -184,6 +192,21 @@ def test_a_table_that_looks_otherwise_says_how(tmp_path, name, content, message)
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_a_pointer_of_git_lfs_is_told(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(DataError, match=r"(?s)is a pointer of Git LFS.*git lfs pull"):
+        read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "fix"), [("a.jsonl.gz", "gunzip"), ("a.txt", r'{"text": "..."}')])
+def test_a_file_of_another_kind_says_what_to_make_of_it(tmp_path, name, fix):
+    (tmp_path / name).touch()
+    with pytest.raises(DataError) as caught:
+        split_files(tmp_path / name, "train")
+    assert fix in str(caught.value)
 
 
 def test_a_csv_of_windows_with_a_mark_and_line_ends_in_cells_is_read(tmp_path):
