@@ -35,6 +35,7 @@ from torch_backend.decoders import PLAIN_DECODE, find_decoder, has_triton
 from torch_backend.experts import QuantizedExperts, quantize_experts
 from torch_backend.gated import gating, is_gated
 from torch_backend.model import TorchModel, set_recompute
+from torch_backend.norms import NORMED, replace_norms
 from torch_backend.quantized import QuantizedEmbedding, QuantizedLinear, decode_packed
 from torch_backend.state import to_torch, torch_dtype
 from torch_backend.whole import find_norms
@@ -53,6 +54,8 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
     for layer in layers if folder.family in GATED else ():
         if is_gated(layer.mlp):
             layer.mlp.__class__ = gating(type(layer.mlp))
+    if folder.family in NORMED:
+        replace_norms(zoo)
     set_recompute(layers, recompute, device=torch.device(device))
     if device == "cuda" and any(schemes_of(zoo)) and not has_triton():
         notes = (*notes, PLAIN_DECODE)
