@@ -88,7 +88,8 @@ def download(text: str, *, kind: str, patterns: Sequence[str], error: type[Mlxlo
         found = snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=list(patterns))
     except Exception as problem:  # the client raises errors of several libraries
         what, fix = explain(problem, name, kind, revision)
-        raise error(what, fix=fix, code=code) from None
+        near = near_paths(Path(text.partition(":")[0]))  # a mistyped path can look like a name of the hub
+        raise error(what, fix=f'did you mean "{near[0]}"? Else: {fix}' if near else fix, code=code) from None
     for file in sorted(Path(found).rglob("*")):
         check_file(file, began=began, error=error, code=code)
     return Path(found)

@@ -42,19 +42,14 @@ def find_data(path_or_id: str) -> Path:
     name, _, config = path_or_id.partition(":")
     if path.exists():
         return path
-    near = near_paths(path)
-    hint = f'did you mean "{near[0]}"?' if near else None
+    hint = f'did you mean "{near[0]}"?' if (near := near_paths(path)) else None
     if not is_hub_id(name) or ":" in config:
         raise DataError(f"no data at {path}", code="E210", expected="a folder with train.jsonl, or a file", fix=hint)
     if get_close_matches(path.suffix, READERS, n=1, cutoff=0.7):  # .jsnl too: no data set's name ends so
         what = f"no such file: {path_or_id}; not a hub id either"
         raise DataError(what, code="E210", fix=hint or f"check the path; this is {Path.cwd()}")
     patterns = [f"{config}/*{suffix}" if config else f"*{suffix}" for suffix in READERS]
-    try:
-        root = download(name, kind="dataset", patterns=patterns, error=DataError, code="E210")
-    except DataError as error:
-        fix = f"{hint} Else: {error.fix}" if hint else error.fix
-        raise DataError(error.what, code=error.code, expected=error.expected, fix=fix) from None
+    root = download(name, kind="dataset", patterns=patterns, error=DataError, code="E210")
     if config and not (root / config).is_dir():
         raise DataError(
             f'{name} has no files of a config "{config}"', code="E210", fix="look up the folders of the data set"

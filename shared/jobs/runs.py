@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 
 from shared.callbacks import Metrics
+from shared.config import DataConfig
 from shared.config_file import build_config
 from shared.data.layout import choose_layout
+from shared.data.rows import find_data, find_split
 from shared.data.tokenize import tokenize_rows
 from shared.errors import CheckpointError, ConfigError, StorageError, did_you_mean
+from shared.evaluating.held_out import fitting
 from shared.evaluating.loss import evaluate_each
 from shared.running.lock import FILE as LOCK
 from shared.sessions import find_rows, open_session
@@ -277,7 +280,9 @@ def evaluate_both(
     a: RunFacts, b: RunFacts, *, data: str, backend: str = "auto", note: Callable[[str], None] = lambda text: None
 ) -> Paired:
     """Return the losses of two runs' results on the same rows, one model after the other; raises MlxloraError."""
-    rows, _ = find_rows(data)
+    file = find_split(find_data(data))[0]
+    columns = read_settings(a.path).get("data.columns") or {}
+    rows, _ = find_rows(data, columns=fitting(DataConfig(path=data, columns=columns), file).columns)
     losses: list[np.ndarray] = []
     weights: list[np.ndarray] = []
     for run in (a, b):

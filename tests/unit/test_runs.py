@@ -183,9 +183,9 @@ def test_runs_that_differ_by_chance_alone_are_rarely_told_apart():
 
 
 def test_losses_by_row_and_a_whole_comparison_of_two_trained_runs(tiny_model_folder, write_jsonl, tmp_path):
-    data = write_jsonl(*({"text": "hello world " * n} for n in (1, 5, 2, 7, 3, 4)))
+    data, columns = write_jsonl(*({"words": "hello world " * n} for n in (1, 5, 2, 7, 3, 4))), {"text": "words"}
     model = str(tiny_model_folder())
-    values = {"model": model, "data": {"path": str(data)}, "backend": "torch"}
+    values = {"model": model, "data": {"path": str(data), "columns": columns}, "backend": "torch"}
     settings = ["train.batch_size=3", "train.dtype=float32", "optimizer.lr=0.01"]
     for name, updates in (("a", 1), ("b", 6)):
         config = build_config(
@@ -201,7 +201,9 @@ def test_losses_by_row_and_a_whole_comparison_of_two_trained_runs(tiny_model_fol
     assert same is not None
     assert (same.difference, same.low, same.high) == (0, 0, 0)
     session = open_session(model, adapter=tmp_path / "b" / "adapter", backend="torch")
-    examples = tokenize_rows(find_rows(str(data))[0], session.tokenizer, train_on="completion", max_length=2048)
+    examples = tokenize_rows(
+        find_rows(str(data), columns=columns)[0], session.tokenizer, train_on="completion", max_length=2048
+    )
     layout = choose_layout(session.model.info, packing="auto", micro_tokens=None)
     losses, weights = evaluate_each(session.model, examples, layout)
     alone = [evaluate_examples(session.model, [example], layout) for example in examples]
