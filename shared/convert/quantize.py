@@ -6,23 +6,27 @@ Shard by shard: in memory are what one shard becomes and the matrix at hand, nev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from shared.adapters.spec import is_embedding, layer_of
+from shared.convert.experts import check_stacks, one_below_another, written_stacks
 from shared.convert.files import DTYPES, QUANTIZED_KEYS, write_tokenizer
-from shared.convert.owners import Owner, check_together, find_owner
+from shared.convert.owners import MLX, Owner, check_together, find_owner
 from shared.convert.shards import SINGLE, row_blocks, write_index
 from shared.convert.source import check_whole
 from shared.convert.target import new_folder
 from shared.durable import write_json
 from shared.errors import CapabilityError, ConfigError, ModelError, did_you_mean
-from shared.experts import num_experts
+from shared.experts import ROUTERS, is_expert, num_experts
+from shared.families import with_old_keys
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.protocols import Quantizer
+from shared.quant import mlx_folder
 from shared.registry import find_quantizer
 from shared.schemes import parse_scheme
 from shared.tensors import is_finite, read_tensor, save_file, to_float32
@@ -65,6 +69,16 @@ class Plan:
     owner: Owner
     modules: Mapping[str, Scheme | None]
     why: Mapping[str, str] = field(default_factory=dict)  # of those that stay floats
+    stacks: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of experts -> their tensors
+
+    @cached_property
+    def stack_of(self) -> dict[str, str]:
+        """Return the stack that each tensor of an expert goes into."""
+        return {name: stack for stack, names in self.stacks.items() for name in names}
+
+    def sources(self, module: str) -> Sequence[str]:
+        """Return the tensors that a module is made of: one, or one per expert."""
+        return self.stacks.get(module, (f"{module}.weight",))
 
 
 def quantize(
@@ -99,12 +113,14 @@ def make_plan(model: str, *, scheme: str, overrides: Sequence[str], base3: bool)
         raise ModelError(
             f"{folder.path} is quantized already ({held})", code="E309", fix="quantize the model it was made from"
         )
-    shapes = find_modules(folder)
-    if num_experts(folder.config) > 1:
+    if num_experts(folder.config) > 1 and owner is not MLX:
         raise CapabilityError(
-            f"{folder.path}: the experts of a {folder.family} model are not quantized by this version",
-            fix="use the float folder; `quantization:` of a recipe quantizes the experts too",
-        )
+            f"{folder.path}: transformers stacks the experts of a {folder.family} model, and {owner.name} knows linear "
+            f"layers only",
+            expected=", ".join(MLX.formats), fix="`quantization:` of a recipe quantizes them at load, in every format",
+        )  # fmt: skip
+    stacks = written_stacks(folder)
+    shapes = find_modules(folder, stacks)
     if not shapes:
         raise ModelError(f"{folder.path} holds no float matrices that could be quantized", code="E309")
     for pattern, _ in rules:
@@ -112,7 +128,15 @@ def make_plan(model: str, *, scheme: str, overrides: Sequence[str], base3: bool)
             raise ConfigError(f'no module is called "{pattern}"', code="E206", fix=did_you_mean(pattern, shapes))
     decided = {module: decide(module, shape, chosen, owner, rules) for module, shape in shapes.items()}
     modules = {module: found for module, (found, _) in decided.items()}
-    return Plan(folder, chosen, owner, modules, {module: why for module, (_, why) in decided.items() if why})
+    why = {module: reason for module, (_, reason) in decided.items() if reason}
+    check_stacks(modules, stacks, why=why)
+    if not any(modules.values()):
+        first = next(iter(modules))
+        raise ModelError(
+            f'{folder.path}: no matrix would be quantized to {scheme} ("{first}": {why.get(first, "asked for")})',
+            code="E314", fix="a scheme with smaller groups, or fewer --keep",
+        )  # fmt: skip
+    return Plan(folder, chosen, owner, modules, why, stacks)
 
 
 def parse_override(text: str, scheme: Scheme, owner: Owner) -> tuple[str, Scheme | None]:
@@ -126,12 +150,20 @@ def parse_override(text: str, scheme: Scheme, owner: Owner) -> tuple[str, Scheme
     return pattern, found
 
 
-def find_modules(folder: ModelFolder) -> dict[str, tuple[int, int]]:
-    """Return the shapes of linear layers inside the decoder layers, of the embedding, and of an untied head."""
+def find_modules(folder: ModelFolder, stacks: Mapping[str, Sequence[str]]) -> dict[str, tuple[int, int]]:
+    """Return the shapes of linear layers inside the decoder layers, of the embedding, and of an untied head.
+
+    Experts are stacks, all rows (E O, I) of one kind and layer below each other.
+    """
     tied = folder.is_tied
+    first = {names[0]: stack for stack, names in stacks.items()}
     found: dict[str, tuple[int, int]] = {}
     for name, entry in folder.entries.items():
         module, _, leaf = name.rpartition(".")
+        if name in first:
+            found[first[name]] = (len(stacks[first[name]]) * entry.shape[0], entry.shape[1])
+        if is_expert(module):
+            continue
         if leaf != "weight" or len(entry.shape) != 2 or entry.dtype not in DTYPES:
             continue
         kind = module.rpartition(".")[2]
@@ -148,6 +180,8 @@ def decide(
     kind = module.rpartition(".")[2]
     if named and named[-1] is None:
         return None, "asked for"
+    if module.endswith(ROUTERS):
+        return None, "a router"
     if owner.linears_only and is_embedding(module):
         if named:
             raise ConfigError(f'"{module}" is an embedding, and {owner.name} quantizes linear layers only', code="E204")
@@ -166,9 +200,8 @@ def decide(
 def measure(plan: Plan, tell: Callable[[Layer], None]) -> Iterator[Layer]:
     """Yield every module with its bits and its error; nothing is written and nothing kept."""
     for module in plan.modules:
-        weight = read_weight(plan.folder, f"{module}.weight")
-        scheme = plan.modules[module]
-        packed = None if scheme is None else pack_weight(find_quantizer(scheme), weight, module=module)
+        weight, scheme = read_module(plan, module), plan.modules[module]
+        packed = None if scheme is None else pack_module(plan, find_quantizer(scheme), module)
         layer = describe(plan, module, weight, packed, error=None if packed is None else error_of(weight, packed))
         tell(layer)
         yield layer
@@ -205,21 +238,28 @@ def convert(plan: Plan, file: Path) -> Iterator[tuple[Layer | None, Mapping[str,
         key=lambda name: plan.folder.entries[name].start,
     )
     for name in ours:
-        weight, module = read_weight(plan.folder, name), name.removesuffix(".weight")
-        scheme = plan.modules.get(module) if name.endswith(".weight") else None
-        if scheme is None:
-            known = module in plan.modules and name.endswith(".weight")
-            yield (describe(plan, module, weight, None, error=None) if known else None), {name: weight}
-            continue
-        packed = pack_weight(find_quantizer(scheme), weight, module=module)
-        yield describe(plan, module, weight, packed, error=None), plan.owner.tensors(module, packed)
+        module = plan.stack_of.get(name, name.removesuffix(".weight"))
+        scheme, is_first = plan.modules.get(module), name == plan.sources(module)[0]
+        if scheme is None or not name.endswith(".weight"):
+            known = module in plan.modules and is_first
+            layer = describe(plan, module, read_module(plan, module), None, error=None) if known else None
+            yield layer, {name: read_weight(plan.folder, name)}
+        elif is_first:  # all experts of a stack are written where the first one lies
+            packed = pack_module(plan, find_quantizer(scheme), module)
+            yield (
+                describe(plan, module, read_module(plan, module), packed, error=None),
+                tensors_of(plan, module, packed),
+            )
 
 
 def write_config(plan: Plan, staged: Path) -> None:
     """Write config.json and what the owner wants beside it."""
     config = {key: value for key, value in plan.folder.config.items() if key not in QUANTIZED_KEYS}
+    config = (
+        with_old_keys(config) if plan.owner is MLX else config
+    )  # mlx-lm takes its own rope base where it is missing
     first = next(iter(plan.modules))
-    dtype = DTYPES[plan.folder.entries[f"{first}.weight"].dtype]
+    dtype = DTYPES[plan.folder.entries[plan.sources(first)[0]].dtype]
     files = {"config.json": {**config, **plan.owner.config(plan.scheme, plan.modules, dtype)}}
     for name, value in {**files, **plan.owner.files(plan.modules)}.items():
         write_json(staged / name, value)
@@ -233,6 +273,26 @@ def read_weight(folder: ModelFolder, name: str) -> Tensor:
             f'{folder.path}: tensor "{name}" holds NaN or infinity', code="E305", fix="download the model again"
         )
     return tensor
+
+
+def read_module(plan: Plan, module: str) -> Tensor:
+    """Return a module's weight, (O, I), or of a stack (E O, I)."""
+    parts = [read_weight(plan.folder, name) for name in plan.sources(module)]
+    return parts[0] if len(parts) == 1 else Tensor(parts[0].dtype, np.concatenate([part.data for part in parts]))
+
+
+def pack_module(plan: Plan, quantizer: Quantizer, module: str) -> Packed:
+    """Return a module packed, each expert of a stack for itself."""
+    names = plan.sources(module)
+    parts = [pack_weight(quantizer, read_weight(plan.folder, name), module=module) for name in names]
+    return parts[0] if len(parts) == 1 else one_below_another(parts)
+
+
+def tensors_of(plan: Plan, module: str, packed: Packed) -> Mapping[str, Tensor]:
+    """Return what a folder stores of a packed module."""
+    if module in plan.stacks:
+        packed = replace(packed, arrays=mlx_folder.as_stack(packed, number=len(plan.stacks[module])))
+    return plan.owner.tensors(module, packed)
 
 
 def pack_weight(quantizer: Quantizer, weight: Tensor, *, module: str) -> Packed:
@@ -295,7 +355,8 @@ def summarize(plan: Plan, layers: Sequence[Layer], *, output: Path | None) -> Qu
     packed = [layer for layer in layers if layer.scheme != "none"]
     values = sum(layer.shape[0] * layer.shape[1] for layer in packed)
     bits = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in packed)
-    given = sum(entries[f"{layer.module}.weight"].end - entries[f"{layer.module}.weight"].start for layer in packed)
+    sources = [entries[name] for layer in packed for name in plan.sources(layer.module)]
+    given = sum(entry.end - entry.start for entry in sources)
     return QuantizeResult(
         output=output,
         scheme=str(plan.scheme),

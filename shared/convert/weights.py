@@ -181,6 +181,11 @@ def write_same(folder: ModelFolder, changes: Mapping[str, AnyChange], staged: Pa
 
 def write_scheme(folder: ModelFolder, changes: Mapping[str, AnyChange], staged: Path, *, scheme: str) -> Fused:
     """Write the fused model quantized anew by a scheme, and count what is left of the change beside the base."""
+    if expert := next((name for name in changes if is_expert(name)), None):
+        raise CapabilityError(
+            f'"{expert}" of an expert would be one of a quantized stack, of which nobody could tell what is left of it',
+            code="E405", fix="fuse without --scheme, then mlxlora quantize",
+        )  # fmt: skip
     plain = staged / PLAIN
     plain.mkdir()
     fused = write_plain(folder, changes, plain, dtype=None)

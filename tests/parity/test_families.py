@@ -152,6 +152,38 @@ def test_quantized_base_does_not_depend_on_what_the_run_computes_in(tmp_path, ti
                 assert np.array_equal(tensor.data, reference[name].data), name
 
 
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_written_experts_are_those_of_mlx_lm_on_both_backends(tmp_path, make_examples, case):
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2} if case == "mixtral" else EXPERTS
+    folder = save(tmp_path / "model", case, more)
+    mlxlora.quantize(folder, scheme="affine-4bit-g32", output=tmp_path / "packed")
+    examples = make_examples([20])
+    one, two = (load(backend, tmp_path / "packed").log_probs(make_batch(examples, [0])) for backend in sorted(BACKENDS))
+    np.testing.assert_allclose(one, two, atol=2 * tolerances.LOGITS)
+    model, _ = load_model(tmp_path / "packed", lazy=False)
+    tokens, at = examples[0].tokens, np.flatnonzero(examples[0].supervised)
+    logits = np.array(model(mx.array([tokens.tolist()])).astype(mx.float32))[0, at - 1]
+    theirs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    np.testing.assert_allclose(one, theirs[np.arange(len(at)), tokens[at]], atol=2 * tolerances.LOGITS)
+    assert not [name for name in dict(read_header(tmp_path / "packed/model.safetensors")) if ".experts." in name]
+
+
+def test_experts_that_cannot_all_be_quantized_are_refused_by_name(tmp_path):
+    folder = save(tmp_path / "model", "qwen2_moe", EXPERTS)
+    with pytest.raises(CapabilityError, match=r"switch_mlp.down_proj.*does not divide"):
+        mlxlora.quantize(folder, scheme="affine-4bit-g64", output=tmp_path / "packed")
+    with pytest.raises(CapabilityError, match="bitsandbytes knows linear layers only"):
+        mlxlora.quantize(folder, scheme="nf4", output=tmp_path / "packed")
+    with pytest.raises(ModelError, match="no matrix would be quantized to affine-4bit-g64"):
+        mlxlora.quantize(folder, scheme="affine-4bit-g64", keep=["*"], output=tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    mlxlora.quantize(folder, scheme="affine-4bit-g64", keep=["*.switch_mlp.*"], output=tmp_path / "packed")
+    assert [load(backend, tmp_path / "packed").info.family for backend in sorted(BACKENDS)] == ["qwen2_moe"] * 2
+
+
 def mixture(folder, **changes):
     """Write a small Mixtral, then change its config."""
     save(folder, "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2})
