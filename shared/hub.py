@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 LONGEST_WAIT_S = 60  # that a server may ask for before the next request
 NO_ANSWER_S = 30  # where the client itself would wait for ever
 CHUNK = 2**20
+LIKE = 0.6  # of two names that may be meant for each other
 
 
 def is_hub_id(text: str) -> bool:
@@ -36,13 +37,23 @@ def is_offline() -> bool:
 
 
 def near_paths(path: Path) -> list[str]:
-    """Return what lies where a path that does not exist would lie: of its folder, else of one with a similar name."""
+    """Return what lies where a path that does not exist would lie, or in folders of similar names, nearest first."""
     folder = path.parent
-    if not folder.is_dir():
-        near = [item.name for item in entries(folder.parent) if item.is_dir()]
-        folder = folder.parent / next(iter(get_close_matches(folder.name, near, n=1)), "")
-    names = [item.name for item in entries(folder)]
-    return [str(folder / name) for name in get_close_matches(path.name, names, n=3)]
+    near = get_close_matches(folder.name, [item.name for item in entries(folder.parent) if item.is_dir()])
+    items = [
+        item for place in dict.fromkeys([folder, *(folder.parent / name for name in near)]) for item in entries(place)
+    ]
+    likeness = {str(item): max(like(path.name, item.name), like(path.stem, item.stem)) for item in items}
+    return sorted((name for name in likeness if likeness[name] >= LIKE), key=lambda name: -likeness[name])
+
+
+def like(one: str, other: str) -> float:
+    """Return how similar two names are, from 0 to 1.
+
+    >>> like("train", "trian")
+    0.8
+    """
+    return SequenceMatcher(None, one, other).ratio()
 
 
 def entries(folder: Path) -> list[Path]:

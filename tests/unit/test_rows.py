@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
+from pathlib import Path
 
 import pytest
 
 from shared.data.rows import Row, content_hash, find_data, make_row, read_rows, split_files
 from shared.errors import DataError
+from shared.hub import near_paths
 
 GOOD = {"text": "fine"}
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -345,6 +347,19 @@ def test_a_mistyped_folder_is_told_beside_what_the_hub_says(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r'(?s)"data/wikisq" is no folder here.*did you mean "data/wikisql".*Else:'):
         find_data("data/wikisq")
+
+
+def test_names_near_a_mistyped_path_are_found_in_folders_of_similar_names_too(tmp_path, monkeypatch):
+    for name in ("data/train.jsonl", "data/valid.jsonl", "dat/other.txt", "models/llama/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    named = ("dat/train.jsnl", "data/trai", "modls/lama", "nowhere/x", "train.jsonl")
+    found = {name: near_paths(Path(name))[:1] for name in named}
+    assert found == {
+        "dat/train.jsnl": ["data/train.jsonl"], "data/trai": ["data/train.jsonl"], "modls/lama": ["models/llama"],
+        "nowhere/x": [], "train.jsonl": [],
+    }  # fmt: skip
 
 
 def test_splits_of_other_names_are_told_and_have_to_be_there(tmp_path):
