@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.adapters.fused import is_fused, unfuse_experts
+from shared.adapters.fused import is_fused, is_one_of_many, stack_experts, unfuse_experts
 from shared.adapters.names import (
     COPY,
     MLX_FILE,
@@ -39,7 +39,16 @@ from shared.adapters.schema import (
     read_rank,
     read_ranks,
 )
-from shared.adapters.spec import ADAPTER_LEAVES, ends_of, factor_shapes, is_embedding, is_saved, leaves_of, natural
+from shared.adapters.spec import (
+    ADAPTER_LEAVES,
+    OF_EXPERTS,
+    ends_of,
+    factor_shapes,
+    is_embedding,
+    is_saved,
+    leaves_of,
+    natural,
+)
 from shared.errors import AdapterError, CapabilityError, ModelError
 from shared.experts import is_stack, own_stack
 from shared.folder import ModelFolder, read_json
@@ -188,13 +197,16 @@ def from_peft(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> tuple[
     rank, alpha = read_rank(config, "r", 8), read_number(config, "lora_alpha", 8)
     ranks, alphas = read_ranks(config), read_pattern(config, "alpha_pattern")
     kind = "rslora" if config.get("use_rslora") else "lora"
-    experts = unfuse_experts(
-        tensors, read_names(config, "target_parameters"), kind=kind, rank=rank, alpha=alpha, ranks=ranks, alphas=alphas
-    )
-    tensors = {**{name: tensor for name, tensor in tensors.items() if not is_fused(name)}, **experts.tensors}
+    numbers = {"rank": rank, "alpha": alpha, "ranks": ranks, "alphas": alphas}
+    experts = unfuse_experts(tensors, read_names(config, "target_parameters"), kind=kind, **numbers)
+    stacks = stack_experts(tensors, **numbers)
+    if (experts.tensors or stacks.tensors) and config.get("use_dora"):
+        raise CapabilityError(f"the adapter has DoRA of experts: {OF_EXPERTS}", code="E404", expected="LoRA of experts")
+    tensors = {name: tensor for name, tensor in tensors.items() if not (is_fused(name) or is_one_of_many(name))}
+    tensors |= {**experts.tensors, **stacks.tensors}
     modules = modules_of(tensors)
-    own_ranks = {name: int(match_pattern(ranks, name, rank)) for name in modules} | experts.ranks
-    own_alphas = {name: match_pattern(alphas, name, alpha) for name in modules} | experts.alphas
+    own_ranks = {name: int(match_pattern(ranks, name, rank)) for name in modules} | experts.ranks | stacks.ranks
+    own_alphas = {name: match_pattern(alphas, name, alpha) for name in modules} | experts.alphas | stacks.alphas
     if config.get("use_dora"):
         if kind == "rslora":
             alpha, own_alphas = alpha * math.sqrt(rank), {n: a * math.sqrt(own_ranks[n]) for n, a in own_alphas.items()}

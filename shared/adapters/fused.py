@@ -6,6 +6,7 @@ expert below expert, and B (O, R E), whose column r E + e is column r of expert 
 wrapped around gate_up_proj: that one's matrices are called `experts.base_layer.lora_A`, down_proj's `experts.lora_A`.
 
 Two A of gate and up make one of rank 2 R, with B in blocks: [[B_gate, 0], [0, B_up]]. One A of both stays one.
+Before transformers 5 each expert had linear layers, and PEFT matrices of each (`experts.0.w1.lora_A`), read here too.
 Legend: E experts, I input width, O output width, R rank.
 """
 
@@ -21,13 +22,15 @@ import numpy as np
 from shared.adapters.schema import CONFIG_FILE, match_pattern
 from shared.adapters.spec import natural
 from shared.errors import AdapterError, CapabilityError
-from shared.experts import is_stack
+from shared.experts import BLOCK, MIXTURES, STACKED, is_stack
 from shared.tensors import to_float32
 from shared.types import AdapterSpec, Tensor
 
 TARGETS = ("experts.gate_up_proj", "experts.down_proj")  # of transformers' parameters, in the order of the classes
 INNER = ".base_layer"  # of the first of two parameters that PEFT wraps
 MATRIX = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]$")
+ONE_OF_MANY = re.compile(r"(.+)\.\w+\.experts\.(\d+)\.(\w+)\.(lora_[AB])")
+OWN_LEAVES = {stored: own for _, leaves in MIXTURES.values() for stored, own in zip(leaves, STACKED, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,41 @@ def unfuse_experts(
             found.ranks[f"{block}.{name}"] = half[0].shape[1]
             found.alphas[f"{block}.{name}"] = alpha_of(scale, half[0].shape[1], kind)
     return found
+
+
+def stack_experts(
+    tensors: Mapping[str, Tensor], *, rank: int, alpha: float, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> Unfused:
+    """Return our tensors of those that PEFT has expert by expert; rank and alpha, and patterns of them.
+
+    Raises AdapterError where an expert is missing, or is adapted in another way than the others.
+    """
+    groups: dict[str, dict[int, str]] = {}
+    for name in tensors:
+        if (match := ONE_OF_MANY.fullmatch(name)) and match[3] in OWN_LEAVES:
+            own = f"{match[1]}.{BLOCK}.experts.{OWN_LEAVES[match[3]]}.{match[4]}"
+            groups.setdefault(own, {})[int(match[2])] = name
+    found = Unfused()
+    for own, names in groups.items():
+        each = [tensors[names[number]] for number in sorted(names)]
+        places = [name.rpartition(".")[0] for name in names.values()]
+        numbers = {(match_pattern(ranks, one, rank), match_pattern(alphas, one, alpha)) for one in places}
+        kinds = {(one.dtype, one.shape) for one in each}
+        if sorted(names) != list(range(len(names))) or len(kinds) > 1 or len(numbers) > 1:
+            raise AdapterError(
+                f'the adapter has {len(names)} matrices of experts for "{own}", which are no stack',
+                code="E311", expected="every expert from 0, with one rank and one alpha",
+            )  # fmt: skip
+        module, ((own_rank, own_alpha),) = own.rpartition(".")[0], numbers
+        found.tensors[own] = Tensor(each[0].dtype, np.stack([one.data for one in each]))
+        found.ranks[module], found.alphas[module] = int(own_rank), own_alpha
+    return found
+
+
+def is_one_of_many(name: str) -> bool:
+    """Return whether a tensor of PEFT, without its prefix, is of one expert."""
+    match = ONE_OF_MANY.fullmatch(name)
+    return match is not None and match[3] in OWN_LEAVES
 
 
 def parameters_of(tensors: Mapping[str, Tensor], targets: Sequence[str]) -> Iterator[tuple[str, Tensor, Tensor]]:

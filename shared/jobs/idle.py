@@ -158,7 +158,7 @@ def odd_sizes(run: Run) -> Iterator[str]:
     if count_steps(config.schedule.warmup, updates=run.updates) >= run.updates:
         what = f"schedule.warmup is {config.schedule.warmup:g}, the run has {run.updates} updates"
         yield f"{what}: the learning rate rises to its end"
-    sides = {name: min(run.model.info.adaptable[name]) for name in run.spec.modules}
+    sides = {name: min(run.model.info.adaptable[name][-2:]) for name in run.spec.modules}
     large = [name for name, side in sides.items() if run.spec.rank_of(name) > side and not is_own(run.spec.kind)]
     if large:
         worst = min(large, key=sides.__getitem__)

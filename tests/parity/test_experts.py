@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from mlxlora import convert, fuse, merge
 from shared import reference
-from shared.adapters.folder import read_adapter
+from shared.adapters.folder import check_fit, read_adapter
 from shared.adapters.spec import resolve
 from shared.config import AdapterConfig, parse_scheme
 from shared.convert.experts import one_below_another
@@ -226,6 +227,38 @@ def test_mlx_lm_s_adapters_of_experts_in_peft_and_back(mixture, tmp_path, title,
     keys = keys or ["self_attn.v_proj", *(f"{block}.switch_mlp.{leaf}" for leaf in STACKED)]
     source = make_mlx(mixture(title), tmp_path / "mlx", keys=keys)
     check_alike(mixture(title), there_and_back(source, tmp_path, to="peft"), source)
+
+
+def one_by_one(folder, target, *, experts=4, **changes):
+    """Write an adapter as PEFT did before transformers 5, each expert's linear layers apart."""
+    random, tensors = np.random.default_rng(0), {}
+    config = json.loads((folder / "config.json").read_text())
+    for layer, expert, leaf, half in product(range(2), range(experts), ("w1", "w2", "w3"), "AB"):
+        wide, deep = config["intermediate_size"], config["hidden_size"]
+        out, width = (deep, wide) if leaf == "w2" else (wide, deep)
+        name = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{leaf}.lora_{half}.weight"
+        values = 0.1 * random.standard_normal((4, width) if half == "A" else (out, 4))
+        tensors[name] = Tensor("F32", values.astype(np.float32))
+    target.mkdir()
+    save_file(target / "adapter_model.safetensors", tensors.items(), metadata={"format": "pt"})
+    old = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["w1", "w2", "w3"]}
+    (target / "adapter_config.json").write_text(json.dumps({**old, **changes}))
+    return target
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys", "ignore:The following alpha_pattern keys")
+def test_adapters_of_single_experts_that_peft_wrote_before_are_read(mixture, tmp_path):
+    """PEFT turns them into what transformers 5 has when it loads them."""
+    base = mixture("Mixtral")
+    old = one_by_one(base, tmp_path / "old")
+    convert(old, to="mlx", output=tmp_path / "mlx", base=str(base))
+    check_alike(base, old, tmp_path / "mlx")
+    for changes, words in (({"experts": 3}, "has shape"), ({"use_dora": True}, "DoRA of experts")):
+        odd = one_by_one(base, tmp_path / words[:3], **changes)
+        with pytest.raises((AdapterError, CapabilityError), match=words):
+            check_fit(read_adapter(odd), load("torch", base).info)
+    with pytest.raises(AdapterError, match="are no stack"):
+        read_adapter(one_by_one(base, tmp_path / "ranks", rank_pattern={"experts.1.w1": 2}))
 
 
 def test_names_of_experts_in_mlx_lm_need_the_base(mixture, tmp_path):
