@@ -34,11 +34,11 @@ def chat(source: str, **asked: Any) -> Rendered:
     return Rendered(found["text"], tuple((start, end) for start, end in found["spans"]))
 
 
-def prompt(source: str, **asked: Any) -> str:
+def text(source: str, **asked: Any) -> str:
     """Return what `run_template` does."""
     if threading.current_thread() is threading.main_thread():
         return run_template(source, **asked)
-    return RENDERER.ask("prompt", {"source": source, **asked})
+    return RENDERER.ask("text", {"source": source, **asked})
 
 
 class Renderer:

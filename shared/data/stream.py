@@ -159,8 +159,28 @@ def streams(config: RunConfig, *, least: int = STREAM_BYTES) -> bool:
             f"data.streaming true, but {other.name} has no lines to be read one by one",
             expected=".jsonl", fix="write the rows as .jsonl, or set data.streaming: false", code="E204",
         )  # fmt: skip
-    size = sum(file.stat().st_size for file in train_files(data))
-    return other is None and (data.streaming is True or size >= least)
+    return other is None and (data.streaming is True or num_bytes(data) >= least)
+
+
+def told_first(config: RunConfig, *, least: int = STREAM_BYTES) -> str | None:
+    """Return how many rows are read, and why so, for files that take minutes or much memory; None for smaller ones.
+
+    least: bytes from which on it is told.
+    """
+    data = config.data
+    if (size := num_bytes(data)) < least:
+        return None
+    amount = f"{size / 1e9:.1f} GB of training rows"
+    if streams(config, least=least):
+        return f"{amount} are streamed; each is checked once before the first update, which the next run need not do"
+    other = file_without_lines(data)
+    why = f"{other.name} has no lines to be read one by one" if other else "data.streaming false"
+    return f"{amount} are read into memory: {against_streaming(config) or why}"
+
+
+def num_bytes(data: DataConfig) -> int:
+    """Return the bytes of all training files."""
+    return sum(file.stat().st_size for file in train_files(data))
 
 
 def can_stream(data: DataConfig) -> bool:

@@ -110,12 +110,12 @@ class Tokenizer:
         """Return the text of a conversation."""
         source = self._template()
         values = {"tools": tools, **self._special_texts()}
-        return rendering.prompt(source, messages=messages, add_generation_prompt=False, **values)
+        return rendering.text(source, messages=messages, add_generation_prompt=False, **values)
 
     def chat_prompt(self, messages: list[dict[str, Any]], *, tools: Any = None) -> str:
         """Return the text that asks the assistant to speak next."""
         source = self._template()
-        return rendering.prompt(
+        return rendering.text(
             source, messages=messages, add_generation_prompt=True, tools=tools, **self._special_texts()
         )
 

@@ -20,7 +20,7 @@ from shared.callbacks import Callback, tell
 from shared.config import RunConfig
 from shared.convergence import convergence_checks
 from shared.data.layout import training_layout
-from shared.data.stream import Stream, sample_of
+from shared.data.stream import Stream, sample_of, told_first
 from shared.durable import put_in_place, sync
 from shared.errors import ModelError, OutOfMemory, StorageError
 from shared.estimate.plan import with_settings
@@ -92,6 +92,8 @@ def train(
 
     allow_change: settings, "data" or "base", which may differ from what the run was started with.
     """
+    if size := told_first(config):
+        tell(callbacks, "on_note", size)
     while True:
         try:
             return train_once(config, resume=resume, callbacks=callbacks, command=command, allow_change=allow_change)

@@ -39,9 +39,7 @@ def test_another_thread_gets_the_text_and_the_spans_of_the_main_one(elsewhere, n
     asked = {"messages": TALK, "bos_token": "<s>", "eos_token": "</s>", "tools": None}
     assert elsewhere(rendering.chat, STYLES[name].template, **asked) == rendering.chat(STYLES[name].template, **asked)
     asked["add_generation_prompt"] = True
-    assert elsewhere(rendering.prompt, STYLES[name].template, **asked) == rendering.prompt(
-        STYLES[name].template, **asked
-    )
+    assert elsewhere(rendering.text, STYLES[name].template, **asked) == rendering.text(STYLES[name].template, **asked)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +103,7 @@ def test_the_process_ends_with_the_one_that_started_it():
 import os, sys, threading
 from shared.data import rendering
 asked = {"messages": [{"role": "user", "content": "a"}], "add_generation_prompt": False}
-thread = threading.Thread(target=rendering.prompt, args=("{{ messages[0].content }}",), kwargs=asked)
+thread = threading.Thread(target=rendering.text, args=("{{ messages[0].content }}",), kwargs=asked)
 thread.start(), thread.join()
 print(rendering.RENDERER.process.pid, flush=True)
 if sys.argv[1] == "killed":

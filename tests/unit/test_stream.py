@@ -16,7 +16,7 @@ from shared.config_file import build_config
 from shared.data.batch import update_batches
 from shared.data.index import MOST_OPEN, Part, open_index, stamp
 from shared.data.layout import Layout
-from shared.data.stream import Stream, streams
+from shared.data.stream import Stream, streams, told_first
 from shared.errors import CheckpointError, ConfigError, DataError
 from shared.estimate.report import read_lengths
 from shared.folder import open_folder
@@ -260,6 +260,21 @@ def test_a_file_without_lines_is_refused_by_name_and_auto_takes_jsonl_of_a_gigab
     assert isinstance(prepare(build_config(values)).train, list)
     size = (tmp_path / "d/train.jsonl").stat().st_size
     assert [streams(build_config(values), least=least) for least in (size, size + 1)] == [True, False]
+
+
+def test_of_large_files_it_is_told_how_they_are_read_and_why(base, tmp_path):
+    (tmp_path / "t.csv").write_text("prompt,completion\nq,a\n")
+    values = {"model": str(base), "data": {"path": write(tmp_path / "d", ROWS)}}
+    told = {
+        "": "are streamed; each is checked once before the first update",
+        "data.streaming=false": "are read into memory: data.streaming false",
+        "data.drop=[duplicate]": "are read into memory: data.drop duplicate: every row would have to be remembered",
+        f"data.path={tmp_path / 't.csv'}": "are read into memory: t.csv has no lines to be read one by one",
+    }
+    for setting, words in told.items():
+        config = build_config(values, overrides=[setting] if setting else [])
+        assert told_first(config) is None
+        assert f"0.0 GB of training rows {words}" in told_first(config, least=1)
 
 
 def test_rows_are_read_rightly_from_two_threads(base, tmp_path):
