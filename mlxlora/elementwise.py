@@ -1,4 +1,4 @@
-"""Elementwise functions that MLX computes slowly on a CPU, by a faster way there."""
+"""Elementwise functions and sums that MLX computes slowly or inexactly on a CPU, by a better way there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import mlx.core as mx
 LOG2_E = math.log2(math.e)
 LEAST = -125.5  # the exponent of about the least float32 above the subnormals, which take the C library far longer
 MOST = 127.0  # the largest exponent of a float32
+PIECE = 64  # values that are summed in one go
 
 
 def on_gpu() -> bool:
@@ -33,6 +34,18 @@ def power_of_two(x: mx.array) -> mx.array:
 def row_sums(x: mx.array) -> mx.array:
     """Return sums over the last axis, kept as one of length 1, as a product: a fifth of the time of a sum on a CPU."""
     return x @ mx.ones((x.shape[-1], 1), dtype=x.dtype)
+
+
+def long_sums(x: mx.array) -> mx.array:
+    """Return sums over the last axis; on a CPU piece by piece.
+
+    MLX's CPU adds one after the other (0.32): of 128,000 shares of a softmax the sum is 1.8e-4 short, by pieces 3e-8.
+    """
+    length, whole = x.shape[-1], x.shape[-1] // PIECE * PIECE
+    if on_gpu() or length <= PIECE:
+        return x.sum(axis=-1)
+    sums = long_sums(x[..., :whole].reshape(*x.shape[:-1], -1, PIECE).sum(axis=-1))
+    return sums if whole == length else sums + x[..., whole:].sum(axis=-1)
 
 
 def sigmoid(x: mx.array) -> mx.array:

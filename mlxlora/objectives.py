@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxlora.elementwise import exp
+from mlxlora.elementwise import exp, long_sums
 from shared.families import HeadFacts
 
 CHUNK_ELEMENTS = 3 * 2**20  # logits of one chunk: 12 MiB in float32; MLX begins several before the first is done
@@ -70,8 +70,9 @@ def log_probs(h_ND: mx.array, head: Head, targets_N: mx.array) -> mx.array:
     out = []
     for start in range(0, h_ND.shape[0], rows):
         z_CV = head.chunk(h_ND[start : start + rows], weight_VD)
-        target_C1 = targets_N[start : start + rows, None]
-        out.append(mx.take_along_axis(z_CV, target_C1, axis=1)[:, 0] - mx.logsumexp(z_CV, axis=1))
+        at_target_C = mx.take_along_axis(z_CV, targets_N[start : start + rows, None], axis=1)[:, 0]
+        top_C1 = z_CV.max(axis=1, keepdims=True)
+        out.append(at_target_C - top_C1[:, 0] - mx.log(long_sums(exp(z_CV - top_C1))))
         mx.eval(out[-1])  # one chunk of logits at a time
     return mx.concatenate(out)
 
@@ -143,7 +144,7 @@ def logits_loss(
     at_target_C = mx.take_along_axis(z_CV, target_C[:, None], axis=1)[:, 0]
     top_C1 = z_CV.max(axis=1, keepdims=True)
     e_CV = exp(z_CV - top_C1)
-    sum_C = e_CV.sum(axis=1)
+    sum_C = long_sums(e_CV)
     total = (
         (top_C1[:, 0] - at_target_C + mx.log(sum_C)) * w_C
     ).sum()  # equal logits cancel before small ones are added

@@ -13,13 +13,13 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxlora.blockwise import decode, encode
+from mlxlora.elementwise import long_sums
 from shared.gradients import by_module
 from shared.optimizers import FIRST_SCALE, Group, make_groups, next_scale
 from shared.quant.blockwise import BLOCK
 from shared.types import Method, MomentFormat, StepStats, Update
 
 Arrays = dict[str, mx.array]
-NORM_WIDTH = 512  # values that are summed in one go
 GROUP = 2**12 * BLOCK  # values that tensors are joined up to; larger tensors stay alone
 
 
@@ -236,10 +236,8 @@ def advance_in_pieces(
 
 
 def sum_of_squares(x: mx.array) -> mx.array:
-    """Return the sum of squares, in two stages: MLX's CPU adds one after the other, 4e-5 off at a million values."""
-    flat = mx.square(x.reshape(-1))
-    whole = flat.size // NORM_WIDTH * NORM_WIDTH
-    return flat[:whole].reshape(-1, NORM_WIDTH).sum(axis=1).sum() + flat[whole:].sum()
+    """Return the sum of squares."""
+    return long_sums(mx.square(x.reshape(-1)))
 
 
 def norms_of(grads: Mapping[str, mx.array]) -> mx.array:

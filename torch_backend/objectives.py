@@ -132,9 +132,10 @@ def chunk_loss(
     top_C, at_target_C = z_CV.amax(dim=1), z_CV.gather(1, target_C1)[:, 0]
     curve_CV = None if facts.softcap is None else 1 - (z_CV / facts.softcap) ** 2
     share_CV = torch.softmax(z_CV, dim=1, out=z_CV)
-    loss_C = (top_C - at_target_C) - share_CV.amax(dim=1).log()  # equal logits cancel before small ones are added
-    slope_CV = share_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=share_CV.dtype))
-    slope_CV.mul_((w_C * facts.scale)[:, None])
+    sum_C = share_CV.sum(dim=1)  # 1, but for torch's CPU kernel: of 128,000 tokens up to 1.6e-5 less
+    loss_C = (top_C - at_target_C) - (share_CV.amax(dim=1) / sum_C).log()  # equal logits cancel before small ones
+    slope_CV = share_CV.scatter_add_(1, target_C1, -sum_C[:, None])
+    slope_CV.mul_((w_C * facts.scale / sum_C)[:, None])
     return (loss_C * w_C).sum(), slope_CV if curve_CV is None else slope_CV.mul_(curve_CV)
 
 
