@@ -55,13 +55,24 @@ class Prepared:
     other_hash: Callable[[], str] | None  # of the same rows read the other way (data.streaming), None: not possible
     data_files: dict[str, str]
     leaks: dict[str, int]  # rows to evaluate on that are training rows too: "valid.jsonl" or a set's name -> how many
-    sample: tuple[Row, ...]  # of the training rows
-    num_rows: int  # that the sample is of
+    samples: tuple[Sample, ...]  # of the training rows, then of those to evaluate on
 
     @cached_property
     def notices(self) -> list[Notice]:
-        """Return what is to be told of the training rows."""
-        return notices_of(self.sample, self.tokenizer, total=self.num_rows, keep=self.config.data.cache)
+        """Return what is to be told of the training rows, and of others what is not true of these."""
+        told: dict[str, Notice] = {}
+        for some in self.samples:
+            for notice in notices_of(some.rows, self.tokenizer, total=some.total, keep=self.config.data.cache):
+                told.setdefault(notice.about, notice)
+        return list(told.values())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows, and how many there are."""
+
+    rows: list[Row]
+    total: int
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,7 @@ class Found:
     kind: str
     hashes: dict[str, str]  # file -> SHA-256
     seen: set[str]  # hashes of training rows, of those at least that are evaluated on too
-    sample: list[Row]  # of the training rows
-    num_rows: int
+    sample: Sample  # of the training rows
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -108,8 +118,10 @@ def prepare(config: RunConfig) -> Prepared:
         other_hash=hash_otherwise(found.train, weights, config, base),
         data_files=found.hashes,
         leaks=count_leaks(found.held_out, found.seen),
-        sample=tuple(found.sample),
-        num_rows=found.num_rows,
+        samples=(
+            found.sample,
+            *(Sample(sample_rows(rows), len(rows)) for rows in found.held_out.rows.values() if rows),
+        ),
     )
 
 
@@ -127,8 +139,8 @@ def read_whole(config: RunConfig, base: ModelFolder, tokenizer: Tokenizer) -> Fo
     check_vocabulary(base, [*train, *chain(*tests.values())])
     seen = {content_hash([row]) for row in found.train} if any(held_out.rows.values()) else set[str]()
     hashes = {name: sha256(file) for name, file in {**found.files, **held_out.files}.items()}
-    some, kind = sample_rows(found.train), found.train[0].kind
-    return Found(train, tests, held_out, counts, found.roots, dropped, kind, hashes, seen, some, len(found.train))
+    some, kind = Sample(sample_rows(found.train), len(found.train)), found.train[0].kind
+    return Found(train, tests, held_out, counts, found.roots, dropped, kind, hashes, seen, some)
 
 
 def read_streamed(config: RunConfig, base: ModelFolder, tokenizer: Tokenizer) -> Found:
@@ -143,8 +155,8 @@ def read_streamed(config: RunConfig, base: ModelFolder, tokenizer: Tokenizer) ->
         check_vocabulary(base, list(chain(*tests.values())))
     hashes = {name: seen.sha256.get(name) or sha256(file) for name, file in {**rows.files, **held_out.files}.items()}
     counts, leaks = tuple(seen.counts), set(seen.leaks)
-    some = train.sample_rows
-    return Found(train, tests, held_out, counts, rows.roots, rows.dropped, seen.kind, hashes, leaks, some, len(train))
+    some = Sample(train.sample_rows, len(train))
+    return Found(train, tests, held_out, counts, rows.roots, rows.dropped, seen.kind, hashes, leaks, some)
 
 
 def encoding(config: RunConfig, base: ModelFolder, tokenizer: Tokenizer) -> Encoding:

@@ -131,6 +131,17 @@ def test_the_second_time_no_tokenizer_is_loaded(make_tokenizer):
     assert "inner" in vars(second)
 
 
+def test_of_rows_to_evaluate_on_is_told_what_is_not_true_of_the_training_rows(tiny_model_folder, write_jsonl, tmp_path):
+    write_jsonl({"text": "a", "id": 1}, {"text": "b", "id": 2})
+    write_jsonl({"text": "c", "id": 3}, {"messages": [user("q"), assistant("")]}, name="valid.jsonl")
+    config = build_config({"model": str(tiny_model_folder()), "data": {"path": str(tmp_path)}})
+    assert {notice.about: notice.first for notice in prepare(config).notices} == {
+        "columns that are not read": "train.jsonl:1",
+        "an empty answer, which teaches to say nothing": "valid.jsonl:2",
+        "rows of another kind than the first": "valid.jsonl:2",
+    }
+
+
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_they_are_printed_and_stand_in_manifest_report_and_preview(
     tiny_model_folder, write_jsonl, tmp_path, capsys, backend
