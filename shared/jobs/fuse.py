@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from shared.adapters.bases import check_base
 from shared.adapters.folder import Adapter, check_copies, is_apart, read_adapter
+from shared.adapters.spec import is_embedding
 from shared.convert.change import find_changes
 from shared.convert.files import WORDS
 from shared.convert.source import check_whole, plain_weights
@@ -80,14 +81,13 @@ def fuse(
     found, folder = read_adapter(source), open_folder(base)
     check_base(found, folder)
     check_whole(folder)
+    check_copies(found, folder)
+    if is_apart(found.spec, tied=folder.is_tied):
+        folder = untied(folder, scheme=scheme)
     weights = plain_weights(folder)
-    check_fusable(found, folder)
     changes = find_changes(found, weights, folder.config)
-    for text in other_base(found, folder):
+    for text in remarks(found, folder):
         note(text)
-    trained = str(found.notes.get("quantization", "none"))
-    if trained != "none" and not folder.schemes:
-        note(f"the adapter was trained on the base quantized to {trained}; here it joins the base as it is stored")
     rows = pick_rows(data, sample) if scheme not in ("none", "same") or (scheme == "same" and folder.schemes) else None
     for name in changes if scheme == "same" else ():
         if weights[name].scheme is not None:
@@ -105,14 +105,27 @@ def fuse(
     return result
 
 
-def check_fusable(found: Adapter, folder: ModelFolder) -> None:
-    """Refuse an adapter that would need another model than the base, or that brings weights of another one."""
-    if is_apart(found.spec, tied=folder.is_tied):
+def remarks(found: Adapter, folder: ModelFolder) -> Iterator[str]:
+    """Yield what is other than in training, or than in the base."""
+    yield from other_base(found, folder)
+    if is_apart(found.spec, tied=open_folder(folder.path).is_tied):
+        yield "the adapter makes two of embedding and head: the result holds both, tie_word_embeddings is false"
+    trained = str(found.notes.get("quantization", "none"))
+    if trained != "none" and not folder.schemes:
+        yield f"the adapter was trained on the base quantized to {trained}; here it joins the base as it is stored"
+
+
+def untied(folder: ModelFolder, *, scheme: str) -> ModelFolder:
+    """Return a base whose head is a tensor of its own, equal to the embedding; raises CapabilityError."""
+    table = next(name for name in plain_weights(folder) if is_embedding(name.rpartition(".")[0]))
+    if scheme != "none" or table not in folder.entries or table.rpartition(".")[0] in folder.places:
         raise CapabilityError(
             "the adapter makes two of embedding and head, which are one tensor in this base", code="E405",
-            expected="an adapter with ensure_weight_tying", fix="use it beside the base: --adapter, or PEFT",
+            expected="plain weights, and no --scheme: only these can be parted",
+            fix="leave out --scheme, fuse into the base before quantization, or use it beside the base: --adapter",
         )  # fmt: skip
-    check_copies(found, folder)
+    entries = {**folder.entries, "lm_head.weight": folder.entries[table]}
+    return replace(folder, entries=entries, config={**folder.config, "tie_word_embeddings": False})
 
 
 def check_options(scheme: str, dtype: str) -> None:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from mlxlora import convert, fuse, generate, merge, train
+from mlxlora import convert, evaluate, fuse, generate, merge, train
 from shared.adapters.folder import read_adapter
 from shared.adapters.names import mlx_name, own_name, own_name_of_mlx
 from shared.adapters.writing import Facts, folded, mlx_keys, peft_targets, unfolded
@@ -168,15 +168,25 @@ def test_ends_need_a_base_that_says_whether_they_are_tied(tmp_path, tiny_model_f
     assert convert(folder, to="mlx", output=tmp_path / "b", base=tiny_model_folder(tied=False)).modules == 1
 
 
-def test_an_embedding_that_leaves_its_head_is_not_fused(tmp_path, tiny_model_folder):
+def test_an_embedding_that_leaves_its_head_is_fused_into_two_tensors(tmp_path, tiny_model_folder):
+    """The fused model says what base and adapter say together, on both backends; only plain weights can be parted."""
     tensors = {f"{EMBEDDING}.lora_embedding_A": filled(2, 269), f"{EMBEDDING}.lora_embedding_B": filled(64, 2)}
-    folder = peft_folder(tmp_path / "a", **tensors)
+    folder, base = peft_folder(tmp_path / "a", **tensors), tiny_model_folder(tied=True)
     with pytest.raises(CapabilityError, match="makes two of embedding and head"):
-        fuse(tiny_model_folder(tied=True), adapter=folder, output=tmp_path / "b")
+        fuse(base, adapter=folder, output=tmp_path / "b", scheme="same")
+    assert not (tmp_path / "b").exists()
+    fuse(base, adapter=folder, output=tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["tie_word_embeddings"] is False
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "hello world"}))
+    beside = evaluate(str(base), adapter=str(folder), data=str(rows), backend="torch").loss
+    for backend in ("torch", "mlx"):
+        fused = evaluate(str(tmp_path / "b"), data=str(rows), backend=backend).loss
+        assert fused == pytest.approx(beside, rel=1e-6)
     copy = {**tensors, f"{EMBEDDING}.base_layer.weight": filled(269, 64)}
     with pytest.raises(CapabilityError, match="brings its own"):
-        fuse(tiny_model_folder(tied=False), adapter=peft_folder(tmp_path / "c", **copy), output=tmp_path / "b")
-    assert not (tmp_path / "b").exists()
+        fuse(tiny_model_folder(tied=False), adapter=peft_folder(tmp_path / "c", **copy), output=tmp_path / "d")
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_base_without_the_modules_is_refused(tmp_path, tiny_model_folder):
