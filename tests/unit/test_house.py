@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("shared", "mlxlora", "torch_backend")
 # Files that one backend has and the other has no use for.
 UNMIRRORED = {
-    "elementwise.py": "functions that MLX computes slowly or inexactly on a CPU: torch's are neither",
+    "elementwise.py": "functions that MLX computes slowly or inexactly on a CPU: torch's are better",
     "norms.py": "what MLX has as one operation",
     "kernels.py": "triton: MLX decodes its own format, and has kernels of its own for it",
     "offload.py": "activations in host memory: with unified memory there is no other memory to move them to",
