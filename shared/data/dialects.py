@@ -48,12 +48,15 @@ def translate(value: dict[str, Any], *, source: str, columns: Mapping[Any, str] 
     if "conversations" in value and form in ("conversations", None):
         turns = with_system(read_turns(value["conversations"], source=source), value)
         return {"messages": turns, "tools": value.get("tools")}
-    return {key: inner for key, inner in value.items() if form is None or key in ("text", "prompt", "completion")}
+    if form is None:
+        return value
+    own, others = FORMS[form][0], ("text", "prompt", "completion")
+    return {key: inner for key, inner in value.items() if key in own or (key in others and inner not in (None, ""))}
 
 
 def find_form(value: dict[str, Any], *, source: str) -> str | None:
     """Return which of FORMS a row is, None where it is none of them; raises DataError where it is several."""
-    found = [name for name, (keys, _) in FORMS.items() if all(value.get(key) is not None for key in keys)]
+    found = [name for name, (keys, _) in FORMS.items() if all(holds(value, key) for key in keys)]
     if found == ["Alpaca", "text"]:  # Alpaca's own files have the whole text beside its parts
         found.remove("text")
     if len(found) > 1:
@@ -62,6 +65,11 @@ def find_form(value: dict[str, Any], *, source: str) -> str | None:
         chosen = "take one out of the row" if found[0] == "Alpaca" else f"choose: data.columns: {{{only}}}"
         raise DataError(f"{source}: both {both}, and each would be another row to learn from", fix=chosen)
     return found[0] if found else None
+
+
+def holds(value: dict[str, Any], key: str) -> bool:
+    """Return whether a row has a value under a key; an empty cell of a table is none, unless it may be meant so."""
+    return value.get(key) is not None and (value[key] != "" or key in ("prompt", "instruction", "output"))
 
 
 def unread_keys(value: dict[str, Any], *, source: str) -> tuple[str, ...]:
@@ -74,7 +82,7 @@ def unread_keys(value: dict[str, Any], *, source: str) -> tuple[str, ...]:
     read = [key for keys in FORMS[form] for key in keys] if form else list(value)
     if form == "prompt" and isinstance(value["prompt"], list):
         read.append("tools")
-    return tuple(key for key, inner in value.items() if inner is not None and key not in read)
+    return tuple(key for key, inner in value.items() if inner not in (None, "") and key not in read)
 
 
 def choose(value: dict[str, Any], columns: Mapping[Any, str], *, source: str) -> dict[str, Any]:

@@ -218,6 +218,17 @@ def test_a_csv_of_windows_with_a_mark_and_line_ends_in_cells_is_read(tmp_path):
     assert [row.source for row in rows] == ["a.csv:2", "a.csv:4"]
 
 
+def test_an_empty_cell_of_a_table_is_no_second_row(tmp_path):
+    turns = '"[{""role"": ""assistant"", ""content"": ""a""}]"'
+    (tmp_path / "a.csv").write_text(f"prompt,completion,messages,text\np,c,,\n,c,,\n,,{turns},\n,,,t\n")
+    rows = read_rows(tmp_path / "a.csv")
+    assert [row.kind for row in rows] == ["prompt", "prompt", "messages", "text"]
+    assert not any(row.unread for row in rows)
+    (tmp_path / "a.csv").write_text(f"prompt,completion,messages\n,c,{turns}\n")
+    with pytest.raises(DataError, match="both"):
+        read_rows(tmp_path / "a.csv")
+
+
 def test_a_parquet_file_without_rows_is_told(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
