@@ -125,8 +125,8 @@ def add_rest(costs: Costs, base: Case, *, lora: Costs | None) -> Costs:
     big = replace(few, hidden=512, heads=8, key_heads=8, mlp=2048, rank=512)
     table = replace(few, vocabulary=65536, hidden=128, heads=2, key_heads=2, mlp=64)
     loss = replace(table, hidden=64, heads=1, key_heads=1, length=512, micro_tokens=512, supervised=1.0)
-    chunk = replace(loss, length=64, micro_tokens=64)
-    logits = model.WORD * 64 * 65536
+    chunk = replace(loss, length=model.CHUNK_ROWS, micro_tokens=model.CHUNK_ROWS)
+    logits = model.WORD * model.CHUNK_ROWS * 65536
     packed = replace(big, rank=8, quantization="affine-4bit-g64")
 
     def rest(case: Case, **options: Any) -> tuple[float, model.Shape]:

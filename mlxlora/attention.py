@@ -13,7 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mlxlora.elementwise import LOG2_E, on_gpu, power_of_two, row_sums
+from mlxlora.elementwise import exp, on_gpu, row_sums
 from shared.families import CHECKED
 
 PACKABLE = CHECKED | {
@@ -240,18 +240,18 @@ def blockwise(scale: float, window: int | None = None) -> Callable[..., list[mx.
 
 
 def forward(q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None) -> list[mx.array]:
-    """Return the output and the log-sum-exp of every row's scores, to the base 2."""
+    """Return the output and the log-sum-exp of every row's scores."""
     dtype, outputs, norms = q.dtype, [], []
     q, k, v = wide(q, k, v)
-    q, k = q * scale, k * LOG2_E
+    q = q * scale
     for start, stop in blocks(q.shape[-2]):
         seen = kept(start, stop, window=window)
         s = scores(q, k, start, stop) + (1 - seen) * MASKED
         top = s.max(axis=-1, keepdims=True)
-        p = power_of_two(s - top) * seen
+        p = exp(s - top) * seen
         total = row_sums(p)
         outputs.append(((p @ v[..., :stop, :]) / total).astype(dtype))
-        norms.append(top + mx.log2(total))
+        norms.append(top + mx.log(total))
     return [joined(outputs), joined(norms)]
 
 
@@ -261,11 +261,11 @@ def gradients(
     """Return the gradients of q, k and v; the probabilities are computed again."""
     q, k, v, dout, out, norm = wide(*primals, dout, *outputs)
     delta = (dout * out).sum(axis=-1, keepdims=True)
-    q, k2, dq, dk, dv = q * scale, k * LOG2_E, [], mx.zeros_like(k), mx.zeros_like(v)
+    q, dq, dk, dv = q * scale, [], mx.zeros_like(k), mx.zeros_like(v)
     for start, stop in blocks(q.shape[-2]):
         at = (..., slice(start, stop), slice(None))
         seen = kept(start, stop, window=window)
-        p = power_of_two(scores(q, k2, start, stop) - norm[at] + (1 - seen) * MASKED) * seen
+        p = exp(scores(q, k, start, stop) - norm[at] + (1 - seen) * MASKED) * seen
         ds = p * (dout[at] @ v[..., :stop, :].swapaxes(-1, -2) - delta[at])
         dq.append((ds @ k[..., :stop, :]) * scale)
         dk = dk.at[..., :stop, :].add((ds.swapaxes(-1, -2) @ q[at]).sum(axis=2, keepdims=True))

@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 
 LOG2_E = math.log2(math.e)
-LEAST = -125.5  # the exponent of about the least float32 above the subnormals, which take the C library far longer
+LEAST = -87.0  # e**-87 is the least power above float32's subnormals, which take the C library many times as long
 MOST = 127.0  # the largest exponent of a float32
 PIECE = 64  # values that are summed in one go
 
@@ -18,22 +18,17 @@ def on_gpu() -> bool:
 
 
 def exp(x: mx.array) -> mx.array:
-    """Return e**x; on a CPU as a power of two, which takes a third of the time (MLX 0.32: 4 ns against 12).
+    """Return e**x in float32; on a CPU as a power, which takes 0.4 of the time (MLX 0.32: 4.6 ns against 11.7).
 
-    For x of at most 0, as in a softmax. The product rounds: the relative error is up to 1e-7 * abs(x), next to nothing
-    where it counts. On a CPU values below 1.6e-38 are returned as that.
+    For x of at most 0, as in a softmax. e is rounded: the relative error is up to 8e-8 * abs(x), next to nothing where
+    it counts, and less than MLX's own. On a CPU values below 1.6e-38 are returned as that.
     """
-    return mx.exp(x) if on_gpu() else power_of_two(x * LOG2_E)
-
-
-def power_of_two(x: mx.array) -> mx.array:
-    """Return 2**x for x of at most 127, values below 1.6e-38 as that."""
-    return mx.power(mx.array(2.0, dtype=x.dtype), mx.maximum(x, LEAST))
+    return mx.exp(x) if on_gpu() else mx.power(mx.array(math.e), mx.maximum(x, LEAST))
 
 
 def row_sums(x: mx.array) -> mx.array:
-    """Return sums over the last axis, kept as one of length 1, as a product: a fifth of the time of a sum on a CPU."""
-    return x @ mx.ones((x.shape[-1], 1), dtype=x.dtype)
+    """Return sums over the last axis, kept; on a CPU as a product, in a fifth of the time."""
+    return x.sum(axis=-1, keepdims=True) if on_gpu() else x @ mx.ones((x.shape[-1], 1), dtype=x.dtype)
 
 
 def long_sums(x: mx.array) -> mx.array:

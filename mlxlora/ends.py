@@ -135,8 +135,8 @@ def loss_and_gradients(
             h_CD = mx.depends([h_CD], [pieces[-1], total, *sums])[0]
         summed_CV = layer.summed(h_CD, weight_VD, trained)
         z_CV = finish(summed_CV if gain_V is None else summed_CV * gain_V, layer.base.get("bias"), facts)
-        chunk, slope_CV, hit_C = logits_loss(z_CV, targets_N[at], weights_N[at], facts, dtype=h_ND.dtype)
-        slope_CV = slope_CV.at[mx.arange(len(h_CD)), targets_N[at]].add(-hit_C)
+        chunk, slope_CV, share_C, hit_C = logits_loss(z_CV, targets_N[at], weights_N[at], facts, dtype=h_ND.dtype)
+        slope_CV = (slope_CV * share_C[:, None]).at[mx.arange(len(h_CD)), targets_N[at]].add(-hit_C)
         total = total + chunk
         if norms_V is not None and gain_V is not None:
             sums[2] = sums[2] + (slope_CV * summed_CV).astype(mx.float32).sum(axis=0) / norms_V

@@ -15,7 +15,7 @@ from mlxlora.elementwise import exp, long_sums
 from shared.families import HeadFacts
 
 CHUNK_ELEMENTS = 3 * 2**20  # logits of one chunk: 12 MiB in float32; MLX begins several before the first is done
-LEAST_ROWS = 64
+LEAST_ROWS = 96
 
 
 @dataclass(frozen=True)
@@ -115,31 +115,31 @@ def loss_and_gradients(
         at, h_CD = slice(start, start + rows), h_ND[start : start + rows]
         if slopes:  # one chunk after the other, so that few have their logits in memory
             h_CD = mx.depends([h_CD], [slopes[-1], total, dw_VD])[0]
-        chunk, slope_CV, hit_C = chunk_loss(h_CD, weight_VD, bias, targets_N[at], weights_N[at], facts)
+        chunk, slope_CV, share_C, hit_C = chunk_loss(h_CD, weight_VD, bias, targets_N[at], weights_N[at], facts)
         total = total + chunk
-        slopes.append(slope_CV @ weight_VD - hit_C[:, None] * weight_VD[targets_N[at]])
+        slopes.append(share_C[:, None] * (slope_CV @ weight_VD) - hit_C[:, None] * weight_VD[targets_N[at]])
         if train_head:
-            dw = (slope_CV.T @ h_CD).astype(mx.float32)
+            dw = (slope_CV.T @ (share_C[:, None] * h_CD)).astype(mx.float32)
             dw_VD = (dw_VD + dw).at[targets_N[at]].add(-(hit_C[:, None] * h_CD).astype(mx.float32))
         if train_head and bias is not None:
-            db_V = (db_V + slope_CV.sum(axis=0).astype(mx.float32)).at[targets_N[at]].add(-hit_C)
+            db_V = (db_V + (share_C @ slope_CV).astype(mx.float32)).at[targets_N[at]].add(-hit_C)
     return [total, mx.concatenate(slopes), dw_VD, db_V]
 
 
 def chunk_loss(
     h_CD: mx.array, weight_VD: mx.array, bias: mx.array | None, target_C: mx.array, w_C: mx.array, facts: HeadFacts
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the summed loss of one chunk and its gradient with respect to h W.T + b, in two parts.
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Return the summed loss of one chunk and its gradient with respect to h W.T + b, in three parts.
 
-    The gradient is w * scale * curve * (softmax - onehot), curve being that of the soft-cap: (C, V) of the softmax,
-    and (C,) of the onehot, to be taken off at the target.
+    The gradient is w * scale * curve * (softmax - onehot), curve being that of the soft-cap: (C, V) of the softmax, to
+    be multiplied by (C,), which costs less after a matmul, and (C,) of the onehot, to be taken off at the target.
     """
     return logits_loss(chunk_logits(h_CD, weight_VD, bias, facts), target_C, w_C, facts, dtype=h_CD.dtype)
 
 
 def logits_loss(
     z_CV: mx.array, target_C: mx.array, w_C: mx.array, facts: HeadFacts, *, dtype: mx.Dtype
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Return what `chunk_loss` does, of finished logits; gradients in `dtype`."""
     at_target_C = mx.take_along_axis(z_CV, target_C[:, None], axis=1)[:, 0]
     top_C1 = z_CV.max(axis=1, keepdims=True)
@@ -148,11 +148,13 @@ def logits_loss(
     total = (
         (top_C1[:, 0] - at_target_C + mx.log(sum_C)) * w_C
     ).sum()  # equal logits cancel before small ones are added
-    slope_CV, hit_C = e_CV * (w_C * facts.scale / sum_C)[:, None], w_C * facts.scale
+    slope_CV, share_C, hit_C = e_CV, w_C * facts.scale / sum_C, w_C * facts.scale
     if facts.softcap is not None:
         slope_CV = slope_CV * (1 - (z_CV / facts.softcap) ** 2)
         hit_C = hit_C * (1 - (at_target_C / facts.softcap) ** 2)
-    return total, slope_CV.astype(dtype), hit_C.astype(dtype)
+    if dtype != mx.float32:  # float16 may not hold a matmul over the vocabulary without the shares
+        slope_CV, share_C = (slope_CV * share_C[:, None]).astype(dtype), mx.ones_like(share_C)
+    return total, slope_CV, share_C.astype(dtype), hit_C.astype(dtype)
 
 
 def sft(h_ND: mx.array, head: Head, targets_N: mx.array, weights_N: mx.array, *, train_head: bool) -> mx.array:

@@ -14,7 +14,7 @@ from shared.families import HeadFacts
 
 CHUNK_ELEMENTS = 2**25  # logits of one chunk: 128 MiB in float32, so that its matmuls have rows enough to be fast
 CHUNK_ELEMENTS_CUDA = 2**26  # every chunk reads the whole head: a GPU needs some 500 rows to be busy meanwhile
-LEAST_ROWS = 64
+LEAST_ROWS = 96
 
 
 @dataclass(frozen=True)

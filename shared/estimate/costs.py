@@ -71,7 +71,7 @@ MEASURED: dict[tuple[str, str, bool], Costs] = {
         working=Rows(attention=7.89, keys=3.33, mlp=5.0, scores=3.94),
         kept_inputs=Rows(hidden=1.41, keys=0.15, rank=0.88),
         recomputed=Rows(hidden=1.8, attention=10.35, keys=5.02, mlp=7.28, scores=5.18),
-        dropout=0.25, logits=2.94, queued=4.08, head=0, decodes=5.01,
+        dropout=0.25, logits=2.01, queued=3.02, head=0, decodes=5.01,
         update=2.24, load=0, quantizing=0, framework=0,
     ),
 }  # fmt: skip
@@ -95,13 +95,13 @@ ASSUMED: dict[tuple[str, str, bool], Costs] = {
         dropout=0, logits=3.1, queued=0, head=1, decodes=0,
         update=5.98, load=3.98, quantizing=0, framework=370 * 2**20,
     ),
-    ("mlx-cpu", "bfloat16", False): replace(MEASURED["mlx-cpu", "float32", False], logits=4.4, queued=6.1),
+    ("mlx-cpu", "bfloat16", False): replace(MEASURED["mlx-cpu", "float32", False], logits=4.4, queued=4.1),
     ("mlx-cpu", "float32", True): Costs(
         kept=Rows(hidden=5.9, attention=3.1, keys=1.9, mlp=2.86),
         working=Rows(hidden=3.69, attention=7.89, keys=3.33, mlp=5.0, scores=3.94),
         kept_inputs=Rows(hidden=4.22, keys=1.93, mlp=3.9),
         recomputed=Rows(hidden=4.73, attention=10.35, keys=5.02, mlp=7.99, scores=5.18),
-        dropout=0, logits=3.9, queued=5.9, head=1, decodes=0,
+        dropout=0, logits=2.6, queued=4.6, head=1, decodes=0,
         update=3.0, load=2.95, quantizing=0, framework=0, update_most=MLX_UPDATE,
     ),
 }  # fmt: skip

@@ -38,7 +38,7 @@ IN_BLOCKS = {"affine", "ternary"}  # formats that are decoded block by block on 
 DECODE_BLOCK = 2**21
 # Logits of one chunk, as the backends' objectives cut them, and the fewest rows.
 CHUNK_ELEMENTS = {"torch-cpu": 2**25, "torch-gpu": 2**26, "mlx-cpu": 3 * 2**20, "mlx-gpu": 3 * 2**20}
-CHUNK_ROWS = 64
+CHUNK_ROWS = 96
 ZOO_UNIT = {"torch": 2.0, "mlx": 3.0}  # rows as wide as the MLP that the zoo keeps beyond gate and up
 SCORE_ROWS = 128  # rows of attention scores that MLX computes at once on a CPU
 WORD = 4  # bytes of a float32
