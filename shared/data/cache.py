@@ -134,9 +134,12 @@ def keep(file: Path, examples: Sequence[Example]) -> None:
 
 def shrink(folder: Path, *, most: int) -> None:
     """Remove the files used longest ago until at most `most` bytes are left."""
-    files = sorted(((file.stat().st_mtime, file.stat().st_size, file) for file in folder.iterdir()), reverse=True)
+    found: list[tuple[float, int, Path]] = []
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process has renamed or removed it meanwhile
+            found.append((file.stat().st_mtime, file.stat().st_size, file))
     total = 0
-    for _, size, file in files:
+    for _, size, file in sorted(found, reverse=True):
         total += size
         if total > most:
             file.unlink(missing_ok=True)

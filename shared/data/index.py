@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from shared.config import DataConfig  # pydantic, which a plain script on a GPU server may lack
 
 ENTRY = struct.Struct("<QIIH")  # first byte, bytes, line from 1, number of the file
-MAX_BYTES = 8 * 2**30  # of all indexes together; above it those used longest ago go
+MAX_BYTES = 8 * 2**30  # of all indexes together, but for a new one; above it those used longest ago go
 MOST_OPEN = 64  # files: a process on a Mac may have 256 open
 STALE_S = 3600  # since a process that writes an index wrote last: it was killed
 LONGEST = 200  # rows whose numbers are kept: the estimate of memory asks for them
@@ -196,11 +196,11 @@ def make_index(rows: Path, facts: Path, parts: Sequence[Part], data: DataConfig,
     staged = rows.with_suffix(f".{os.getpid()}.tmp")
     try:
         remove_stale(rows.parent)
+        shrink(rows.parent, most=MAX_BYTES)  # before: behind it, an index larger than that would be the first to go
         with staged.open("wb") as out:
             found = scan(out, parts, data, valid)
         os.replace(staged, rows)
         write_whole(facts, json.dumps(asdict(found)))
-        shrink(rows.parent, most=MAX_BYTES)
     except OSError as error:
         raise StorageError(
             f"cannot write the index of the rows in {rows.parent}: {error.strerror}", fix="free some space"

@@ -193,6 +193,13 @@ def test_what_a_killed_process_left_of_an_index_goes_and_what_another_one_writes
     assert (old.exists(), new.exists()) == (False, True)
 
 
+def test_an_index_is_made_while_another_process_renames_its_own(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache/rows").mkdir(parents=True)
+    (tmp_path / "cache/rows/gone.rows").symlink_to(tmp_path / "nothing")  # listed, and not there when it is looked at
+    assert len(both(base, write(tmp_path / "d", ROWS))[1].train) == len(ROWS)
+
+
 def test_a_file_that_grows_while_it_is_indexed_is_an_error_and_leaves_no_index(base, tmp_path, monkeypatch):
     monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
     write(tmp_path / "d", ROWS)
