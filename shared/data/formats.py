@@ -114,11 +114,8 @@ def read_table(file: Path) -> Iterator[tuple[Any, str]]:
             source = f"{file.name}:{line}"
             try:
                 row = next(rows, None)
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{source}: not UTF-8: {error.reason}", code="E211",
-                    fix="save the file as UTF-8; spreadsheets call it CSV UTF-8",
-                ) from None  # fmt: skip
+            except UnicodeDecodeError:
+                raise not_utf8(file) from None
             except csv.Error as error:
                 raise DataError(
                     f"{source}: not CSV: {error}", code="E211", fix='between quotes, write "" for a quote'
@@ -136,6 +133,18 @@ def read_table(file: Path) -> Iterator[tuple[Any, str]]:
                 )  # fmt: skip
             elif row:
                 yield dict(zip(header, row, strict=True)), source
+
+
+def not_utf8(file: Path) -> DataError:
+    """Return the error for a table that is not UTF-8, with the first line that is not: the reader is ahead of it."""
+    with file.open("rb") as stream:
+        for line, raw in enumerate(stream, start=1):
+            try:
+                to_text(raw, source=f"{file.name}:{line}")
+            except DataError as error:
+                fix = "save the file as UTF-8; spreadsheets call it CSV UTF-8"
+                return DataError(error.what, code=error.code, fix=fix)
+    return DataError(f"{file.name}: not UTF-8", code="E211", fix="save the file as UTF-8")
 
 
 def check_header(header: list[str], *, source: str, kind: str) -> None:

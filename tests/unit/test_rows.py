@@ -218,6 +218,12 @@ def test_a_csv_of_windows_with_a_mark_and_line_ends_in_cells_is_read(tmp_path):
     assert [row.source for row in rows] == ["a.csv:2", "a.csv:4"]
 
 
+def test_the_line_that_is_not_utf8_is_named_though_a_table_is_read_in_pieces(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text\n" + b"fine\n" * 3000 + "na\u00efve\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"(?s)a.csv:3002: not UTF-8 at byte 2.*CSV UTF-8"):
+        read_rows(tmp_path / "a.csv")
+
+
 def test_an_empty_cell_of_a_table_is_no_second_row(tmp_path):
     turns = '"[{""role"": ""assistant"", ""content"": ""a""}]"'
     (tmp_path / "a.csv").write_text(f"prompt,completion,messages,text\np,c,,\n,c,,\n,,{turns},\n,,,t\n")
