@@ -37,7 +37,8 @@ def operations(config: RunConfig, shape: Shape, lengths: Lengths, *, recompute: 
     rows = config.train.batch_size
     full = config.adapter.type == "none"
     per_weight = 4 + 2 * full + 2 * bool(recompute)
-    linear = per_weight * shape.info.num_parameters * tokens.mean()
+    active = shape.chosen * sum(out * wide for _, out, wide in shape.info.experts.values())
+    linear = per_weight * (shape.info.num_parameters + active) * tokens.mean()
     attention = (3 + bool(recompute)) * 4 * shape.info.num_layers * shape.attention * (tokens**2).mean()
     head = (4 + 2 * full) * shape.info.vocab_size * shape.width * supervised.mean()
     return float(rows * (linear + attention + head))

@@ -22,7 +22,7 @@ from typing import Any
 from shared.adapters.own import is_own, own_values
 from shared.adapters.spec import factor_shapes, is_embedding, layer_of, natural, resolve, short_name
 from shared.config import RunConfig
-from shared.estimate.costs import Costs, Rows, find_costs, is_measured
+from shared.estimate.costs import Costs, Rows, expert_costs, find_costs, is_measured
 from shared.experts import is_expert, is_router, num_experts, stack_shapes
 from shared.families import GATED
 from shared.folder import COMPUTED, ModelFolder
@@ -62,6 +62,12 @@ class Shape:
     schemes: Mapping[str, Scheme]  # of modules stored quantized
     experts: Mapping[str, tuple[int, int]]  # stored in float, one by one
     tied: bool
+    chosen: int = 0  # experts that a token gets
+
+    @property
+    def unit(self) -> int:
+        """Return the widths of all units that a token's experts compute."""
+        return self.chosen * max((out for _, out, wide in self.info.experts.values() if wide == self.width), default=0)
 
     @property
     def scale_bytes(self) -> int:
@@ -155,9 +161,16 @@ def read_shape(folder: ModelFolder) -> Shape:
     return Shape(
         info=info, width=width, attention=heads * head_size, heads=heads,
         keys=int(config.get("num_key_value_heads") or heads) * head_size,
-        mlp=int(config.get("intermediate_size") or 4 * width),
+        mlp=mlp_width(config, info, width), chosen=int(config.get("num_experts_per_tok") or 1) if info.experts else 0,
         floats=floats, packed=packed, schemes=folder.schemes, experts=float_experts(folder), tied=tied,
     )  # fmt: skip
+
+
+def mlp_width(config: Mapping[str, Any], info: ModelInfo, width: int) -> int:
+    """Return the width of a layer's unit, but for that of experts: of a mixture, that of the expert that all share."""
+    if info.experts:
+        return max((info.linears[name][0] for name in info.linears if short_name(name) == "gate_proj"), default=0)
+    return int(config.get("intermediate_size") or 4 * width)
 
 
 def float_experts(folder: ModelFolder) -> dict[str, tuple[int, int]]:
@@ -235,6 +248,11 @@ def running_bytes(
     working = layer_bytes(working_rows, shape, work, rank=rank, size=size)
     if shape.info.family not in GATED and not recompute:  # the zoo's own unit keeps more
         kept += work.positions * size * ZOO_UNIT[place.partition("-")[0]] * shape.mlp
+    experts = expert_costs(place, adapted=any(name in shape.info.experts for name in spec.modules))
+    rows = work.positions * size
+    more = rows * (experts.kept_unit * shape.unit + experts.kept_routed * shape.chosen * shape.width)
+    kept, working = (kept, working + more) if recompute else (kept + more, working)
+    working += rows * (experts.unit * shape.unit + experts.routed * shape.chosen * shape.width)
     masks = work.positions * size * costs.dropout * dropped_inputs(shape, spec) / active if spec.dropout else 0
     unused = (
         work.positions * size * (kept_inputs(shape, None) / shape.info.num_layers - kept_inputs(shape, spec) / active)

@@ -17,7 +17,9 @@ from shared.config import AdapterConfig, parse_scheme
 from shared.convert.experts import one_below_another
 from shared.data.batch import make_batch
 from shared.errors import AdapterError, CapabilityError, ConfigError
+from shared.estimate.memory import num_trained, read_shape
 from shared.experts import STACKED
+from shared.folder import open_folder
 from shared.quant.affine import AffineQuantizer
 from shared.registry import BACKENDS, find_backend
 from shared.tensors import load_file, save_file, to_float32
@@ -331,6 +333,16 @@ def test_experts_quantized_at_load_train_alike(mixture, optimizer):
         losses[backend] = [trainer.step(batch, update(step)).result().loss for step in range(1, 9)]
     np.testing.assert_allclose(losses["mlx"], losses["torch"], rtol=tolerances.CURVE)
     assert losses["mlx"][-1] < losses["mlx"][0] - 0.05
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_the_estimate_counts_the_experts_that_are_trained(mixture, title):
+    shape, model = read_shape(open_folder(mixture(title))), load("mlx", mixture(title))
+    assert shape.info.experts == model.info.experts
+    spec = resolve(AdapterConfig(targets=["all-linear", "experts"]), model.info)
+    model.attach(spec)
+    assert num_trained(shape, spec) == sum(value.size for value in model.parameters.values())
+    assert shape.unit == 2 * (128 if title == "Mixtral" else 32)  # of the two experts that a token gets
 
 
 @pytest.mark.parametrize(
