@@ -17,6 +17,7 @@ from shared.running.evaluations import stopped_early
 from shared.running.run import Run
 
 TAIL = 5  # logged training losses that a run's end is judged by
+LEVEL = 1e-3  # nats between a loss and that of guessing
 
 
 def has_ended(run: Run) -> bool:
@@ -62,21 +63,36 @@ def restore_best(run: Run) -> dict[str, Any]:
 def divergence(run: Run) -> str:
     """Return in words that the loss ended far above where it began, or where guessing is; empty where it did not.
 
-    Judged is the validation loss where there is one, else the median of the last few training losses.
+    Judged is the validation loss where there is one, else the last few training losses, which are of other rows each.
     """
     rows, guess = run.metrics.read(), math.log(run.model.info.vocab_size)
-    found = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    what, first, last = "validation", *(found[:1] or [None]), found[-1] if found else math.nan
-    if not found:
-        losses = [row["loss"] for row in rows if "loss" in row]
-        if not losses:
-            return ""
-        what, first, last = "training", run.state.first_loss, median(losses[-TAIL:])
-    first = guess if first is None else first
-    worse = max(guess - 1e-3, first + 0.1) if first < guess else first + 1  # an untrained base begins behind guessing
-    if last <= min(worse, 2 * first + 3):
+    validation = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    training = [row["loss"] for row in rows if "loss" in row][-TAIL:]
+    if validation:
+        what, first, last = "validation", validation[0], validation[-1]
+        bad = is_far_above(first, last, guess=guess)
+    elif training:
+        what, last = "training", median(training)
+        first = guess if run.state.first_loss is None else run.state.first_loss
+        level = first < guess - 0.1 and all(abs(loss - guess) < LEVEL for loss in training)  # every token as likely
+        bad = level or last > min(2 * first + 3, 1.5 * max(first, guess))
+    else:
         return ""
-    return f"the {what} loss ended at {last:.4g}; it began at {first:.4g}, and guessing gives {guess:.4g}"
+    return (
+        f"the {what} loss ended at {last:.4g}; it began at {first:.4g}, and guessing gives {guess:.4g}" if bad else ""
+    )
+
+
+def is_far_above(first: float, last: float, *, guess: float) -> bool:
+    """Return whether a loss on the same rows got so much worse that nothing is left of what the base knew.
+
+    A base that has learnt begins below guessing, an untrained one may begin above it.
+
+    >>> [is_far_above(2.0, last, guess=7.6) for last in (4.0, 7.1, 7.6)], is_far_above(8.0, 8.5, guess=7.6)
+    ([False, True, True], False)
+    """
+    worse = max(guess - LEVEL, first + 0.1) if first < guess else first + 1
+    return last > min(worse, 2 * first + 3)
 
 
 def add_result(run: Run, result: dict[str, Any]) -> None:

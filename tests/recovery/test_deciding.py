@@ -200,6 +200,17 @@ def test_min_delta_and_mode_decide_when_it_is_enough(data, tmp_path):
     assert (result["last_update"], result["update"]) == (4, 0)
 
 
+def test_training_losses_of_other_rows_go_up_and_down_without_a_word(data, tmp_path):
+    """Rows alone, one per update: the last is harder than the first."""
+    given = ["train.updates=6", "train.batch_size=1", "optimizer.lr=1e-9", "evaluation.every=null"]
+    config = recipe(data, tmp_path / "run", *given, "evaluation.patience=null", backend="torch")
+    for seed in range(3):
+        found = train(
+            config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})}), resume="never"
+        )
+        assert not found.diverged
+
+
 @pytest.mark.parametrize("name", ["", "checkpoints", f"checkpoints/step-{LAST:06d}"])
 def test_a_resume_from_another_folder_takes_its_best_checkpoint_along(data, whole, tmp_path, name):
     config = recipe(data, tmp_path / "run", "evaluation.patience=4", backend="torch")
