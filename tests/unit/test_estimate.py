@@ -15,7 +15,7 @@ import pytest
 from shared.adapters.spec import resolve
 from shared.config import RunConfig
 from shared.config_file import build_config
-from shared.errors import ConfigError, OutOfMemory, StorageError
+from shared.errors import ConfigError, OutOfMemory
 from shared.estimate import memory
 from shared.estimate.costs import ASSUMED, BORROWED, MEASURED, is_measured
 from shared.estimate.duration import UTILISATION, operations, update_time
@@ -377,7 +377,7 @@ def test_a_fitting_config_fits_and_is_never_written_over_another(tiny_model_fold
     assert changes
     assert set(changes) <= {"train.micro_tokens", "train.recompute"}
     write_config(fitting, tmp_path / "new.yaml")
-    with pytest.raises(StorageError, match="exists"):
+    with pytest.raises(ConfigError, match="exists"):
         write_config(fitting, tmp_path / "new.yaml")
 
 
