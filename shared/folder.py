@@ -116,6 +116,8 @@ def open_folder(path: Path) -> ModelFolder:
             expected="a folder with config.json and model.safetensors, or a hub id",
             fix=f'did you mean "{near[0]}"?' if near else None,
         )
+    if not (path / "config.json").is_file():
+        check_kind(path)
     config = read_json(path / "config.json")
     check_config(path, config)
     entries = with_table(config, read_entries(path))
@@ -124,6 +126,16 @@ def open_folder(path: Path) -> ModelFolder:
     folder = ModelFolder(path, config, entries, find_places(path, config, entries))
     check_floats(folder)
     return folder
+
+
+def check_kind(path: Path) -> None:
+    """Raise ModelError for a folder of another kind of ours: a run, or an adapter."""
+    if (path / "model" / "config.json").is_file():
+        raise ModelError(f"{path} is a run folder, not a model", code="E300", fix=f"use {path / 'model'}")
+    for folder, what in ((path, "an adapter"), (path / "adapter", "a run folder")):
+        if (folder / "adapter_config.json").is_file():
+            fix = f"name the base, and the adapter with --adapter {folder}; or fuse them first"
+            raise ModelError(f"{path} is {what}, not a model", code="E300", fix=fix)
 
 
 def check_floats(folder: ModelFolder) -> None:

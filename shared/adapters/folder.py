@@ -152,6 +152,11 @@ def no_adapter(folder: Path) -> AdapterError:
     """Return the error for a folder that holds something else."""
     if (folder / "adapter" / CONFIG_FILE).is_file():
         return AdapterError(f"{folder} is a run folder", code="E310", fix=f"use {folder / 'adapter'}")
+    if (folder / "model" / "config.json").is_file():
+        return AdapterError(
+            f"{folder} is a run folder with a whole model", code="E310",
+            fix=f"use {folder / 'model'} as the model, without --adapter",
+        )  # fmt: skip
     if (folder / "config.json").is_file():
         return AdapterError(
             f"{folder} is a whole model, not an adapter",

@@ -314,3 +314,17 @@ def test_a_damaged_base_that_an_adapter_names_is_an_error(tmp_path):
         assert not (tmp_path / to).exists()
     (base / "config.json").unlink()  # nothing is there: some other machine's folder
     convert(source, to="mlx", output=tmp_path / "mlx")
+
+
+def test_a_run_folder_or_an_adapter_in_a_models_place_is_told_with_the_right_one(tmp_path, tiny_model_folder):
+    full, adapted = tmp_path / "full", tmp_path / "adapted"
+    for folder in (full / "model", adapted):
+        folder.mkdir(parents=True)
+    (full / "model" / "config.json").write_text("{}")
+    adapter = peft_folder(adapted / "adapter")
+    for folder, words in ((full, f"use {full}/model"), (adapted, f"--adapter {adapter}"), (adapter, f"{adapter}; or")):
+        with pytest.raises(ModelError, match="not a model") as error:
+            generate(str(folder), "hello", backend="torch")
+        assert words in (error.value.fix or "")
+    with pytest.raises(AdapterError, match="run folder with a whole model"):
+        generate(str(tiny_model_folder()), "hello", adapter=str(full), backend="torch")
