@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,7 +243,9 @@ def peft_logits(folder: Path, adapter: Path | None, ids: list[int]) -> np.ndarra
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    model = model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
+    with warnings.catch_warnings():  # PEFT looks for the ranks of parameters among its modules only, and takes them
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        model = model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
     with torch.no_grad():
         return model.eval()(torch.tensor([ids])).logits[0].numpy()
 
