@@ -197,7 +197,6 @@ TITLES = [title for title, *_ in MIXTURES]
 PEFT_S = {"target_modules": ["q_proj"], "target_parameters": PARAMETERS}
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys", "ignore:The following alpha_pattern keys")
 @pytest.mark.parametrize(
     ("title", "options"),
     [
@@ -214,7 +213,6 @@ def test_peft_s_adapters_of_experts_in_mlx_lm_and_back(mixture, tmp_path, title,
     check_alike(mixture(title), source, there_and_back(source, tmp_path, to="mlx", base=str(mixture(title))))
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys", "ignore:The following alpha_pattern keys")
 @pytest.mark.parametrize(
     ("title", "keys"),
     [
@@ -248,7 +246,6 @@ def one_by_one(folder, target, *, experts=4, **changes):
     return target
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys", "ignore:The following alpha_pattern keys")
 def test_adapters_of_single_experts_that_peft_wrote_before_are_read(mixture, tmp_path):
     """PEFT turns them into what transformers 5 has when it loads them."""
     base = mixture("Mixtral")
@@ -292,7 +289,6 @@ def test_fused_experts_give_the_adapter_s_logits(mixture, tmp_path, title):
         np.testing.assert_allclose(trial.logits(ids[0]), wanted_logits, atol=bound, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys", "ignore:The following alpha_pattern keys")
 @pytest.mark.parametrize("method", ["concat", "linear", "svd"])
 def test_merged_adapters_of_experts_are_the_sum_of_changes(mixture, tmp_path, method):
     one = make_peft(mixture(), tmp_path / "one", **PEFT_S)
