@@ -243,7 +243,8 @@ def test_train_prints_one_object_on_stdout_and_plain_lines_on_stderr(trained):
     assert "\r" not in run_.error
     lines = run_.error.splitlines()
     assert lines[0].startswith("note: micro-batches of 1024 tokens, recompute off: ")
-    assert re.match(r"llama on torch \(.*\): LoRA on 14 modules, .* 9 rows, .* 6 updates", lines[1])
+    assert lines[1].startswith("note: rows of another kind than the first (1 prompt, 1 text): 1 of 2 rows")
+    assert re.match(r"llama on torch \(.*\): LoRA on 14 modules, .* 9 rows, .* 6 updates", lines[2])
     assert sum(bool(re.match(r"update \d/6  loss \d+\.\d+  lr ", line)) for line in lines) == 3
     assert sum(bool(re.match(r"update \d  validation loss", line)) for line in lines) == 3
     assert lines[-1] == "done"
