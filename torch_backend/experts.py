@@ -199,7 +199,7 @@ class _LowRankExperts(torch.autograd.Function):
                 changes[2 * place][number] = u_TR.T @ x_TI
                 changes[2 * place + 1][number] = (g_TO.T @ (x_TI @ A.T)).mul_(pair.scale)
                 dx_TI.addmm_(g_TO, pair.expert(number, x.dtype)).addmm_(u_TR, A)
-            if dup is None:
+            if up is None or dup is None:
                 dx.index_add_(0, route.rows_M[at], dx_TI)
             else:
                 dx[at], dup[at] = gated_gradients(x[at], up[at], dx_TI, functional.silu(x[at]))

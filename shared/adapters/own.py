@@ -82,13 +82,13 @@ def find_own(kind: str) -> OwnAdapter:
     return import_own(kind, OwnAdapter, key="adapter.type")
 
 
-def layer_for(spec: AdapterSpec, name: str, shape: tuple[int, int], *, seed: int = 0) -> Layer:
+def layer_for(spec: AdapterSpec, name: str, shape: tuple[int, ...], *, seed: int = 0) -> Layer:
     """Return what an adapter is told of a module; shape: (out, in)."""
     return Layer(name, shape[0], shape[1], spec.rank_of(name), spec.scale_of(name), seed)
 
 
 def own_values(
-    spec: AdapterSpec, linears: Mapping[str, tuple[int, int]], *, seed: int = 0
+    spec: AdapterSpec, linears: Mapping[str, tuple[int, ...]], *, seed: int = 0
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return the first values of a spec's modules, `<module>.own_adapter.<name>`; raises ConfigError for odd ones."""
     adapter, found = find_own(spec.kind), {}

@@ -11,7 +11,7 @@ import numpy as np
 
 from shared.adapters.own import OWN, find_own, is_own, own_values
 from shared.errors import CapabilityError, ConfigError, did_you_mean
-from shared.experts import is_stack
+from shared.experts import STACKED, is_stack
 from shared.families import EMBEDDINGS
 from shared.seeds import normal, uniform
 from shared.tensors import to_float32
@@ -214,7 +214,7 @@ def match_targets(targets: str | Sequence[str], inside: Sequence[str], *, every:
             raise ConfigError(
                 f'adapter.targets: "{target}" matches no linear module', code="E206",
                 expected=f"all-linear or {', '.join(kinds)}",
-                fix=hint if "mean" in (hint := did_you_mean(target, kinds)) else None,
+                fix=of_experts(target, kinds) or (hint if "mean" in (hint := did_you_mean(target, kinds)) else None),
             )  # fmt: skip
     linear = {name for name in inside if not (ends_of([name]) or is_stack(name))} if "all-linear" in wanted else set()
     found = [name for name in inside if name in linear or any(is_match(target, name) for target in wanted)]
@@ -223,6 +223,11 @@ def match_targets(targets: str | Sequence[str], inside: Sequence[str], *, every:
             "adapter.targets matches no module in the chosen layers", code="E206", fix="change adapter.layers"
         )
     return found
+
+
+def of_experts(target: str, kinds: Sequence[str]) -> str | None:
+    """Return what to write for a projection that only the experts have, None for anything else."""
+    return f"experts.{target} means that of the experts" if target in STACKED and "experts" in kinds else None
 
 
 def is_match(target: str, name: str) -> bool:
