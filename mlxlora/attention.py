@@ -54,7 +54,8 @@ class Group:
         times_T, lengths_N1 = np.arange(self.longest), np.array(lengths)[:, None]
         starts_N1, own_NT = np.cumsum(lengths)[:, None] - lengths_N1, times_T < lengths_N1
         places, back = mx.array((starts_N1 + times_T * own_NT).reshape(-1)), mx.array(np.flatnonzero(own_NT))
-        self.move_out, self.move_back = moving(places, back), moving(back, places, own=mx.array(own_NT.reshape(-1, 1)))
+        own_M1: np.ndarray = own_NT.reshape(-1, 1)
+        self.move_out, self.move_back = moving(places, back), moving(back, places, own=mx.array(own_M1))
 
     def spread(self, x_BTC: mx.array) -> mx.array:
         """Return (B, count * longest, C) of (B, size, C)."""

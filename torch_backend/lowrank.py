@@ -74,7 +74,7 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         (gate, up, *factors), layers = ctx.saved_tensors, ctx.layers
         silu = None if up is None else functional.silu(gate)
-        x = gate if silu is None else silu * up
+        x = gate if up is None or silu is None else silu * up
         x_ND, A_KD = x.reshape(-1, x.shape[-1]), stack(factors[0::2], x.dtype)
         read_ND = dropped(layers, x, x_ND)
         low_NK = narrow(read_ND, A_KD.T)
@@ -98,7 +98,7 @@ class _LowRank(torch.autograd.Function):
             dx_ND = add_low(dx_ND, u_NK, A_KD, layers=layers, x=x).view(x.shape)
         dA = (u_NK.T @ read_ND).to(factors[0].dtype).split(ranks(layers))
         dup = None
-        if dx_ND is not None and silu is not None:
+        if dx_ND is not None and up is not None and silu is not None:
             dx_ND, dup = gated_gradients(gate, up, dx_ND, silu)
         return dx_ND, dup, None, *(factor for pair in zip(dA, dB, strict=True) for factor in pair)
 
