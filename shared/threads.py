@@ -1,4 +1,4 @@
-"""Threads that wait politely, and how the C library and torch take memory from the kernel."""
+"""Threads: how many there are, and that they wait politely."""
 
 from __future__ import annotations
 
@@ -20,15 +20,6 @@ def wait_politely() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
-
-
-def use_large_pages() -> None:
-    """Ask torch, before it is loaded, to have Linux map arrays above 2 MiB in pages of that size, where it offers them.
-
-    A large array is new memory whenever it is made, and the kernel then clears 4 KiB at a time: filling 49 MB took
-    25 ms instead of 6. What is resident does not grow (benchmarks/LOG.md).
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_memory() -> None:
