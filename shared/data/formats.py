@@ -23,16 +23,26 @@ NAMES_OF_MARKS = {";": "semicolon", "\t": "tab", ",": "comma", "|": "bar"}
 
 def read_values(file: Path) -> Iterator[tuple[Any, str]]:
     """Yield every value of a file and its place, "train.jsonl:3"; blank lines are passed over. Raises DataError."""
+    with readable(file):
+        yield from READERS[file.suffix](file)
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Raise DataError for a file that cannot be read in the block, or that only points to one."""
     try:
         with file.open("rb") as stream:
             if stream.read(len(LFS)) == LFS:
                 what = f"{file.name} is a pointer of Git LFS, not the file"
                 raise DataError(what, code="E211", fix="git lfs pull, or download the file itself")
-        yield from READERS[file.suffix](file)
+        yield
     except OSError as error:
-        raise DataError(
-            f"cannot read {file}: {error.strerror}", code="E211", fix="check the path and its permissions"
-        ) from None
+        raise unreadable(file, error) from None
+
+
+def unreadable(file: Path, error: OSError) -> DataError:
+    """Return the error for a file that cannot be opened or read."""
+    return DataError(f"cannot read {file}: {error.strerror}", code="E211", fix="check the path and its permissions")
 
 
 def read_lines(file: Path) -> Iterator[tuple[Any, str]]:
@@ -195,10 +205,10 @@ def parquet_table(file: Path) -> Iterator[Any]:
 def count_values(file: Path) -> int:
     """Return how many values `read_values` gives; lines and a Parquet file are counted without reading any."""
     if file.suffix == ".parquet":
-        with parquet_table(file) as table:
+        with readable(file), parquet_table(file) as table:
             return table.metadata.num_rows
     if file.suffix == ".jsonl":
-        with file.open("rb", buffering=2**20) as stream:
+        with readable(file), file.open("rb", buffering=2**20) as stream:
             return sum(not is_blank_line(raw) for raw in raw_lines(stream))
     return sum(1 for _ in read_values(file))
 

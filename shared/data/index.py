@@ -10,6 +10,7 @@ import hashlib
 import heapq
 import json
 import os
+import shutil
 import struct
 import tempfile
 import time
@@ -22,7 +23,7 @@ from threading import Lock
 from typing import IO, TYPE_CHECKING, Any
 
 from shared.data.cache import cache_folder, digest_of, shrink
-from shared.data.formats import is_blank_line, parse_line, raw_lines
+from shared.data.formats import is_blank_line, parse_line, raw_lines, readable, unreadable
 from shared.data.rows import Kind, Row, content_hash, make_row
 from shared.data.sources import is_empty, is_parted
 from shared.durable import write_whole
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 ENTRY = struct.Struct("<QIIH")  # first byte, bytes, line from 1, number of the file
 MAX_BYTES = 8 * 2**30  # of all indexes together, but for a new one; above it those used longest ago go
+KEPT = "rows"  # the folder of the cache
 MOST_OPEN = 64  # files: a process on a Mac may have 256 open
 STALE_S = 3600  # since a process that writes an index wrote last: it was killed
 LONGEST = 200  # rows whose numbers are kept: the estimate of memory asks for them
@@ -136,11 +138,6 @@ def changed(path: Path) -> DataError:
     return DataError(f"{path} was changed while the run reads it", code="E211", fix=fix)
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
-    """Return the error for a file that cannot be opened or read."""
-    return DataError(f"cannot read {path}: {error.strerror}", code="E211", fix="check the path and its permissions")
-
-
 def stamp(status: os.stat_result) -> list[int]:
     """Return what changes with a file's content."""
     return [status.st_size, status.st_mtime_ns, status.st_ino]
@@ -152,6 +149,15 @@ def open_index(parts: Sequence[Part], data: DataConfig, *, valid: set[str]) -> I
     valid: hashes of the validation rows, to tell which of them are training rows too.
     """
     folder = index_folder(data)
+    try:
+        return find_index(folder, parts, data, valid)
+    finally:
+        if folder.name != KEPT:  # temporary: the cache is off, or cannot be used
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_index(folder: Path, parts: Sequence[Part], data: DataConfig, valid: set[str]) -> Index:
+    """Return the index that a folder has of files, made where it has none."""
     key = make_key(parts, data, valid)
     rows, facts = folder / f"{key}.rows", folder / f"{key}.json"
     try:
@@ -162,19 +168,14 @@ def open_index(parts: Sequence[Part], data: DataConfig, *, valid: set[str]) -> I
         os.utime(facts)
     except (OSError, ValueError, TypeError):
         found = make_index(rows, facts, parts, data, valid)
-    index = Index(rows, parts, found, data.columns)
-    if folder.name != "rows":  # temporary: the cache is off, or cannot be used
-        for file in (rows, facts):
-            file.unlink()
-        folder.rmdir()
-    return index
+    return Index(rows, parts, found, data.columns)
 
 
 def index_folder(data: DataConfig) -> Path:
     """Return where the index lies: the cache, or a folder that is gone as soon as the index is open."""
     if data.cache:
         with suppress(OSError, RuntimeError):
-            folder = cache_folder() / "rows"
+            folder = cache_folder() / KEPT
             folder.mkdir(parents=True, exist_ok=True)
             return folder
     return Path(tempfile.mkdtemp(prefix="mlxlora-rows-"))
@@ -253,16 +254,13 @@ def scan(out: IO[bytes], parts: Sequence[Part], data: DataConfig, valid: set[str
 def lines_of(part: Part, found: Found) -> Iterator[tuple[int, bytes, int]]:
     """Yield first byte, bytes and number of every line that is not blank; note the file's SHA-256. Raises DataError."""
     digest, start = hashlib.sha256(), 0
-    try:
-        with part.path.open("rb", buffering=2**20) as stream:
-            for line, raw in enumerate(raw_lines(stream), start=1):
-                digest.update(raw)
-                if not is_blank_line(raw):
-                    yield start, raw, line
-                start += len(raw)
-            same = stamp(os.fstat(stream.fileno())) == part.stamp
-    except OSError as error:
-        raise unreadable(part.path, error) from None
+    with readable(part.path), part.path.open("rb", buffering=2**20) as stream:
+        for line, raw in enumerate(raw_lines(stream), start=1):
+            digest.update(raw)
+            if not is_blank_line(raw):
+                yield start, raw, line
+            start += len(raw)
+        same = stamp(os.fstat(stream.fileno())) == part.stamp
     if not same:
         raise changed(part.path)
     found.sha256[part.label] = digest.hexdigest()

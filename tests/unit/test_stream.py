@@ -143,6 +143,17 @@ def test_without_a_cache_nothing_stays(base, tmp_path, monkeypatch):
     folder = write(tmp_path / "d", ROWS)
     assert_same(*both(base, {"path": folder, "cache": False}))
     assert [item.name for item in tmp_path.iterdir()] == ["d"]
+    write(tmp_path / "d", [*ROWS, {"prompt": "no completion"}])
+    with pytest.raises(DataError, match=r"train\.jsonl:62"):
+        prepare(build_config({"model": str(base), "data": {"path": folder, "cache": False, "streaming": True}}))
+    assert [item.name for item in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_pointer_of_git_lfs_is_told_as_in_memory(base, tmp_path):
+    (tmp_path / "train.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    for on in (True, False):
+        with pytest.raises(DataError, match="is a pointer of Git LFS"):
+            prepare(build_config({"model": str(base), "data": {"path": str(tmp_path), "streaming": on}}))
 
 
 def test_a_file_that_changes_while_the_run_reads_it_is_an_error(base, tmp_path):
