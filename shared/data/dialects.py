@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -24,6 +25,10 @@ FORMS = {
     "prompt": (("prompt", "completion"), ()),
     "text": (("text",), ()),
 }
+CHOICES = {  # data.columns that read a row in one of several ways
+    "messages": "messages: messages", "conversations": "messages: conversations",
+    "prompt": "prompt: prompt, completion: completion",
+}  # fmt: skip
 
 
 def translate(value: dict[str, Any], *, source: str, columns: Mapping[Any, str] | None = None) -> dict[str, Any]:
@@ -61,10 +66,17 @@ def find_form(value: dict[str, Any], *, source: str) -> str | None:
         found.remove("text")
     if len(found) > 1:
         both = " and ".join(" + ".join(f'"{key}"' for key in FORMS[name][0]) for name in found[:2])
-        only = "prompt: prompt, completion: completion" if found[0] == "prompt" else f"{found[0]}: {found[0]}"
-        chosen = "take one out of the row" if found[0] == "Alpaca" else f"choose: data.columns: {{{only}}}"
-        raise DataError(f"{source}: both {both}, and each would be another row to learn from", fix=chosen)
+        what = f"{source}: both {both}, and each would be another row to learn from"
+        raise DataError(what, fix=way_out(value, found[0]))
     return found[0] if found else None
+
+
+def way_out(value: dict[str, Any], form: str) -> str:
+    """Return how a row of several ways is read in one, such that nothing that belongs to it is lost."""
+    beside = {key for key in ("tools", *FORMS[form][1]) if holds(value, key)}
+    if form not in CHOICES or not beside <= {"tools"}:
+        return "take one out of the row"
+    return f"choose: data.columns: {{{', '.join([CHOICES[form], *(f'{key}: {key}' for key in beside)])}}}"
 
 
 def holds(value: dict[str, Any], key: str) -> bool:
@@ -82,7 +94,8 @@ def unread_keys(value: dict[str, Any], *, source: str) -> tuple[str, ...]:
     read = [key for keys in FORMS[form] for key in keys] if form else list(value)
     if form == "prompt" and isinstance(value["prompt"], list):
         read.append("tools")
-    return tuple(key for key, inner in value.items() if inner not in (None, "") and key not in read)
+    # interned: JSON makes names anew in every row, and rows may be millions
+    return tuple(sys.intern(key) for key, inner in value.items() if inner not in (None, "") and key not in read)
 
 
 def choose(value: dict[str, Any], columns: Mapping[Any, str], *, source: str) -> dict[str, Any]:

@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from shared.config import DataConfig
+from shared.data.formats import count_values
 from shared.data.rows import Row, content_hash, find_data, make_row, read_rows, split_files
 from shared.errors import DataError
 from shared.hub import near_paths
@@ -174,6 +177,35 @@ def test_what_a_row_means_is_read_and_the_rest_is_known(row, fields, unread):
     assert make_row(row, source="a.jsonl:1") == Row(next(iter(fields)), fields, "a.jsonl:1", unread)
 
 
+CALLED = {"messages": [USER, ASSISTANT], "tools": [{"name": "f"}]}
+SHARED = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({**CALLED, "text": "t"}, CALLED),
+        ({**SHARED, "text": "t"}, {"messages": [USER, ASSISTANT]}),
+        ({**SHARED, "messages": [ASSISTANT]}, {"messages": [ASSISTANT]}),
+        ({"prompt": "p", "completion": "c", "text": "t"}, {"prompt": "p", "completion": "c"}),
+    ],
+)
+def test_the_columns_that_an_error_names_read_one_way_and_all_of_it(row, fields):
+    with pytest.raises(DataError) as caught:
+        make_row(row, source="a.jsonl:1")
+    named = yaml.safe_load(caught.value.fix.removeprefix("choose: data.columns: "))
+    columns = DataConfig(path="a.jsonl", columns=named).columns
+    assert make_row(row, source="a.jsonl:1", columns=columns).fields == fields
+
+
+@pytest.mark.parametrize(
+    "row", [{**SHARED, "system": "s", "text": "t"}, {**CALLED, "functions": [{"name": "f"}], "text": "t"}]
+)
+def test_columns_that_would_lose_a_part_of_a_row_are_not_named(row):
+    with pytest.raises(DataError, match=r"(?s)both .*take one out of the row"):
+        make_row(row, source="a.jsonl:1")
+
+
 def test_one_object_over_several_lines_of_json_is_one_row(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(GOOD, indent=2))
     assert read_rows(tmp_path / "a.json") == [Row("text", GOOD, "a.json:1")]
@@ -201,6 +233,8 @@ def test_a_pointer_of_git_lfs_is_told(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     with pytest.raises(DataError, match=r"(?s)is a pointer of Git LFS.*git lfs pull"):
         read_rows(tmp_path / name)
+    with pytest.raises(DataError, match="is a pointer of Git LFS"):
+        count_values(tmp_path / name)
 
 
 @pytest.mark.parametrize(("name", "fix"), [("a.jsonl.gz", "gunzip"), ("a.txt", r'{"text": "..."}')])
