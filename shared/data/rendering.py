@@ -63,6 +63,8 @@ class Renderer:
 
     def exchange(self, line: bytes) -> bytes:
         """Return the line that answers a line; raises DataError where the process ends instead."""
+        if self.process is not None and self.process.poll() is not None:  # ended since, by the system for memory, say
+            self.close()
         if self.process is None:
             self.process = start()
         stdin, stdout = pipes(self.process)

@@ -68,12 +68,20 @@ def test_a_step_of_pythons_own_that_takes_minutes_ends_the_process_and_the_next_
     assert elsewhere(rendering.chat, CHATML, messages=TALK) == rendering.chat(CHATML, messages=TALK)
 
 
-def test_a_process_that_is_killed_costs_one_conversation(elsewhere):
+def test_a_process_that_is_killed_costs_one_conversation_and_between_two_none(elsewhere):
     elsewhere(rendering.chat, CHATML, messages=TALK)
-    rendering.RENDERER.process.kill()
-    with pytest.raises(DataError, match="it ended the process that it runs in"):
-        elsewhere(rendering.chat, CHATML, messages=TALK)
-    assert elsewhere(rendering.chat, CHATML, messages=TALK) == rendering.chat(CHATML, messages=TALK)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(rendering.chat, ENDLESS, messages=TALK)
+        while not rendering.RENDERER.lock.locked():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        rendering.RENDERER.process.kill()
+        with pytest.raises(DataError, match="it ended the process that it runs in"):
+            asked.result()
+    for _ in range(2):
+        assert elsewhere(rendering.chat, CHATML, messages=TALK) == rendering.chat(CHATML, messages=TALK)
+        rendering.RENDERER.process.kill()
+        rendering.RENDERER.process.wait()
 
 
 def test_a_streamed_row_that_makes_a_template_loop_ends_the_run_with_its_line(tiny_model_folder, tmp_path):
