@@ -24,7 +24,7 @@ from shared.errors import DataError
 
 SAMPLE = 1000  # rows looked at: a quarter of a second where they are short
 MAX_BYTES = 2**24  # of the cache: a notice is a line
-CHARACTERS = 20_000  # of a text, at most
+CHARACTERS = 2_000_000  # of all texts together, about a second: of more, each is looked at as far as its share
 NAMED = 5  # characters or keys that are named
 Found = dict[str, tuple[str, ...]]  # what is to be told of a row -> characters or keys that it is about
 
@@ -127,13 +127,24 @@ def named(details: Counter[str]) -> str:
 
 
 def texts_of(row: Row) -> list[str]:
-    """Return what is written in a row, at most CHARACTERS of each text."""
+    """Return what is written in a row."""
     if row.kind == "messages":
         keys = ("content", *REASONING)
         texts = [message[key] for message in row.fields["messages"] for key in keys if message.get(key)]
     else:
         texts = list(row.fields.values())
-    return [text[:CHARACTERS] for text in texts if isinstance(text, str)]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def cut_texts(texts: Sequence[list[str]], *, most: int) -> list[list[str]]:
+    """Return the texts of rows, each cut to its share of `most` characters where all together have more.
+
+    >>> cut_texts([["abc"], ["d", "efghi"]], most=9), cut_texts([["abc"], ["d", "efghi"]], most=6)
+    ([['abc'], ['d', 'efghi']], [['ab'], ['d', 'ef']])
+    """
+    lengths = [len(text) for some in texts for text in some]
+    share = most if sum(lengths) <= most else most // len(lengths)
+    return [[text[:share] for text in some] for some in texts]
 
 
 def lost_characters(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Found]:
@@ -141,7 +152,7 @@ def lost_characters(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Found]:
 
     Characters of one meaning (NFKC) count as one: most tokenizers write them in one form. Blanks at the ends may go.
     """
-    texts = [texts_of(row) for row in rows]
+    texts = cut_texts([texts_of(row) for row in rows], most=CHARACTERS)
     unknown = tokenizer.inner.unk_token_id if tokenizer.inner.unk_token_id != tokenizer.eos else None
     encoded = tokenizer.encode_all([text for some in texts for text in some], special=False)
     ids = [[token for token in one.ids if token != unknown] for one in encoded]
