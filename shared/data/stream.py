@@ -153,13 +153,14 @@ def streams(config: RunConfig, *, least: int = STREAM_BYTES) -> bool:
         raise ConfigError(f"data.streaming true with {against}", fix="set data.streaming: false", code="E204")
     if data.streaming is False or against is not None:
         return False
-    other = file_without_lines(data)
+    files = train_files(data)
+    other = file_without_lines(files)
     if other is not None and data.streaming is True:
         raise ConfigError(
             f"data.streaming true, but {other.name} has no lines to be read one by one",
             expected=".jsonl", fix="write the rows as .jsonl, or set data.streaming: false", code="E204",
         )  # fmt: skip
-    return other is None and (data.streaming is True or num_bytes(data) >= least)
+    return other is None and (data.streaming is True or num_bytes(files) >= least)
 
 
 def told_first(config: RunConfig, *, least: int = STREAM_BYTES) -> str | None:
@@ -167,36 +168,39 @@ def told_first(config: RunConfig, *, least: int = STREAM_BYTES) -> str | None:
 
     least: bytes from which on it is told.
     """
-    data = config.data
-    if (size := num_bytes(data)) < least:
+    files = train_files(config.data)
+    if (size := num_bytes(files)) < least:
         return None
     amount = f"{size / 1e9:.1f} GB of training rows"
     if streams(config, least=least):
         return f"{amount} are streamed; each is checked once before the first update, which the next run need not do"
-    other = file_without_lines(data)
+    other = file_without_lines(files)
     why = f"{other.name} has no lines to be read one by one" if other else "data.streaming false"
     return f"{amount} are read into memory: {against_streaming(config) or why}"
 
 
-def num_bytes(data: DataConfig) -> int:
-    """Return the bytes of all training files."""
-    return sum(file.stat().st_size for file in train_files(data))
+def num_bytes(files: Sequence[Path]) -> int:
+    """Return the bytes of all files."""
+    return sum(file.stat().st_size for file in files)
 
 
-def can_stream(data: DataConfig) -> bool:
-    """Return whether rows can be streamed, and are the same then as in memory."""
-    return not {"duplicate", "too_long"} & set(data.drop) and file_without_lines(data) is None
+def can_stream(data: DataConfig, roots: Sequence[Path]) -> bool:
+    """Return whether the rows of sources found there can be streamed, and are the same then as in memory."""
+    return not {"duplicate", "too_long"} & set(data.drop) and file_without_lines(train_files(data, roots)) is None
 
 
-def train_files(data: DataConfig) -> list[Path]:
-    """Return the files of all sources' training rows; raises DataError where there is none."""
-    roots = (find_data(source.path) for source in data.sources)
-    return [file for root in roots for file in split_files(root, "train", names=data.splits)]
+def train_files(data: DataConfig, roots: Sequence[Path] | None = None) -> list[Path]:
+    """Return the files of all sources' training rows; raises DataError where there is none.
+
+    roots: where the sources are; None: to be found, for which the hub is asked.
+    """
+    found = [find_data(source.path) for source in data.sources] if roots is None else roots
+    return [file for root in found for file in split_files(root, "train", names=data.splits)]
 
 
-def file_without_lines(data: DataConfig) -> Path | None:
-    """Return the first training file that is not read line by line."""
-    return next((file for file in train_files(data) if file.suffix != ".jsonl"), None)
+def file_without_lines(files: Sequence[Path]) -> Path | None:
+    """Return the first file that is not read line by line."""
+    return next((file for file in files if file.suffix != ".jsonl"), None)
 
 
 def open_stream(

@@ -115,7 +115,7 @@ def prepare(config: RunConfig) -> Prepared:
         dropped=left_out,
         kind=found.kind,
         data_hash=hash_of(found.train, weights),
-        other_hash=hash_otherwise(found.train, weights, config, base),
+        other_hash=hash_otherwise(found, weights, config, base),
         data_files=found.hashes,
         leaks=count_leaks(found.held_out, found.seen),
         samples=(
@@ -169,13 +169,11 @@ def hash_of(train: Sequence[Example], weights: Weights) -> str:
     return train.digest(weights) if isinstance(train, Stream) else examples_hash(train, weights)
 
 
-def hash_otherwise(
-    train: Sequence[Example], weights: Weights, config: RunConfig, base: ModelFolder
-) -> Callable[[], str] | None:
+def hash_otherwise(found: Found, weights: Weights, config: RunConfig, base: ModelFolder) -> Callable[[], str] | None:
     """Return what `hash_of` gives where `data.streaming` is the other way; it reads all rows. None: there is no way."""
-    if isinstance(train, Stream):
+    if isinstance(train := found.train, Stream):
         return lambda: examples_hash(train, weights)
-    if not can_stream(config.data):
+    if not can_stream(config.data, found.roots):
         return None
 
     def stream_hash() -> str:

@@ -92,7 +92,11 @@ def train(
 
     allow_change: settings, "data" or "base", which may differ from what the run was started with.
     """
-    if size := told_first(config):
+    check_allowed(allow_change, config)
+    check_output(config, resume)
+    check_installed(config.backend)
+    check_sinks(config.log.to)
+    if size := told_first(config):  # behind the checks: rows of the hub are downloaded for it
         tell(callbacks, "on_note", size)
     while True:
         try:
@@ -113,10 +117,6 @@ def train_once(
 ) -> TrainResult:  # fmt: skip
     """Do as `train`, but raise LateOutOfMemory where the model must be loaded again to go on."""
     folder = config.output_dir
-    check_allowed(allow_change, config)
-    check_output(config, resume)
-    check_installed(config.backend)
-    check_sinks(config.log.to)
     prepared = prepare(config)
     backend = find_backend(config.backend)
     made = open_run(folder)

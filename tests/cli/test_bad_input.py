@@ -297,9 +297,9 @@ def another_run(w: World) -> list[str]:
     return w.train("checkpoint: {every: 1}\noptimizer: {lr: 0.5}\n")
 
 
-def output_is_file(w: World) -> list[str]:
+def output_is_file(w: World, **keys: Any) -> list[str]:
     (w.folder / "taken").write_text("mine")
-    return w.train(output=w.folder / "taken")
+    return w.train(output=w.folder / "taken", **keys)
 
 
 def output_is_mine(w: World) -> list[str]:
@@ -497,6 +497,8 @@ COMMANDS = [
          "recompute: true", both=True),
     case("a GPU where none is", section("device: gpu"), 4, "gpu", "device: auto", both=True),
     case("output is a file", output_is_file, 2, "output: .*taken is a file", "folder"),
+    case("output is a file, and there is no data", lambda w: output_is_file(w, data=w.folder / "no"), 2,
+         "output: .*taken is a file", "folder"),
     case("output below a file", output_below_file, 7, "output: cannot write in .*taken", "--output"),
     case("--resume of nothing", lambda w: [*w.train(), "--resume", str(w.folder / "no")], 3, "--resume: no folder at"),
     case("--resume of a folder without checkpoints",
