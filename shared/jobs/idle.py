@@ -121,7 +121,10 @@ TABLE = (
          lambda f: f.config.log.every > f.run.updates),
     Idle("log.profile", "it begins with update 3, and the run has {updates}", lambda f: f.run.updates < 3),
     Idle("data.train_on", "the rows are texts, of which everything counts", lambda f: f.all_text),
-    Idle("data.cache", "streamed rows are not kept", lambda f: isinstance(f.prepared.train, Stream)),
+    Idle(
+        "data.padding_side", "rows are packed end to end, and data.packing none pads them",
+        lambda f: f.run.layout.packed and not f.run.layout.shapes,
+    ),
     Idle("data.packing", "train.compile pads to its shapes", lambda f: f.config.train.compile is True),
 )  # fmt: skip
 

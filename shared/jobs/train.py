@@ -188,8 +188,6 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
         what = f"rows of {name}" if name in prepared.sets else "validation rows"
         yield f"{count} of {len(rows)} {what} also stand in the training rows"
     yield from evaluation_warnings(run)
-    if run.config.data.padding_side == "left" and run.layout.packed and not run.layout.shapes:
-        yield "data.padding_side: left changes nothing: rows are packed end to end, and data.packing: none pads them"
     longest, most = max(len(example.tokens) for example in sample_of(prepared.train)), run.model.info.max_positions
     if isinstance(most, int) and longest > most:
         yield f"rows of up to {longest} tokens, but the model was made for {most}; data.max_length: {most} cuts them"

@@ -15,7 +15,7 @@ from shared.sections import Section
 
 # Settings that change a run whatever the others are.
 ALWAYS = {
-    "data": "path columns splits max_length drop streaming",
+    "data": "path columns splits max_length drop streaming cache",
     "adapter": "type start",
     "optimizer": "name lr weight_decay max_grad_norm",
     "schedule": "name warmup",
@@ -104,6 +104,14 @@ def test_every_setting_is_in_the_table_or_always_does_something():
                 "log.every does nothing in this run: the run has 1 update, so only its end is logged",
             ],
         ),
+        (
+            "data.padding_side=left",
+            [
+                "data.padding_side does nothing in this run: rows are packed end to end, and data.packing none pads "
+                "them"
+            ],
+        ),
+        ("data.padding_side=left data.packing=none", []),
         ("optimizer.name=adadelta schedule.warmup=0 adapter.dropout=0.1 evaluation.patience=2", []),
     ],
 )  # fmt: skip
