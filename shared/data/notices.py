@@ -20,7 +20,7 @@ from shared.data.rows import Row
 from shared.data.template import MARK, REASONING, change_call, from_json
 from shared.data.tokenize import Tokenizer
 from shared.durable import write_whole
-from shared.errors import DataError
+from shared.errors import DataError, printable
 
 SAMPLE = 1000  # rows looked at: a quarter of a second where they are short
 MAX_BYTES = 2**24  # of the cache: a notice is a line
@@ -121,7 +121,7 @@ def named(details: Counter[str]) -> str:
     >>> named(Counter(["b", "a", "b"])), named(Counter())
     (' (b, a)', '')
     """
-    names = [detail for detail, _ in details.most_common(NAMED)]
+    names = [printable(detail) for detail, _ in details.most_common(NAMED)]  # keys are whatever the file holds
     more = f" and {len(details) - NAMED} more" if len(details) > NAMED else ""
     return f" ({', '.join(names)}{more})" if names else ""
 

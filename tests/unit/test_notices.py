@@ -103,10 +103,10 @@ def test_what_is_odd_in_conversations_is_counted(make_tokenizer):
         {"messages": [user("q"), assistant("a")], "id": 1},
         {"messages": [user("q"), assistant(" ")]},
         {"messages": [user("q"), assistant("a"), user("bye")]},
-        {"messages": [user("q"), user("r"), assistant("a")], "id": 2, "label": True},
+        {"messages": [user("q"), user("r"), assistant("a")], "id": 2, "la\x1b[2J\nbel": True},
     ]
     assert notices(make_tokenizer(), *rows) == {
-        "columns that are not read (id, label)": (2, "train.jsonl:1"),
+        r"columns that are not read (id, la\x1b[2J\nbel)": (2, "train.jsonl:1"),
         "an empty answer, which teaches to say nothing": (1, "train.jsonl:2"),
         "the last message is no answer, and nothing is learned from it": (1, "train.jsonl:3"),
         "two messages of one role in a row": (1, "train.jsonl:4"),
