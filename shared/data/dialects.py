@@ -61,7 +61,8 @@ def translate(value: dict[str, Any], *, source: str, columns: Mapping[Any, str] 
 
 def find_form(value: dict[str, Any], *, source: str) -> str | None:
     """Return which of FORMS a row is, None where it is none of them; raises DataError where it is several."""
-    found = [name for name, (keys, _) in FORMS.items() if all(holds(value, key) for key in keys)]
+    ways = ((name, keys) for name, (keys, _) in FORMS.items() if keys[0] in value)  # of most rows one
+    found = [name for name, keys in ways if all(holds(value, key) for key in keys)]
     if found == ["Alpaca", "text"]:  # Alpaca's own files have the whole text beside its parts
         found.remove("text")
     if len(found) > 1:
