@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,12 +57,16 @@ def load_rows(data: DataConfig, *, valid_too: bool = True) -> Rows:
                 raise no_rows(found[0], prefix=prefix, dropped=sum(dropped.values()) - left_out)
         kept, parted = part(train[before:], share=data.valid_split)
         if not kept:
-            raise DataError(
-                f"data.valid_split leaves no row of {root} to train on", fix="a smaller one, or more rows", code="E204"
-            )
+            raise all_parted(root)
         train[before:], valid = kept, valid + parted
         counts.append(len(kept))
     return Rows(train, valid, tuple(counts), roots, files, dropped)
+
+
+def all_parted(root: Path) -> DataError:
+    """Return the error for a source of which data.valid_split leaves nothing."""
+    what = f"data.valid_split leaves no row of {root} to train on"
+    return DataError(what, fix="a smaller one, or more rows", code="E204")
 
 
 def count_rows(data: DataConfig, *, valid_too: bool = True) -> tuple[int, ...]:
@@ -75,13 +80,17 @@ def count_rows(data: DataConfig, *, valid_too: bool = True) -> tuple[int, ...]:
     counts: list[int] = []
     for root, prefix in zip(roots, name_sources(roots), strict=True):
         files, share = split_files(root, "train", names=data.splits), data.valid_split
-        if data.drop or share is not None:
-            rows = read(files, data, dict.fromkeys(data.drop, 0), prefix=prefix)
-            counts.append(sum(share is None or not is_parted(content_hash([row]), share) for row in rows))
+        dropped = dict.fromkeys(data.drop, 0)
+        if dropped or share is not None:
+            rows = read(files, data, dropped, prefix=prefix)
+            found = Counter(share is None or not is_parted(content_hash([row]), share) for row in rows)
         else:
-            counts.append(sum(count_values(file) for file in files))
-        if not counts[-1]:
-            raise no_rows(files[0], prefix=prefix)
+            found = Counter({True: sum(count_values(file) for file in files)})
+        if not found.total():
+            raise no_rows(files[0], prefix=prefix, dropped=sum(dropped.values()))
+        if not found[True]:
+            raise all_parted(root)
+        counts.append(found[True])
     return tuple(counts)
 
 

@@ -19,9 +19,9 @@ import numpy as np
 from shared.data.cache import digest_of, tokenizer_files
 from shared.data.index import Index, Part, open_index, stamp
 from shared.data.rows import Row, content_hash, find_data, no_rows, split_files
-from shared.data.sources import Weights, check_valid, label, name_sources, read
+from shared.data.sources import Weights, all_parted, check_valid, label, name_sources, read
 from shared.data.tokenize import ROWS_AT_ONCE, Tokenizer, tokenize_row, tokenize_rows
-from shared.errors import ConfigError, DataError, ModelError
+from shared.errors import ConfigError, ModelError
 from shared.types import Example
 
 if TYPE_CHECKING:
@@ -245,8 +245,6 @@ def check_counts(index: Index, data: DataConfig, roots: Sequence[Path]) -> None:
     """Raise DataError for a source that has no row to train on."""
     for root, count in zip(roots, index.found.counts, strict=True):
         if count == 0 and data.valid_split is not None:
-            raise DataError(
-                f"data.valid_split leaves no row of {root} to train on", fix="a smaller one, or more rows", code="E204"
-            )
+            raise all_parted(root)
         if count == 0:
             raise no_rows(root, dropped=index.found.empty)

@@ -15,6 +15,7 @@ from mlxlora.cli.main import run
 from shared.config_file import build_config
 from shared.data.rows import Row
 from shared.data.tokenize import tokenize_row
+from shared.errors import DataError
 from shared.jobs.prepare import prepare
 from shared.jobs.preview import count_updates, pieces, preview
 
@@ -144,6 +145,19 @@ def test_the_schedule_has_the_updates_of_the_run(tiny_model_folder, tmp_path, se
     values = {"model": str(tiny_model_folder()), "data": {"path": str(file)}, "train": {"batch_size": 3, "epochs": 2}}
     config = build_config(values, overrides=overrides)
     assert count_updates(config) == 2 * prepare(config).plan.updates_per_epoch
+
+
+@pytest.mark.parametrize("setting", ["data.drop=[empty]", "data.valid_split=0.999999"])
+def test_a_schedule_of_no_rows_says_what_training_would(tiny_model_folder, tmp_path, setting):
+    write_as(tmp_path / "train.jsonl", [{"prompt": "q", "completion": " "}])
+    values = {"model": str(tiny_model_folder()), "data": {"path": str(tmp_path)}, "train": {"epochs": 2}}
+    config = build_config(values, overrides=[setting])
+    said = []
+    for call in (count_updates, prepare):
+        with pytest.raises(DataError) as caught:
+            call(config)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
 
 
 def write_as(file, rows):
