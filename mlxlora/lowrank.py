@@ -11,7 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mlxlora.elementwise import sigmoid
+from mlxlora.elementwise import on_gpu, sigmoid
 from mlxlora.gated import gated, gated_gradients
 from mlxlora.quantized import back_product, base_arrays, product
 
@@ -117,7 +117,7 @@ def narrow(left_MI: mx.array, right_IR: mx.array) -> mx.array:
 
     That is the same sums, three to ten times faster there for some 8 columns (benchmarks/LOG.md).
     """
-    return (right_IR.T @ left_MI.T).T if mx.default_device() == mx.cpu else left_MI @ right_IR
+    return left_MI @ right_IR if on_gpu() else (right_IR.T @ left_MI.T).T
 
 
 def read(layers: Layers, x: mx.array) -> mx.array:

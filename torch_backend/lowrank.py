@@ -97,6 +97,7 @@ class _LowRank(torch.autograd.Function):
         if dx_ND is not None:
             dx_ND = add_low(dx_ND, u_NK, A_KD, layers=layers, x=x).view(x.shape)
         dA = (u_NK.T @ read_ND).to(factors[0].dtype).split(ranks(layers))
+        del x, x_ND, read_ND  # as wide as a layer gets: not beside the gradients of gate and up
         dup = None
         if dx_ND is not None and up is not None and silu is not None:
             dx_ND, dup = gated_gradients(gate, up, dx_ND, silu)
