@@ -202,7 +202,7 @@ def measure(plan: Plan, tell: Callable[[Layer], None]) -> Iterator[Layer]:
     for module in plan.modules:
         weight, scheme = read_module(plan, module), plan.modules[module]
         packed = None if scheme is None else pack_module(plan, find_quantizer(scheme), module)
-        layer = describe(plan, module, weight, packed, error=None if packed is None else error_of(weight, packed))
+        layer = describe(plan, module, packed, error=None if packed is None else error_of(weight, packed))
         tell(layer)
         yield layer
 
@@ -242,14 +242,11 @@ def convert(plan: Plan, file: Path) -> Iterator[tuple[Layer | None, Mapping[str,
         scheme, is_first = plan.modules.get(module), name == plan.sources(module)[0]
         if scheme is None or not name.endswith(".weight"):
             known = module in plan.modules and is_first
-            layer = describe(plan, module, read_module(plan, module), None, error=None) if known else None
+            layer = describe(plan, module, None, error=None) if known else None
             yield layer, {name: read_weight(plan.folder, name)}
         elif is_first:  # all experts of a stack are written where the first one lies
             packed = pack_module(plan, find_quantizer(scheme), module)
-            yield (
-                describe(plan, module, read_module(plan, module), packed, error=None),
-                tensors_of(plan, module, packed),
-            )
+            yield describe(plan, module, packed, error=None), tensors_of(plan, module, packed)
 
 
 def write_config(plan: Plan, staged: Path) -> None:
@@ -338,13 +335,17 @@ def error_of(weight: Tensor, packed: Packed) -> float:
     return (moved / size) ** 0.5 if size else 0.0
 
 
-def describe(plan: Plan, module: str, weight: Tensor, packed: Packed | None, *, error: float | None) -> Layer:
+def describe(plan: Plan, module: str, packed: Packed | None, *, error: float | None) -> Layer:
     """Return what a module became."""
-    stored = plan.owner.tensors(module, packed).values() if packed else (weight,)
-    held = sum(tensor.data.nbytes for tensor in stored)
+    entries = [plan.folder.entries[name] for name in plan.sources(module)]
+    rows, width = sum(entry.shape[0] for entry in entries), entries[0].shape[1]
+    if packed is None:
+        held = sum(entry.end - entry.start for entry in entries)
+    else:
+        held = sum(tensor.data.nbytes for tensor in plan.owner.tensors(module, packed).values())
     return Layer(
-        module, (weight.shape[0], weight.shape[1]), str(packed.scheme) if packed else "none",
-        8 * held / max(weight.data.size, 1), error, plan.why.get(module, ""),
+        module, (rows, width), str(packed.scheme) if packed else "none", 8 * held / max(rows * width, 1), error,
+        plan.why.get(module, ""),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from mlxlora import convert, fuse, merge
 from shared import reference
 from shared.adapters.folder import check_fit, read_adapter
 from shared.adapters.spec import resolve
-from shared.config import AdapterConfig, parse_scheme
+from shared.config import AdapterConfig
 from shared.convert.experts import one_below_another
 from shared.data.batch import make_batch
 from shared.errors import AdapterError, CapabilityError, ConfigError
@@ -22,6 +22,7 @@ from shared.experts import STACKED
 from shared.folder import open_folder
 from shared.quant.affine import AffineQuantizer
 from shared.registry import BACKENDS, find_backend
+from shared.schemes import parse_scheme
 from shared.tensors import load_file, save_file, to_float32
 from shared.types import AdapterSpec, Method, Scheme, Tensor
 from tests import tolerances
