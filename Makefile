@@ -31,7 +31,7 @@ slow: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # mkdocs-material comes with the first build: nothing else needs it.
 docs: $(STAMP)

@@ -80,7 +80,7 @@ def count_rows(data: DataConfig, *, valid_too: bool = True) -> tuple[int, ...]:
     counts: list[int] = []
     for root, prefix in zip(roots, name_sources(roots), strict=True):
         files, share = split_files(root, "train", names=data.splits), data.valid_split
-        dropped = dict.fromkeys(data.drop, 0)
+        dropped: dict[str, int] = dict.fromkeys(data.drop, 0)
         if dropped or share is not None:
             rows = read(files, data, dropped, prefix=prefix)
             found = Counter(share is None or not is_parted(content_hash([row]), share) for row in rows)
