@@ -85,8 +85,8 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_a_run_goes_on_from_it(
     one, two = (read_adapter(run.adapter).tensors for run in (whole, again))
     assert all(np.array_equal(one[name].data, two[name].data) for name in one)
     assert one.keys() == two.keys()
-    start = train(make_config(folder, *settings("IA3"), f"adapter.start={whole.adapter}", f"backend={backend}"))
-    assert start.updates == 4
+    goes_on = [f"adapter.start={whole.adapter}", f"output={tmp_path / 'more'}", f"backend={backend}"]
+    assert train(make_config(folder, *settings("IA3", *goes_on))).updates == 4
 
 
 def test_what_the_libraries_cannot_load_is_said(make_config, tiny_model_folder, tmp_path):

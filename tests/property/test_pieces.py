@@ -123,9 +123,12 @@ def test_no_text_makes_the_parser_fail_otherwise_than_by_a_config_error(text):
     assert isinstance(found, dict) or str(found).startswith("run.yaml")
 
 
-@given(st.dictionaries(st.sampled_from("abc"), st.dictionaries(st.sampled_from("xyz"), PLAIN)), st.data())
+SECTIONS = ("train", "adapter", "log")
+
+
+@given(st.dictionaries(st.sampled_from(SECTIONS), st.dictionaries(st.sampled_from("xyz"), PLAIN)), st.data())
 def test_merging_keeps_what_the_top_does_not_name(base, data):
-    top = data.draw(st.dictionaries(st.sampled_from("abc"), st.dictionaries(st.sampled_from("xyz"), PLAIN)))
+    top = data.draw(st.dictionaries(st.sampled_from(SECTIONS), st.dictionaries(st.sampled_from("xyz"), PLAIN)))
     found = merge(base, top)
     for section in base.keys() | top.keys():
         assert found[section] == {**base.get(section, {}), **top.get(section, {})}
