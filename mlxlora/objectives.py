@@ -1,6 +1,6 @@
-"""The head and the loss on supervised positions only, in chunks: logits exist for one chunk at a time.
+"""The head and the loss on supervised positions only: logits exist for one tile, or one chunk of positions, at a time.
 
-Legend: N supervised positions, D model width, V vocabulary.
+Legend: N supervised positions, C of them at once, D model width, V vocabulary, T tokens of it at once.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxlora.elementwise import exp, long_sums
+from mlxlora.elementwise import exp, long_sums, on_gpu
 from shared.families import HeadFacts
 
 CHUNK_ELEMENTS = 3 * 2**20  # logits of one chunk: 12 MiB in float32; MLX begins several before the first is done
 LEAST_ROWS = 96
+TILE_ROWS = 512
+TILE_ELEMENTS = 2**20  # logits of one tile over a frozen head: 4 MiB in float32, which a CPU's cache holds
+TILE_ELEMENTS_GPU = 2**22
+LEAST_SUM = 1e-30  # of a tile whose every logit is far below the highest so far
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,12 @@ def chunk_rows(vocabulary: int) -> int:
     return max(CHUNK_ELEMENTS // vocabulary, LEAST_ROWS)
 
 
+def tile_sizes(positions: int) -> tuple[int, int]:
+    """Return how many positions and how many tokens of the vocabulary one tile holds."""
+    rows = max(min(positions, TILE_ROWS), 1)
+    return rows, (TILE_ELEMENTS_GPU if on_gpu() else TILE_ELEMENTS) // rows
+
+
 def log_probs(h_ND: mx.array, head: Head, targets_N: mx.array) -> mx.array:
     """Return (N,) float32 log-probabilities of the targets, without gradients."""
     weight_VD = head.weight(h_ND.dtype)
@@ -108,9 +118,10 @@ def loss_and_gradients(
 ) -> list[mx.array]:  # fmt: skip
     """Return the summed loss and the gradients of h, weight and bias; those of a frozen head are empty."""
     bias, rows = bias_V if bias_V.size else None, chunk_rows(weight_VD.shape[0])
+    if not train_head:
+        return [*tiled_loss(h_ND, weight_VD, bias, targets_N, weights_N, facts), mx.zeros((0,)), mx.zeros((0,))]
     total, slopes = mx.zeros(()), []
-    dw_VD = mx.zeros(weight_VD.shape if train_head else (0,))
-    db_V = mx.zeros(bias_V.shape if train_head else (0,))
+    dw_VD, db_V = mx.zeros(weight_VD.shape), mx.zeros(bias_V.shape)
     for start in range(0, h_ND.shape[0], rows):
         at, h_CD = slice(start, start + rows), h_ND[start : start + rows]
         if slopes:  # one chunk after the other, so that few have their logits in memory
@@ -118,10 +129,9 @@ def loss_and_gradients(
         chunk, slope_CV, share_C, hit_C = chunk_loss(h_CD, weight_VD, bias, targets_N[at], weights_N[at], facts)
         total = total + chunk
         slopes.append(share_C[:, None] * (slope_CV @ weight_VD) - hit_C[:, None] * weight_VD[targets_N[at]])
-        if train_head:
-            dw = (slope_CV.T @ (share_C[:, None] * h_CD)).astype(mx.float32)
-            dw_VD = (dw_VD + dw).at[targets_N[at]].add(-(hit_C[:, None] * h_CD).astype(mx.float32))
-        if train_head and bias is not None:
+        dw = (slope_CV.T @ (share_C[:, None] * h_CD)).astype(mx.float32)
+        dw_VD = (dw_VD + dw).at[targets_N[at]].add(-(hit_C[:, None] * h_CD).astype(mx.float32))
+        if bias is not None:
             db_V = (db_V + (share_C @ slope_CV).astype(mx.float32)).at[targets_N[at]].add(-hit_C)
     return [total, mx.concatenate(slopes), dw_VD, db_V]
 
@@ -155,6 +165,85 @@ def logits_loss(
     if dtype != mx.float32:  # float16 may not hold a matmul over the vocabulary without the shares
         slope_CV, share_C = (slope_CV * share_C[:, None]).astype(dtype), mx.ones_like(share_C)
     return total, slope_CV, share_C.astype(dtype), hit_C.astype(dtype)
+
+
+@dataclass(frozen=True)
+class TileSums:
+    """What is known of C positions once some tiles of the vocabulary are done; e = exp(z - top)."""
+
+    top_C1: mx.array  # the highest logit
+    e_C: mx.array  # the sum of e
+    at_target_C: mx.array  # the target's logit
+    slope_CD: mx.array  # the sum of e times the soft-cap's curve times the head's rows
+
+
+def tiled_loss(
+    h_ND: mx.array, weight_VD: mx.array, bias: mx.array | None, targets_N: mx.array, weights_N: mx.array,
+    facts: HeadFacts,
+) -> list[mx.array]:  # fmt: skip
+    """Return the summed loss over a frozen head and the gradient of h, tile by tile.
+
+    The softmax is kept up over tiles as attention's is over blocks of keys, the head's rows being keys and values:
+    every logit is computed once, whatever the vocabulary. Source: Milakov and Gimelshein 2018, algorithm 3.
+    """
+    total, slopes, done = mx.zeros(()), [], []
+    rows, columns = tile_sizes(len(h_ND))
+    for start in range(0, len(h_ND), rows):
+        at, sums = slice(start, start + rows), None
+        for first in range(0, len(weight_VD), columns):
+            h_CD = mx.depends([h_ND[at]], done)[0] if done else h_ND[at]  # one tile after the other
+            some = slice(first, first + columns)
+            bias_T = None if bias is None else bias[some]
+            sums = add_tile(sums, h_CD, weight_VD[some], bias_T, targets_N[at] - first, facts)
+            done = [sums.top_C1, sums.e_C, sums.at_target_C, sums.slope_CD]
+        loss, slope_CD = finished_loss(cast(TileSums, sums), weight_VD, targets_N[at], weights_N[at], facts)
+        total = total + loss
+        slopes.append(slope_CD.astype(h_ND.dtype))
+    return [total, mx.concatenate(slopes)]
+
+
+def add_tile(
+    sums: TileSums | None, h_CD: mx.array, weight_TD: mx.array, bias_T: mx.array | None, target_C: mx.array,
+    facts: HeadFacts,
+) -> TileSums:  # fmt: skip
+    """Return the sums with one more tile; targets are counted from its first token, and may lie outside."""
+    z_CT = chunk_logits(h_CD, weight_TD, bias_T, facts)
+    own_C = (target_C >= 0) & (target_C < len(weight_TD))
+    near_C = mx.clip(target_C, 0, len(weight_TD) - 1)
+    at_target_C = mx.where(own_C, mx.take_along_axis(z_CT, near_C[:, None], axis=1)[:, 0], 0.0)
+    top_C1 = z_CT.max(axis=1, keepdims=True)
+    top_C1 = top_C1 if sums is None else mx.maximum(top_C1, sums.top_C1)
+    slope_CT = e_CT = exp(z_CT - top_C1)
+    e_C = long_sums(e_CT)
+    if facts.softcap is not None:
+        slope_CT = e_CT * (1 - (z_CT / facts.softcap) ** 2)
+    if sums is None:
+        return TileSums(top_C1, e_C, at_target_C, summed_rows(slope_CT, e_C, weight_TD, None))
+    less_C1 = exp(sums.top_C1 - top_C1)
+    slope_CD = summed_rows(slope_CT, e_C, weight_TD, sums.slope_CD * less_C1)
+    return TileSums(top_C1, sums.e_C * less_C1[:, 0] + e_C, sums.at_target_C + at_target_C, slope_CD)
+
+
+def summed_rows(slope_CT: mx.array, e_C: mx.array, weight_TD: mx.array, sums_CD: mx.array | None) -> mx.array:
+    """Return sums + slope W in float32."""
+    if weight_TD.dtype == mx.float32:
+        return slope_CT @ weight_TD if sums_CD is None else mx.addmm(sums_CD, slope_CT, weight_TD)
+    e_C1 = mx.maximum(e_C, LEAST_SUM)[:, None]  # float16 may not hold a sum of rows but their mean
+    more_CD = ((slope_CT / e_C1).astype(weight_TD.dtype) @ weight_TD).astype(mx.float32) * e_C1
+    return more_CD if sums_CD is None else sums_CD + more_CD
+
+
+def finished_loss(
+    sums: TileSums, weight_VD: mx.array, target_C: mx.array, w_C: mx.array, facts: HeadFacts
+) -> tuple[mx.array, mx.array]:
+    """Return the summed loss of C positions and the gradient of their h, once all tiles are done."""
+    top_C, at_target_C = sums.top_C1[:, 0], sums.at_target_C
+    total = ((top_C - at_target_C + mx.log(sums.e_C)) * w_C).sum()  # equal logits cancel before small ones are added
+    hit_C = share_C = w_C * facts.scale
+    if facts.softcap is not None:
+        hit_C = share_C * (1 - (at_target_C / facts.softcap) ** 2)
+    target_CD = weight_VD[target_C].astype(mx.float32)
+    return total, (share_C / sums.e_C)[:, None] * sums.slope_CD - hit_C[:, None] * target_CD
 
 
 def sft(h_ND: mx.array, head: Head, targets_N: mx.array, weights_N: mx.array, *, train_head: bool) -> mx.array:

@@ -1,10 +1,11 @@
-"""The head and the loss on supervised positions only, in chunks: logits exist for one chunk at a time.
+"""The head and the loss on supervised positions only: logits exist for one tile, or one chunk of positions, at a time.
 
-Legend: N supervised positions, D model width, V vocabulary.
+Legend: N supervised positions, C of them at once, D model width, V vocabulary, T tokens of it at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,10 @@ from shared.families import HeadFacts
 CHUNK_ELEMENTS = 2**25  # logits of one chunk: 128 MiB in float32, so that its matmuls have rows enough to be fast
 CHUNK_ELEMENTS_CUDA = 2**26  # every chunk reads the whole head: a GPU needs some 500 rows to be busy meanwhile
 LEAST_ROWS = 96
+TILE_ROWS = 1024
+TILE_ELEMENTS = 2**22  # logits of one tile over a frozen head: 16 MiB in float32
+TILE_ELEMENTS_CUDA = 2**25
+LEAST_SUM = 1e-30  # of a tile whose every logit is far below the highest so far
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,12 @@ def chunk_rows(weight_VD: torch.Tensor) -> int:
     return max(elements // weight_VD.shape[0], LEAST_ROWS)
 
 
+def tile_sizes(h_ND: torch.Tensor) -> tuple[int, int]:
+    """Return how many positions and how many tokens of the vocabulary one tile holds."""
+    rows = max(min(len(h_ND), TILE_ROWS), 1)
+    return rows, (TILE_ELEMENTS_CUDA if h_ND.is_cuda else TILE_ELEMENTS) // rows
+
+
 def log_probs(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor) -> torch.Tensor:
     """Return (N,) float32 log-probabilities of the targets, without gradients."""
     weight_VD = head.weight(h_ND.dtype)
@@ -88,26 +99,10 @@ class _ChunkedSFT(torch.autograd.Function):
         weights_N: torch.Tensor,
         facts: HeadFacts,
     ) -> torch.Tensor:
-        wants = ctx.needs_input_grad
-        total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
-        dh_ND = torch.empty_like(h_ND) if wants[0] else None
-        dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants[1] else None
-        db_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants[2] and bias_V is not None else None
-        rows = min(chunk_rows(weight_VD), len(h_ND))
-        space_CV = torch.empty(rows, weight_VD.shape[0], dtype=h_ND.dtype, device=h_ND.device)
-        for start in range(0, h_ND.shape[0], rows):
-            at = slice(start, start + rows)
-            h_CD = h_ND[at]
-            z_CV = torch.mm(h_CD, weight_VD.T, out=space_CV[: len(h_CD)])
-            chunk, slope_CV = chunk_loss(finish(z_CV, bias_V, facts), targets_N[at, None], weights_N[at], facts)
-            slope_CV, total = slope_CV.to(h_ND.dtype), total.add_(chunk)
-            if dh_ND is not None:
-                torch.mm(slope_CV, weight_VD, out=dh_ND[at])
-            if dw_VD is not None:
-                dw_VD += slope_CV.T @ h_CD
-            if db_V is not None:
-                db_V += slope_CV.sum(dim=0)
-        ctx.save_for_backward(dh_ND, dw_VD, db_V)
+        total, *grads = loss_and_gradients(
+            h_ND, weight_VD, bias_V, targets_N, weights_N, facts=facts, wants=ctx.needs_input_grad
+        )
+        ctx.save_for_backward(*grads)
         ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return total
 
@@ -120,6 +115,34 @@ class _ChunkedSFT(torch.autograd.Function):
         if scaled[2] is not None:
             scaled[2] = scaled[2].to(ctx.dtypes[1])
         return (*scaled, None, None, None)
+
+
+def loss_and_gradients(
+    h_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor,
+    weights_N: torch.Tensor, *, facts: HeadFacts, wants: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """Return the summed loss and the gradients of h, weight and bias that are wanted."""
+    if not any(wants[1:3]):
+        return (*tiled_loss(h_ND, weight_VD, bias_V, targets_N, weights_N, facts), None, None)
+    total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
+    dh_ND = torch.empty_like(h_ND) if wants[0] else None
+    dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants[1] else None
+    db_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants[2] and bias_V is not None else None
+    rows = min(chunk_rows(weight_VD), len(h_ND))
+    space_CV = torch.empty(rows, weight_VD.shape[0], dtype=h_ND.dtype, device=h_ND.device)
+    for start in range(0, h_ND.shape[0], rows):
+        at = slice(start, start + rows)
+        h_CD = h_ND[at]
+        z_CV = torch.mm(h_CD, weight_VD.T, out=space_CV[: len(h_CD)])
+        chunk, slope_CV = chunk_loss(finish(z_CV, bias_V, facts), targets_N[at, None], weights_N[at], facts)
+        slope_CV, total = slope_CV.to(h_ND.dtype), total.add_(chunk)
+        if dh_ND is not None:
+            torch.mm(slope_CV, weight_VD, out=dh_ND[at])
+        if dw_VD is not None:
+            dw_VD += slope_CV.T @ h_CD
+        if db_V is not None:
+            db_V += slope_CV.sum(dim=0)
+    return total, dh_ND, dw_VD, db_V
 
 
 def chunk_loss(
@@ -137,6 +160,89 @@ def chunk_loss(
     slope_CV = share_CV.scatter_add_(1, target_C1, -sum_C[:, None])
     slope_CV.mul_((w_C * facts.scale / sum_C)[:, None])
     return (loss_C * w_C).sum(), slope_CV if curve_CV is None else slope_CV.mul_(curve_CV)
+
+
+@dataclass(frozen=True)
+class TileSums:
+    """What is known of C positions once some tiles of the vocabulary are done; e = exp(z - top)."""
+
+    top_C1: torch.Tensor  # the highest logit
+    e_C: torch.Tensor  # the sum of e
+    at_target_C: torch.Tensor  # the target's logit
+    slope_CD: torch.Tensor  # the sum of e times the soft-cap's curve times the head's rows
+
+
+def tiled_loss(
+    h_ND: torch.Tensor, weight_VD: torch.Tensor, bias: torch.Tensor | None, targets_N: torch.Tensor,
+    weights_N: torch.Tensor, facts: HeadFacts,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the summed loss over a frozen head and the gradient of h, tile by tile.
+
+    The softmax is kept up over tiles as attention's is over blocks of keys, the head's rows being keys and values:
+    every logit is computed once, whatever the vocabulary. Source: Milakov and Gimelshein 2018, algorithm 3.
+    """
+    total, dh_ND = torch.zeros((), dtype=torch.float32, device=h_ND.device), torch.empty_like(h_ND)
+    rows, columns = tile_sizes(h_ND)
+    space = torch.empty(rows * min(columns, len(weight_VD)), dtype=h_ND.dtype, device=h_ND.device)
+    for start in range(0, len(h_ND), rows):
+        at, sums = slice(start, start + rows), None
+        for first in range(0, len(weight_VD), columns):
+            weight_TD = weight_VD[first : first + columns]
+            z_CT = space[: len(h_ND[at]) * len(weight_TD)].view(-1, len(weight_TD))
+            torch.mm(h_ND[at], weight_TD.T, out=z_CT)
+            z_CT = finish(z_CT, None if bias is None else bias[first : first + columns], facts)
+            sums = add_tile(sums, z_CT, weight_TD, targets_N[at] - first, facts)
+        assert sums is not None
+        loss, dh_ND[at] = finished_loss(sums, weight_VD, targets_N[at], weights_N[at], facts)
+        total += loss
+    return total, dh_ND
+
+
+def add_tile(
+    sums: TileSums | None, z_CT: torch.Tensor, weight_TD: torch.Tensor, target_C: torch.Tensor, facts: HeadFacts
+) -> TileSums:
+    """Return the sums with one more tile; targets are counted from its first token, and may lie outside.
+
+    Overwrites the logits z, and the sums' own slope.
+    """
+    own_C, near_C = (target_C >= 0) & (target_C < len(weight_TD)), target_C.clamp(0, len(weight_TD) - 1)
+    at_target_C = torch.where(own_C, z_CT.gather(1, near_C[:, None])[:, 0], 0.0)
+    top_C1 = z_CT.amax(dim=1, keepdim=True)
+    top_C1 = top_C1 if sums is None else torch.maximum(top_C1, sums.top_C1)
+    curve_CT = None if facts.softcap is None else 1 - (z_CT / facts.softcap) ** 2
+    slope_CT = z_CT.sub_(top_C1).exp_()
+    e_C = slope_CT.sum(dim=1)
+    if curve_CT is not None:
+        slope_CT.mul_(curve_CT)
+    if sums is None:
+        return TileSums(top_C1, e_C, at_target_C, summed_rows(slope_CT, e_C, weight_TD, None))
+    less_C1 = (sums.top_C1 - top_C1).exp_()
+    slope_CD = summed_rows(slope_CT, e_C, weight_TD, sums.slope_CD.mul_(less_C1))
+    return TileSums(top_C1, sums.e_C * less_C1[:, 0] + e_C, sums.at_target_C + at_target_C, slope_CD)
+
+
+def summed_rows(
+    slope_CT: torch.Tensor, e_C: torch.Tensor, weight_TD: torch.Tensor, sums_CD: torch.Tensor | None
+) -> torch.Tensor:
+    """Return sums + slope W in float32. Overwrites both."""
+    if weight_TD.dtype == torch.float32:
+        return slope_CT @ weight_TD if sums_CD is None else sums_CD.addmm_(slope_CT, weight_TD)
+    e_C1 = e_C.clamp(min=LEAST_SUM)[:, None]  # float16 may not hold a sum of rows but their mean
+    more_CD = (slope_CT.div_(e_C1).to(weight_TD.dtype) @ weight_TD).float().mul_(e_C1)
+    return more_CD if sums_CD is None else sums_CD.add_(more_CD)
+
+
+def finished_loss(
+    sums: TileSums, weight_VD: torch.Tensor, target_C: torch.Tensor, w_C: torch.Tensor, facts: HeadFacts
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed loss of C positions and the gradient of their h, once all tiles are done."""
+    top_C, at_target_C = sums.top_C1[:, 0], sums.at_target_C
+    total = ((top_C - at_target_C + sums.e_C.log()) * w_C).sum()  # equal logits cancel before small ones are added
+    hit_C = share_C = w_C * facts.scale
+    if facts.softcap is not None:
+        hit_C = share_C * (1 - (at_target_C / facts.softcap) ** 2)
+    target_CD = weight_VD[target_C].float()
+    return total, sums.slope_CD.mul_((share_C / sums.e_C)[:, None]).sub_(target_CD.mul_(hit_C[:, None]))
 
 
 def sft(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:

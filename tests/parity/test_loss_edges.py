@@ -1,4 +1,4 @@
-"""The chunked loss where it is hard: huge and equal logits, saturated rows, bfloat16, quantized heads, one chunk."""
+"""The loss over a frozen head where it is hard: huge and equal logits, saturated rows, bfloat16, quantized heads."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ def draw(*, loud=1.0, seed=0, vocabulary=V, rows=N):
     return SimpleNamespace(h=loud * h, w=w, targets=targets, weights=random.uniform(0.5, 2.0, rows).astype(np.float32))
 
 
+def cut(monkeypatch):
+    """Make tiles of 64 positions and 128 tokens: three whole ones and a part, five whole ones and a part."""
+    for module in (on_mlx, on_torch):
+        monkeypatch.setattr(module, "TILE_ROWS", 64)
+        monkeypatch.setattr(module, "TILE_ELEMENTS", 64 * 128)
+
+
 def run(backend, drawn, facts, *, module=None, dtype="float32"):
     """Return the loss and its gradient with respect to the hidden states, the head frozen."""
     if backend == "torch":
@@ -65,19 +72,17 @@ def close(found, exact, *, loss=1e-6, grad=1e-5):
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of 64 positions: three whole ones and a part."""
-    for module in (on_mlx, on_torch):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+def small_tiles(monkeypatch):
+    """Several tiles in both directions."""
+    cut(monkeypatch)
 
 
 @BOTH
 @pytest.mark.parametrize("facts", FACTS, ids=str)
-def test_several_chunks_give_what_one_gives(backend, facts, monkeypatch):
+def test_several_tiles_give_what_one_gives(backend, facts, monkeypatch):
     drawn = draw()
     whole = run(backend, drawn, facts)
-    for module in (on_mlx, on_torch):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+    cut(monkeypatch)
     parts = run(backend, drawn, facts)
     exact = wanted(drawn, facts)
     assert parts[0] == pytest.approx(whole[0], rel=1e-6)
@@ -88,7 +93,33 @@ def test_several_chunks_give_what_one_gives(backend, facts, monkeypatch):
 
 @BOTH
 @pytest.mark.parametrize("facts", FACTS, ids=str)
-def test_huge_logits_stay_finite_and_right(backend, facts, small_chunks):
+def test_a_head_with_a_bias_has_it_in_every_tile(backend, facts, small_tiles):
+    drawn = draw()
+    bias = np.linspace(-3, 3, V, dtype=np.float32)
+    if backend == "torch":
+        module = SimpleNamespace(weight=torch.tensor(drawn.w), bias=torch.tensor(bias))
+    else:
+        module = nn.Linear(1, 1)
+        module.weight, module.bias = mx.array(drawn.w), mx.array(bias)
+    exact = reference.sft_loss(drawn.h, drawn.w, bias, drawn.targets, drawn.weights, facts)
+    close(run(backend, drawn, facts, module=module), exact)
+
+
+@BOTH
+@pytest.mark.parametrize("order", [1, -1])
+def test_logits_that_rise_or_fall_from_tile_to_tile(backend, order, small_tiles):
+    """The highest logit so far changes with every tile, or never again: earlier sums shrink to nothing, or later ones.
+
+    Of 400 nats between one tile and the next, float16 and float32 hold no power.
+    """
+    drawn = draw()
+    drawn.h[:, 0], drawn.w[:, 0] = 1.0, np.linspace(0, 2000, V)[::order]
+    close(run(backend, drawn, HeadFacts()), wanted(drawn, HeadFacts()))
+
+
+@BOTH
+@pytest.mark.parametrize("facts", FACTS, ids=str)
+def test_huge_logits_stay_finite_and_right(backend, facts, small_tiles):
     drawn = draw(loud=3e3)
     exact = wanted(drawn, facts)
     found = run(backend, drawn, facts)
@@ -137,7 +168,7 @@ def test_not_a_number_in_a_hidden_state_is_not_hidden(backend):
 @BOTH
 @pytest.mark.parametrize("facts", FACTS, ids=str)
 @pytest.mark.parametrize("tied", [False, True])
-def test_loss_of_a_quantized_head_is_that_of_its_decoded_weight(backend, facts, tied, small_chunks):
+def test_loss_of_a_quantized_head_is_that_of_its_decoded_weight(backend, facts, tied, small_tiles):
     drawn, quantizer = draw(), AffineQuantizer(Scheme("affine", 4, 32))
     packed = quantizer.quantize(Tensor("F32", drawn.w))
     drawn.w = to_float32(quantizer.dequantize(packed))
@@ -149,8 +180,18 @@ def test_loss_of_a_quantized_head_is_that_of_its_decoded_weight(backend, facts, 
 
 
 @BOTH
+def test_float16_holds_the_sums_of_long_tiles(backend):
+    """65,536 shares of a row, one for every token, do not fit into a float16, their mean does."""
+    drawn = draw(vocabulary=65_536, rows=4)
+    drawn.h, drawn.w = np.zeros((4, D), dtype=np.float32), np.full((65_536, D), 2.0, dtype=np.float32)
+    loss, grad = run(backend, drawn, HeadFacts(), dtype="float16")
+    assert loss == pytest.approx(np.log(65_536) * drawn.weights.astype(np.float64).sum(), rel=1e-6)
+    assert np.abs(grad).max() <= 1e-2
+
+
+@BOTH
 @pytest.mark.parametrize("facts", FACTS, ids=str)
-def test_bfloat16_states_cost_the_rounding_of_their_logits_alone(backend, facts, small_chunks):
+def test_bfloat16_states_cost_the_rounding_of_their_logits_alone(backend, facts, small_tiles):
     drawn = draw()
     drawn.h, drawn.w = (torch.tensor(x).bfloat16().float().numpy() for x in (drawn.h, drawn.w))
     close(
