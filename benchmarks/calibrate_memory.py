@@ -125,7 +125,9 @@ def add_rest(costs: Costs, base: Case, *, lora: Costs | None) -> Costs:
     big = replace(few, hidden=512, heads=8, key_heads=8, mlp=2048, rank=512)
     table = replace(few, vocabulary=65536, hidden=128, heads=2, key_heads=2, mlp=64)
     loss = replace(table, hidden=64, heads=1, key_heads=1, length=512, micro_tokens=512, supervised=1.0)
-    chunk = replace(loss, length=model.CHUNK_ROWS, micro_tokens=model.CHUNK_ROWS)
+    tile = model.WORD * model.TILE_ELEMENTS[f"{base.backend}-cpu"]
+    chunks = replace(loss, **({} if lora else {"targets": "q_proj lm_head"}))
+    chunk = replace(chunks, length=model.CHUNK_ROWS, micro_tokens=model.CHUNK_ROWS)
     logits = model.WORD * model.CHUNK_ROWS * 65536
     packed = replace(big, rank=8, quantization="affine-4bit-g64")
 
@@ -150,8 +152,8 @@ def add_rest(costs: Costs, base: Case, *, lora: Costs | None) -> Costs:
         costs = replace(costs, quantizing=ratio(found, big.hidden * big.mlp))
         found, shape = rest(packed)
         costs = replace(costs, decodes=ratio(found, big.hidden * big.mlp * model.SIZES[base.dtype]))
-        costs = replace(costs, logits=ratio(rest(chunk)[0], logits))
-        return replace(costs, queued=ratio(rest(loss)[0], logits))
+        costs = replace(costs, tiles=ratio(rest(loss)[0], tile), logits=ratio(rest(chunk)[0], logits))
+        return replace(costs, queued=ratio(rest(chunks)[0], logits))
     costs = replace(costs, logits=lora.logits, queued=lora.queued, framework=lora.framework)
     return replace(costs, head=ratio(rest(chunk)[0], logits))
 
@@ -201,7 +203,7 @@ def run(case: Case, folder: Path, *, load_only: bool) -> None:
     spec = resolve(config.adapter, base.info)
     base.attach(spec)
     if spec.kind == "lora":
-        base.load_tensors("adapter", initial_adapter(spec, base.info.linears, seed=0))
+        base.load_tensors("adapter", initial_adapter(spec, base.info.adaptable, seed=0))
     trainer = find_backend(case.backend).trainer(base, objective="sft", optimizer=Method("adamw"))
     random = np.random.default_rng(0)
     examples = [

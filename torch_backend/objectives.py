@@ -17,7 +17,7 @@ CHUNK_ELEMENTS = 2**25  # logits of one chunk: 128 MiB in float32, so that its m
 CHUNK_ELEMENTS_CUDA = 2**26  # every chunk reads the whole head: a GPU needs some 500 rows to be busy meanwhile
 LEAST_ROWS = 96
 TILE_ROWS = 1024
-TILE_ELEMENTS = 2**22  # logits of one tile over a frozen head: 16 MiB in float32
+TILE_ELEMENTS = 2**21  # logits of one tile over a frozen head: 8 MiB in float32
 TILE_ELEMENTS_CUDA = 2**25
 LEAST_SUM = 1e-30  # of a tile whose every logit is far below the highest so far
 

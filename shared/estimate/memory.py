@@ -4,7 +4,7 @@ The peak is what stands all the time (weights, adapter, optimizer state, summed 
 largest of these moments:
 
   backward   every layer's kept rows, one layer's working set, a decoded weight
-  loss       every layer's kept rows, a chunk of logits, a decoded head
+  loss       every layer's kept rows, a tile or a chunk of logits, a decoded head
   update     new gradients of all trained tensors and the optimizer's temporaries, no activations
   last layer (MLX with one micro-batch an update: no sums stand yet) all new gradients, one layer's working set
 
@@ -36,7 +36,10 @@ STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 IN_FLOAT32 = {"nf4", "fp4", "int8"}  # formats that are decoded in float32, and have no kernel in MLX
 IN_BLOCKS = {"affine", "ternary"}  # formats that are decoded block by block on a CPU
 DECODE_BLOCK = 2**21
-# Logits of one chunk, as the backends' objectives cut them, and the fewest rows.
+# Logits of one tile over a frozen head, as the backends' objectives cut them, and the most rows; of one chunk over a
+# trained or adapted one, and the fewest rows.
+TILE_ELEMENTS = {"torch-cpu": 2**21, "torch-gpu": 2**25, "mlx-cpu": 2**20, "mlx-gpu": 2**22}
+TILE_ROWS = {"torch": 1024, "mlx": 512}
 CHUNK_ELEMENTS = {"torch-cpu": 2**25, "torch-gpu": 2**26, "mlx-cpu": 3 * 2**20, "mlx-gpu": 3 * 2**20}
 CHUNK_ROWS = 96
 ZOO_UNIT = {"torch": 2.0, "mlx": 3.0}  # rows as wide as the MLP that the zoo keeps beyond gate and up
@@ -264,7 +267,7 @@ def running_bytes(
     before = min(inputs, activations["activations"]) if recompute else activations["activations"]
     decode = decode_bytes(config, shape, costs, place=place)
     head = head_decode_bytes(config, shape)
-    loss = loss_bytes(shape, work, costs, place=place, size=size)
+    loss = loss_bytes(shape, spec, work, costs, place=place, size=size)
     trained_head = WORD * costs.head * shape.info.vocab_size * shape.width if full else 0
     held = WORD * shape.info.vocab_size * shape.width if full else 0  # the head's gradient waits for the others
     return {
@@ -367,12 +370,22 @@ def weight_bytes(shape: Shape, *, dtype: str, scheme: Scheme | None) -> int:
     return total
 
 
-def loss_bytes(shape: Shape, work: Work, costs: Costs, *, place: str, size: int) -> float:
-    """Return the bytes of one chunk's logits, and of the hidden states at supervised positions with their gradient."""
-    rows = min(max(CHUNK_ELEMENTS[place] // shape.info.vocab_size, CHUNK_ROWS), work.supervised)
-    behind = min(rows, (work.supervised - rows) / 2)  # two more chunks may be under way, if there are as many
-    logits = (costs.logits * rows + costs.queued * behind) * shape.info.vocab_size
+def loss_bytes(shape: Shape, spec: AdapterSpec, work: Work, costs: Costs, *, place: str, size: int) -> float:
+    """Return the bytes of the logits at one time, and of supervised positions' hidden states and their gradient."""
+    if trains_head(shape, spec):
+        rows = min(max(CHUNK_ELEMENTS[place] // shape.info.vocab_size, CHUNK_ROWS), work.supervised)
+        behind = min(rows, (work.supervised - rows) / 2)  # two more chunks may be under way, if there are as many
+        logits = (costs.logits * rows + costs.queued * behind) * shape.info.vocab_size
+    else:
+        rows = max(min(work.supervised, TILE_ROWS[place.partition("-")[0]]), 1)
+        logits = costs.tiles * rows * min(TILE_ELEMENTS[place] // rows, shape.info.vocab_size)
     return logits * WORD + 2 * work.supervised * shape.width * size
+
+
+def trains_head(shape: Shape, spec: AdapterSpec) -> bool:
+    """Return whether the loss goes by chunks: its head, or the embedding that it is tied to, is trained or adapted."""
+    ends = (name for name in (*spec.modules, *spec.saved) if name in shape.info.ends)
+    return spec.kind == "none" or any(shape.tied or not is_embedding(name) for name in ends)
 
 
 def decode_bytes(config: RunConfig, shape: Shape, costs: Costs, *, place: str) -> float:

@@ -388,6 +388,9 @@ def test_chunks_are_those_of_the_backends():
 
     found = {"torch-cpu": theirs.CHUNK_ELEMENTS, "torch-gpu": theirs.CHUNK_ELEMENTS_CUDA}
     assert {**found, "mlx-cpu": ours.CHUNK_ELEMENTS, "mlx-gpu": ours.CHUNK_ELEMENTS} == memory.CHUNK_ELEMENTS
+    found = {"torch-cpu": theirs.TILE_ELEMENTS, "torch-gpu": theirs.TILE_ELEMENTS_CUDA}
+    found |= {"mlx-cpu": ours.TILE_ELEMENTS, "mlx-gpu": ours.TILE_ELEMENTS_GPU}
+    assert (found, {"torch": theirs.TILE_ROWS, "mlx": ours.TILE_ROWS}) == (memory.TILE_ELEMENTS, memory.TILE_ROWS)
     assert memory.CHUNK_ROWS == ours.LEAST_ROWS == theirs.LEAST_ROWS
     assert memory.SCORE_ROWS == attention.BLOCK
 
