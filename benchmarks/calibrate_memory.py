@@ -15,7 +15,7 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -143,11 +143,9 @@ def add_rest(costs: Costs, base: Case, *, lora: Costs | None) -> Costs:
         if base.backend == "torch":
             peak, _, shape = measure_fresh(replace(few, supervised=1.0), plain=False)
             costs = replace(costs, framework=round(peak - known_bytes(few, shape, costs)))
-        masked = replace(base, layers=4, dropout=0.1)
-        found, shape = rest(masked)
-        work = largest(masked)
-        one = work.positions * model.SIZES[base.dtype] * model.dropped_inputs(shape, spec_of(masked, shape))
-        costs = replace(costs, dropout=ratio(found, one))
+        four, eight = (in_masks(replace(base, layers=layers, dropout=0.1), rest) for layers in (4, 8))
+        costs = replace(costs, dropout=ratio(eight - four, 4))
+        costs = replace(costs, masks=ratio(four - 4 * costs.dropout, 1))
         found, shape = rest(packed, load_only=True)
         costs = replace(costs, quantizing=ratio(found, big.hidden * big.mlp))
         found, shape = rest(packed)
@@ -156,6 +154,13 @@ def add_rest(costs: Costs, base: Case, *, lora: Costs | None) -> Costs:
         return replace(costs, queued=ratio(rest(chunks)[0], logits))
     costs = replace(costs, logits=lora.logits, queued=lora.queued, framework=lora.framework)
     return replace(costs, head=ratio(rest(chunk)[0], logits))
+
+
+def in_masks(case: Case, rest: Callable[[Case], tuple[float, model.Shape]]) -> float:
+    """Return how many rows of a layer's adapted inputs are not explained yet."""
+    found, shape = rest(case)
+    dropped = model.dropped_inputs(shape, spec_of(case, shape)) / case.layers
+    return found / (largest(case).positions * model.SIZES[case.dtype] * dropped)
 
 
 def ratio(found: float, unit: float) -> float:

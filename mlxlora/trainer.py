@@ -51,21 +51,22 @@ class MLXTrainer:
         total, sums = mx.zeros(()), None
         for batch in micro:
             loss, grads = self.accumulate(batch, update, factor)
+            self.compute(loss, grads)  # frees the graph before the next one, or the optimizer's, is built
             total = total + loss
             sums = grads if sums is None else tree_map(mx.add, sums, grads)
-            self.compute(total, sums)  # frees the graph before the next one, or the optimizer's, is built
+            mx.async_eval(total, sums)  # behind the gradients: summed in one go with them MLX keeps more layers' work
         return total, {self.model.canonical(name): grad for name, grad in flatten(sums)}
 
-    def compute(self, total: mx.array, grads: dict) -> None:
-        """Have the sums computed; with recompute from the last layer to the first, so that each is done with in turn.
+    def compute(self, loss: mx.array, grads: dict) -> None:
+        """Have a micro-batch computed; with recompute from the last layer to the first, each done with in its turn.
 
         In one go MLX leaves gradients of upper layers for later and keeps what was computed again for them.
         """
         if self.model.recomputes:
             named = flatten(grads)
             for layer in sorted({layer_of(name) or 0 for name, _ in named}, reverse=True):
-                mx.eval(total, [grad for name, grad in named if (layer_of(name) or 0) == layer])
-        mx.eval(total, grads)
+                mx.eval(loss, [grad for name, grad in named if (layer_of(name) or 0) == layer])
+        mx.eval(loss, grads)
 
     def accumulate(self, batch: Batch, update: Update, factor: float | mx.array) -> tuple[mx.array, dict]:
         """Return factor times one micro-batch's summed loss, and the gradient of that."""

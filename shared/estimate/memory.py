@@ -256,10 +256,11 @@ def running_bytes(
     more = rows * (experts.kept_unit * shape.unit + experts.kept_routed * shape.chosen * shape.width)
     kept, working = (kept, working + more) if recompute else (kept + more, working)
     working += rows * (experts.unit * shape.unit + experts.routed * shape.chosen * shape.width)
-    masks = work.positions * size * costs.dropout * dropped_inputs(shape, spec) / active if spec.dropout else 0
+    dropped = work.positions * size * dropped_inputs(shape, spec) / active if spec.dropout else 0
     unused = (
         work.positions * size * (kept_inputs(shape, None) / shape.info.num_layers - kept_inputs(shape, spec) / active)
     )
+    masks, working = costs.dropout * dropped, working + costs.masks * dropped
     kept, working = (kept, working + masks) if recompute else (kept + masks - unused, working)
     activations = {"activations": kept * active, "layer": working}
     # With recompute only the layers' inputs are there at the loss; MLX keeps more once the backward pass has begun.
