@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora.elementwise import exp, on_gpu, row_sums
+from mlxlora.rotary import rotate
 from shared.families import CHECKED
 
 PACKABLE = CHECKED | {
@@ -200,7 +201,8 @@ def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, group: Group) -
     query_heads, key_heads = heads_of(layer)
     rows, window = len(q), getattr(layer, "window", None)
     q, k, v = heads(q, query_heads, layer.get("q_norm")), heads(k, key_heads, layer.get("k_norm")), heads(v, key_heads)
-    y = causal(layer.rope(q), layer.rope(k), v, scale=layer.scale, window=window).transpose(0, 2, 1, 3)
+    q, k = rotate(layer, q, k)
+    y = causal(q, k, v, scale=layer.scale, window=window).transpose(0, 2, 1, 3)
     return group.gather(y.reshape(rows, group.count * group.longest, -1))
 
 

@@ -24,6 +24,7 @@ PACKAGES = ("shared", "mlxlora", "torch_backend")
 UNMIRRORED = {
     "elementwise.py": "functions that MLX computes slowly or inexactly on a CPU: torch's are better",
     "norms.py": "what MLX has as one operation",
+    "rotary.py": "what MLX composes of many operations on a CPU: torch's zoo has a table already",
     "kernels.py": "triton: MLX decodes its own format, and has kernels of its own for it",
     "offload.py": "activations in host memory: with unified memory there is no other memory to move them to",
 }
