@@ -13,6 +13,7 @@ from shared.config import Places, RunConfig, known_keys, validate
 from shared.errors import ConfigError, did_you_mean
 
 MAX_BYTES = 1_000_000
+DATA_SUFFIXES = {".jsonl", ".csv", ".parquet"}  # of files that are given by mistake
 MAX_DEPTH = 20
 MAX_NODES = 20_000  # half a second to read
 Lines = dict[tuple[Any, ...], int]
@@ -97,6 +98,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
             kind = "is a folder" if path.is_dir() else "does not exist"
             raise ConfigError(
                 f"config file {path} {kind}", code="E203", fix="give the path of a YAML file, or --model and --data"
+            )
+        if path.suffix in DATA_SUFFIXES:
+            raise ConfigError(
+                f"{path} is no config: it looks like data", code="E203", fix=f"--data {path} --model MODEL"
             )
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(

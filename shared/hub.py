@@ -154,7 +154,10 @@ def explain(problem: BaseException, name: str, kind: str, revision: str | None) 
     if kinds & {"TimeoutException", "TimeoutError"}:
         return f"{what} does not answer", "try again later; HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer"
     if "ConnectError" in kinds:
-        return f"{what} cannot be reached", "check the network; --offline takes what was downloaded"
+        return (
+            f"{what} cannot be reached",
+            "check the network, or the path of a folder; --offline takes what was downloaded",
+        )
     if kinds & {"NetworkError", "ProtocolError"}:
         return f"{what} broke off every download", "run the command again: it goes on where the download stopped"
     first = (str(problem).strip() or type(problem).__name__).splitlines()[0]

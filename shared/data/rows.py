@@ -86,7 +86,7 @@ def split_files(path: Path, split: str, *, names: Mapping[Any, str] | None = Non
         near = sorted(item.name for item in path.iterdir())[:5]
         raise DataError(
             f"{path} has no {own or split}.jsonl", code="E210", expected=f"{own or split} with one of {known}",
-            fix=f"it holds: {', '.join(near) or 'nothing'}",
+            fix=f"it holds: {', '.join(near)}" if near else "this folder is empty: give another, or a file",
         )  # fmt: skip
     return []
 
@@ -222,7 +222,17 @@ def advice(value: dict[str, Any]) -> str | None:
     known = ["text", "prompt", "completion", "messages", "conversations"]
     if (rows := next((key for key, inner in value.items() if are_rows(inner, known)), None)) is not None:
         return f'write the list of "{rows}" alone: [{{...}}, ...]'
-    return next((hint for key in value if key not in known and "mean" in (hint := did_you_mean(str(key), known))), None)
+    mistyped = (hint for key in value if key not in known and "mean" in (hint := did_you_mean(str(key), known)))
+    if (hint := next(mistyped, None)) is not None or known_keys(value):
+        return hint
+    if sum(isinstance(inner, str) for inner in value.values()) > 1:
+        return "say which are which: --set 'data.columns={prompt: NAME, completion: NAME}'"
+    return None
+
+
+def known_keys(value: dict[str, Any]) -> bool:
+    """Return whether a row has a key of one of our formats."""
+    return not {"text", "prompt", "completion", "messages", "conversations"}.isdisjoint(value)
 
 
 def are_rows(value: Any, known: Collection[str]) -> bool:

@@ -333,6 +333,9 @@ def test_files_that_are_no_config_are_refused(load, tmp_path):
         load_config(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match="is a folder"):
         load_config(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ConfigError, match=r"(?s)looks like data.*--data .*train.jsonl"):
+        load_config(tmp_path / "train.jsonl")
 
 
 def test_a_byte_order_mark_is_passed_over(load):

@@ -328,6 +328,21 @@ def test_a_folder_without_train_jsonl_says_what_it_holds(tmp_path):
         split_files(tmp_path, "train")
 
 
+def test_an_empty_folder_is_called_empty(tmp_path):
+    with pytest.raises(DataError, match=r"(?s)has no train.jsonl.*this folder is empty"):
+        split_files(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("row", "advised"),
+    [({"Customer Question": "why?", "id": "1", "the_reply": "so"}, True), ({"a": "b", "n": 3}, False)],
+)
+def test_columns_of_other_names_are_told_how_to_be_named(write_jsonl, row, advised):
+    with pytest.raises(DataError, match="unknown row") as caught:
+        list(read_rows(write_jsonl(row)))
+    assert ("data.columns={prompt: NAME" in str(caught.value)) == advised
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "rows.xml").touch()
     with pytest.raises(DataError, match=r"(?s)rows.xml is no data file.*one of .jsonl, .json, .csv, .tsv, .parquet"):
