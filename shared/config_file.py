@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from shared.config import Places, RunConfig, known_keys, validate
 from shared.errors import ConfigError, did_you_mean
 
 MAX_BYTES = 1_000_000
-DATA_SUFFIXES = {".jsonl", ".csv", ".parquet"}  # of files that are given by mistake
+DATA_SUFFIXES = {".jsonl", ".csv", ".tsv", ".parquet"}  # of files that are given by mistake
 MAX_DEPTH = 20
 MAX_NODES = 20_000  # half a second to read
 Lines = dict[tuple[Any, ...], int]
@@ -101,7 +102,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
             )
         if path.suffix in DATA_SUFFIXES:
             raise ConfigError(
-                f"{path} is no config: it looks like data", code="E203", fix=f"--data {path} --model MODEL"
+                f"{path} is no config: it looks like data",
+                code="E203",
+                fix=f"--data {shlex.quote(str(path))} --model MODEL",
             )
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(
