@@ -223,16 +223,11 @@ def advice(value: dict[str, Any]) -> str | None:
     if (rows := next((key for key, inner in value.items() if are_rows(inner, known)), None)) is not None:
         return f'write the list of "{rows}" alone: [{{...}}, ...]'
     mistyped = (hint for key in value if key not in known and "mean" in (hint := did_you_mean(str(key), known)))
-    if (hint := next(mistyped, None)) is not None or known_keys(value):
+    if (hint := next(mistyped, None)) is not None or not set(known).isdisjoint(value):
         return hint
     if sum(isinstance(inner, str) for inner in value.values()) > 1:
         return "say which are which: --set 'data.columns={prompt: NAME, completion: NAME}'"
     return None
-
-
-def known_keys(value: dict[str, Any]) -> bool:
-    """Return whether a row has a key of one of our formats."""
-    return not {"text", "prompt", "completion", "messages", "conversations"}.isdisjoint(value)
 
 
 def are_rows(value: Any, known: Collection[str]) -> bool:
