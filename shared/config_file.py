@@ -12,6 +12,7 @@ import yaml
 
 from shared.config import Places, RunConfig, known_keys, validate
 from shared.errors import ConfigError, did_you_mean
+from shared.problems import NO_FILE
 
 MAX_BYTES = 1_000_000
 DATA_SUFFIXES = {".jsonl", ".csv", ".tsv", ".parquet"}  # of files that are given by mistake
@@ -63,7 +64,7 @@ def load_config(path: Path, *, overrides: Iterable[str] = (), values: dict[str, 
 
 def build_config(values: dict[str, Any], *, overrides: Iterable[str] = ()) -> RunConfig:
     """Return the config of nested values and `key.sub=value` overrides, without a file."""
-    return build_over({}, values, overrides, place="config", places={})
+    return build_over({}, values, overrides, place=NO_FILE, places={})
 
 
 def build_over(

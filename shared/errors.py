@@ -136,9 +136,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     >>> did_you_mean("learning_rat", ["lr", "learning_rate"])
     'did you mean "learning_rate"?'
+    >>> did_you_mean("adamm", ["adam", "adamw", "sgd"])
+    'did you mean "adam" or "adamw"?'
     >>> did_you_mean("zzz", ["b", "a"])
     'known: a, b'
     """
     names = sorted(set(known))
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f'did you mean "{near[0]}"?' if near else f"known: {', '.join(names)}"
+    near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
+    if not near:
+        return f"known: {', '.join(names)}"
+    alike = near if all(one.startswith(near[0]) and name.startswith(near[0]) for one in near) else near[:1]
+    return "did you mean " + " or ".join(f'"{one}"' for one in alike) + "?"

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from shared.errors import ConfigError, did_you_mean
 
+NO_FILE = "config"  # the place of a config that no file holds
 Places = dict[tuple[Any, ...], str]  # key path -> where it was set: "run.yaml:3", "--set"
 
 
@@ -50,9 +51,10 @@ def describe(root: type[BaseModel], error: ValidationError, *, place: str, place
     if first["type"] == "missing":
         inner = keys_of(root, path)  # of a section, which --set takes apart
         at = f"{key}.{inner[0]}" if inner else key
-        return ConfigError(
-            f'{where}: key "{key}" is missing', code="E202", fix=f"add {key} to the config, or --set {at}=..."
-        )
+        fix = f"add {key} to the config, or --set {at}=..."
+        if (place, key) == (NO_FILE, "model"):
+            fix = "name a config file, or --model MODEL --data DATA; `mlxlora recipes ls` lists configs to begin with"
+        return ConfigError(f'{where}: key "{key}" is missing', code="E202", fix=fix)
     found = first.get("input")
     shown = "" if isinstance(found, dict) else f", found {shorten(found)}"
     wanted = dict.fromkeys(expectation(root, problem) for problem in problems)

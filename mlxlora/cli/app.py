@@ -23,7 +23,6 @@ from mlxlora.cli.options import (
     Supervise,
     Sweep,
     check_backend,
-    check_choice,
     given,
 )
 from mlxlora.cli.output import emit, emit_object, say
@@ -214,6 +213,7 @@ def explain(
 ) -> None:
     """Cause and remedy of an error, by its code."""
     from shared.catalogue import CATALOGUE, exit_code
+    from shared.errors import ConfigError
 
     if code is None:
         if as_json:
@@ -222,7 +222,8 @@ def explain(
             print(f"{key}  {kind.title}")
         return
     name = f"E{code.upper().removeprefix('E')}"
-    check_choice("explain", name, tuple(CATALOGUE))
+    if name not in CATALOGUE:
+        raise ConfigError(f'explain: no error has the code "{code}"', fix="`mlxlora explain` lists all codes")
     kind = CATALOGUE[name]
     if as_json:
         emit_object({"code": name, "exit_code": exit_code(name), **vars(kind)})

@@ -25,7 +25,8 @@ def check_base(adapter: Adapter, base: ModelFolder) -> None:
     gaps = differences(adapter.notes.get(KEY), architecture_of(base))
     if gaps:
         words = ", ".join(f"{name} {trained}, here {here}" for name, trained, here in gaps)
-        raise refusal(f"the adapter was trained on another architecture: {words}")
+        what = f"the adapter {adapter.source} was trained on another architecture: {words}"
+        raise refusal(what, adapter.trained_on, insist=all(may_fit(*gap) for gap in gaps))
 
 
 def check_bases(adapters: Sequence[Adapter]) -> None:
@@ -34,7 +35,9 @@ def check_bases(adapters: Sequence[Adapter]) -> None:
     gaps = [gap for other in known[1:] for gap in differences(known[0], other)]
     if gaps:
         words = ", ".join(dict.fromkeys(f"{name} {one} and {other}" for name, one, other in gaps))
-        raise refusal(f"the adapters were trained on different architectures: {words}")
+        raise refusal(
+            f"the adapters were trained on different architectures: {words}", insist=all(may_fit(*gap) for gap in gaps)
+        )
 
 
 def differences(one: Any, other: Any) -> list[tuple[str, Any, Any]]:
@@ -45,10 +48,17 @@ def differences(one: Any, other: Any) -> list[tuple[str, Any, Any]]:
             if name in one and name in other and one[name] != other[name]]  # fmt: skip
 
 
-def refusal(what: str) -> AdapterError:
-    """Return the error that says how to insist."""
-    fix = f"use the base that adapter_config.json names; {VARIABLE}=1 takes whatever fits"
-    return AdapterError(what, fix=fix)
+def may_fit(name: str, trained: Any, here: Any) -> bool:
+    """Return whether an adapter's matrices could fit all the same: not those of another width, or of more layers."""
+    if name == "num_hidden_layers":
+        return isinstance(trained, int) and isinstance(here, int) and here > trained
+    return name != "hidden_size"
+
+
+def refusal(what: str, named: str | None = None, *, insist: bool) -> AdapterError:
+    """Return the error that names the base, and how to insist where that could work."""
+    fix = f"use the base it was trained on, {named}" if named else "use the base that adapter_config.json names"
+    return AdapterError(what, fix=f"{fix}; {VARIABLE}=1 takes whatever fits" if insist else fix)
 
 
 def other_weights(adapter: Adapter, sha256: str) -> Iterator[str]:

@@ -33,6 +33,7 @@ from shared.adapters.schema import (
     check_mlx,
     check_peft,
     match_pattern,
+    named_base,
     read_names,
     read_number,
     read_pattern,
@@ -68,6 +69,8 @@ class Adapter:
     copies: Mapping[str, Tensor] = field(
         default_factory=dict[str, Tensor]
     )  # weights of the base by their names, (V, D)
+    source: str = ""  # the folder it was read from
+    trained_on: str | None = None  # the base, as the folder names it
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -93,7 +96,10 @@ def read_as(folder: Path, file: str) -> Adapter:
     readers = {PEFT_FILE: from_peft, MLX_FILE: from_mlx_lm, OWN_FILE: from_own}
     spec, tensors = readers[file](config, stored)
     notes = config.get("mlxlora")
-    return Adapter(spec, tensors, notes if isinstance(notes, dict) else {}, copies_of(config, stored))
+    return Adapter(
+        spec, tensors, notes if isinstance(notes, dict) else {}, copies_of(config, stored),
+        source=str(folder), trained_on=named_base(config),
+    )  # fmt: skip
 
 
 def copies_of(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -147,3 +147,9 @@ def match_pattern(pattern: Mapping[str, float], module: str, default: float) -> 
     2
     """
     return next((n for name, n in pattern.items() if re.match(rf"(.*\.)?({name})$", module)), default)
+
+
+def named_base(config: Mapping[str, Any]) -> str | None:
+    """Return the model that an adapter's config names, None where it names none."""
+    named = config.get("base_model_name_or_path") or config.get("model")
+    return named if isinstance(named, str) else None

@@ -31,7 +31,7 @@ from shared.adapters.names import (
     turned,
     twin,
 )
-from shared.adapters.schema import CONFIG_FILE
+from shared.adapters.schema import CONFIG_FILE, named_base
 from shared.adapters.spec import ends_of, is_embedding, layer_of, leaves_of
 from shared.adapters.writing import (
     METADATA,
@@ -152,12 +152,6 @@ def find_base(config: Mapping[str, Any], base: str | None) -> ModelFolder | None
         ) from None  # fmt: skip
     except CapabilityError:
         return None
-
-
-def named_base(config: Mapping[str, Any]) -> str | None:
-    """Return the model that an adapter's config names, None where it names none."""
-    named = config.get("base_model_name_or_path") or config.get("model")
-    return named if isinstance(named, str) else None
 
 
 def facts_of(folder: ModelFolder | None) -> Facts:

@@ -11,10 +11,10 @@ from shared.adapters.bases import check_base, different_bases
 from shared.adapters.combining import check_options, combine
 from shared.adapters.folder import Adapter, check_copies, read_adapter
 from shared.adapters.names import MLX_FILE, PEFT_FILE
-from shared.adapters.schema import CONFIG_FILE
+from shared.adapters.schema import CONFIG_FILE, named_base
 from shared.adapters.spec import ends_of
 from shared.adapters.writing import METADATA, to_mlx, to_peft, why_not_mlx, write_config
-from shared.convert.adapters import RESTORE_FILE, facts_of, find_base, named_base
+from shared.convert.adapters import RESTORE_FILE, facts_of, find_base
 from shared.convert.target import ADAPTER, new_folder
 from shared.errors import CapabilityError, ConfigError
 from shared.experts import is_stack

@@ -195,8 +195,8 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
         yield from other_weights(read_adapter(Path(run.config.adapter.start).expanduser()), run.identity["base"])
     yield from odd_sizes(run)
     yield from idle_settings(run, prepared)
-    if capability.name == "mlx" and capability.device == "cpu" and run.config.train.dtype != "float32":
-        yield f"{run.config.train.dtype} is slow in MLX on a CPU; --set train.dtype=float32 is faster"
+    if capability.device == "cpu" and run.config.train.dtype != "float32":
+        yield f"{run.config.train.dtype} is slow on a CPU; --set train.dtype=float32 is faster"
 
 
 def make_identity(prepared: Prepared, hashes: Future[dict[str, str]]) -> Identity:

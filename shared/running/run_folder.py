@@ -116,9 +116,9 @@ def open_run(folder: Path) -> bool:
         with suppress(OSError):  # a parent that may not be read
             sync(folder.resolve().parent)
     except OSError as error:
-        raise StorageError(
-            f"output: cannot write in {folder}: {error.strerror}", fix="choose another --output"
-        ) from None
+        file = next((place for place in (folder, *folder.parents) if place.is_file()), None)
+        reason = f"{file} is a file" if file else error.strerror
+        raise StorageError(f"output: cannot write in {folder}: {reason}", fix="choose another --output") from None
     return made
 
 
