@@ -12,6 +12,7 @@ from shared.adapters.folder import Adapter, check_copies, check_fit
 from shared.config import EvaluationConfig
 from shared.convert.merge import read_weighted
 from shared.data.layout import choose_layout
+from shared.data.notices import lost_in
 from shared.data.prompts import Prompt
 from shared.data.rows import Row, find_data, find_split, read_rows
 from shared.data.tokenize import Tokenizer, load_tokenizer, tokenize_rows
@@ -25,7 +26,7 @@ from shared.protocols import Backend, Model, Rows
 from shared.registry import find_backend
 from shared.running.run_folder import hash_files, joint_hash
 from shared.schemes import parse_scheme
-from shared.strict import check_length
+from shared.strict import beyond_positions, check_length
 from shared.types import Sampling, Token
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -122,12 +123,15 @@ def find_rows(
 
 
 def evaluate_rows(
-    session: Session, rows: list[Row], *, max_length: int = 2048, train_on: str = "completion"
-) -> Evaluation:
+    session: Session, rows: list[Row], *, max_length: int = 2048, train_on: str = "completion",
+    note: Note = lambda text: None,
+) -> Evaluation:  # fmt: skip
     """Return the loss on rows: nats per supervised token."""
     examples = tokenize_rows(rows, session.tokenizer, train_on=train_on, max_length=max_length)
     longest = max(examples, key=lambda example: len(example.tokens))
     check_length(session.model.info, len(longest.tokens), what=longest.source)
+    if text := beyond_positions(len(longest.tokens), session.model.info.max_positions):
+        note(text)
     layout = choose_layout(session.model.info, packing="auto", micro_tokens=None)
     return evaluate_examples(session.model, examples, layout)
 
@@ -176,6 +180,12 @@ def prompt_ids(
     if not ids:
         raise DataError("the prompt is empty and the model has no start token", fix="give a prompt", code="E215")
     return ids
+
+
+def tell_lost(session: Session, texts: Sequence[str], note: Note) -> None:
+    """Say which characters of prompts do not reach the model, as its tokenizer drops them."""
+    if lost := lost_in(texts, session.tokenizer):
+        note(lost)
 
 
 def most_tokens(session: Session) -> int | None:

@@ -40,6 +40,13 @@ def check_length(info: ModelInfo, tokens: int, *, what: str) -> None:
         )
 
 
+def beyond_positions(tokens: int, most: int | None) -> str | None:
+    """Return a line about rows of more tokens than a model has positions (of its config), None where they fit."""
+    if not isinstance(most, int) or tokens <= most:
+        return None
+    return f"rows of up to {tokens} tokens, but the model was made for {most}; data.max_length: {most} cuts them"
+
+
 def check_recompute(recompute: Recompute, *, place: str, cuda: bool) -> None:
     """Raise CapabilityError for offload where activations have no second memory to go to."""
     if recompute == "offload" and not cuda:

@@ -39,7 +39,7 @@ def chat(
     """Talk with a model; lines come from the terminal or from a pipe."""
     from shared.generation.config import chat_settings
     from shared.jobs.chat import Chat
-    from shared.sessions import sampling_for
+    from shared.sessions import sampling_for, tell_lost
 
     settings = chat_settings(sampling)
     check_settings(settings)
@@ -49,6 +49,8 @@ def chat(
         import readline  # noqa: F401  (arrows and history for input())
 
         print(f"{session.folder.name} on {session.backend.name}; /help lists the commands", file=sys.stderr)
+    if system:
+        tell_lost(session, [system], say)
     converse(talk)
     if as_json:
         emit_object({"messages": talk.messages, "system": talk.system, "backend": session.backend.name})
@@ -122,9 +124,11 @@ def obey(talk: Chat, line: str) -> bool:
 def answer(talk: Chat, message: str) -> None:
     """Print the answer to a message as it comes; Ctrl-C breaks it off."""
     from shared.errors import DataError
+    from shared.sessions import tell_lost
 
     end = "\n"
     try:
+        tell_lost(talk.session, [message], say)
         with closing(talk.stream(message)) as pieces:
             for piece in pieces:
                 print(printable(piece), end="", flush=True)

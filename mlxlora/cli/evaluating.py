@@ -69,7 +69,7 @@ def evaluate(
         )
         for path, (rows, file) in sets.items():
             tell_notices(rows, session)
-            loss = evaluate_rows(session, rows, max_length=rows_as.max_length, train_on=rows_as.train_on)
+            loss = evaluate_rows(session, rows, max_length=rows_as.max_length, train_on=rows_as.train_on, note=say)
             graded = answer_rows(session, rows, number=asked, max_tokens=max_tokens, note=say) if asked else []
             if lines is not None:
                 write_answers(lines, graded, data=path)

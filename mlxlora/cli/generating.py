@@ -97,6 +97,7 @@ def answer_prompts(
     first, *others = asked
     prompts = [sessions.prompt_ids(session, first, chat=chat, note=say)]
     prompts += [sessions.prompt_ids(session, one, chat=chat) for one in others]
+    sessions.tell_lost(session, [text for one in asked for text in one.texts], say)
     sessions.check_room(session, prompts, sampling)
     if stream:
         answer = Answer(session.tokenizer.decode, sampling, len(prompts[0]))

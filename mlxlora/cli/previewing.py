@@ -163,8 +163,9 @@ def split_text(split: Split, found: Preview) -> Text:
         text.append(f"  {notice}\n", style="not bold yellow")
     for problem in split.problems:
         text.append(f"  refused: {problem}\n", style="not bold red")
-    if split.num_problems > len(split.problems):
-        text.append(f"  and {split.num_problems - len(split.problems):,} more are refused\n", style="not bold red")
+    if split.num_problems:
+        refused = f"{split.num_problems:,} of {split.rows:,} rows are refused, at which training stops"
+        text.append(f"  {refused}\n", style="not bold red")
     most = max((bar.rows for bar in split.lengths), default=1)
     for bar in split.lengths:
         length = f"  {f'{bar.low:,}-{bar.high:,}':>15} {bar.rows:>9,} "

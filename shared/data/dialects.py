@@ -14,7 +14,7 @@ from shared.errors import DataError, did_you_mean
 SPEAKERS = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
     "observation": "tool", "function_response": "tool", "function_call": "assistant", "function": "tool",
-    "ai": "assistant",
+    "ai": "assistant", **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
 }  # fmt: skip
 LISTS = ("messages", "conversations", "tools", "functions")
 # Ways to write a row: the keys that make one, and those that are read beside them.
@@ -156,7 +156,8 @@ def read_turns(turns: Any, *, source: str) -> Any:
     """Return turns as messages; {"from", "value"} is ShareGPT's way to write them."""
     if not isinstance(turns, list):
         return turns
-    return [read_message(from_sharegpt(turn, source=source), f"{source}: message {n}") for n, turn in enumerate(turns)]
+    places = [f"{source}: message {n}" for n in range(len(turns))]
+    return [read_message(from_sharegpt(turn, place), place) for turn, place in zip(turns, places, strict=True)]
 
 
 def read_message(message: Any, place: str) -> Any:
@@ -188,23 +189,25 @@ def join_parts(parts: list[Any], place: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def from_sharegpt(turn: Any, *, source: str) -> Any:
-    """Return a turn as a message, one that is a message already as it is."""
+def from_sharegpt(turn: Any, place: str) -> Any:
+    """Return a turn as a message, one that is a message already as it is; raises DataError for an unknown speaker."""
     if not (isinstance(turn, dict) and "from" in turn and "role" not in turn):
         return turn
     speaker, said = turn["from"], turn.get("value")
     if speaker == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": [read_call(said, source=source)]}
-    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        return {"role": "assistant", "content": "", "tool_calls": [read_call(said, place)]}
+    if isinstance(speaker, str) and speaker not in SPEAKERS:
+        raise DataError(f'{place} has role "{speaker}" in "from"', fix=did_you_mean(speaker.lower(), SPEAKERS))
+    role = SPEAKERS[speaker] if isinstance(speaker, str) else speaker
     return {"role": role, "content": said, **{key: turn[key] for key in ("weight", "train") if key in turn}}
 
 
-def read_call(said: Any, *, source: str) -> dict[str, Any]:
+def read_call(said: Any, place: str) -> dict[str, Any]:
     """Return the call of a function that ShareGPT keeps as JSON text; raises DataError."""
     call = None
     if isinstance(said, str):
         with suppress(ValueError, RecursionError):
             call = json.loads(said)
     if not (isinstance(call, dict) and isinstance(call.get("name"), str)):
-        raise DataError(f"{source}: a function_call that is no call", expected='{"name": "...", "arguments": {...}}')
+        raise DataError(f"{place}: a function_call that is no call", expected='{"name": "...", "arguments": {...}}')
     return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}

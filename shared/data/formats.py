@@ -16,6 +16,9 @@ from shared.errors import CapabilityError, DataError
 MAX_LINE = 50_000_000
 MARK = b"\xef\xbb\xbf"  # of UTF-8, where a file begins
 BLANK = re.compile(r"[ \t\n\r]*")
+ARRAY = (
+    "this is a JSON array: name the file .json, or write one object per line"  # what to do about one in a .jsonl file
+)
 LFS = b"version https://git-lfs.github.com/spec/"
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 NAMES_OF_MARKS = {";": "semicolon", "\t": "tab", ",": "comma", "|": "bar"}
@@ -80,11 +83,13 @@ def read_json(file: Path) -> Iterator[tuple[Any, str]]:
             break
         line, seen = line + text.count("\n", seen, at), at
         source = f"{file.name}:{line}"
-        with json_faults(source):
+        with json_faults(source, array=True):
             value, at = decoder.raw_decode(text, at)
         yield value, source
         at = skip(text, at)
         behind, at = text[at : at + 1], at + 1
+        if not behind:
+            raise unended(source)
         if behind not in (",", "]"):
             raise DataError(
                 f"{source}: not JSON: a value is followed by {behind!r}", code="E211", expected="a comma or ]"
@@ -257,17 +262,25 @@ def to_text(raw: bytes, *, source: str) -> str:
         ) from None
 
 
+def unended(source: str) -> DataError:
+    """Return the error for a file that ends within its array; source: where the last value begins."""
+    what = f"{source}: not JSON: the array does not end"
+    return DataError(what, code="E211", expected="a ] behind the last object", fix="is the file whole? write it again")
+
+
 @contextmanager
-def json_faults(source: str) -> Iterator[None]:
-    """Raise DataError under the place's name for what is not JSON."""
+def json_faults(source: str, *, array: bool = False) -> Iterator[None]:
+    """Raise DataError under the place's name for what is not JSON; array: of a file that holds one, not a line."""
     try:
         yield
     except json.JSONDecodeError as error:
+        if array and (error.msg.startswith("Unterminated") or not error.doc[error.pos :].strip()):
+            raise unended(source) from None
         near = error.doc[max(error.pos - 15, 0) : error.pos + 15].strip()
         raise DataError(
             f"{source}: not JSON: {error.msg.removesuffix(' at')} at column {error.colno}, near {near!r}",
             code="E211",
-            expected="one JSON object per line" if error.doc.count("\n") == 0 else "an array of JSON objects",
+            expected="an array of JSON objects" if array else "one JSON object per line",
             fix=json_advice(error.doc, error.pos),
         ) from None
     except KeyError as error:
@@ -295,6 +308,8 @@ def json_advice(text: str, at: int) -> str | None:
         return "a line for each object" if "\n" not in text else "a comma between the objects"
     if behind.startswith("'"):
         return "JSON has double quotes; Python's json.dumps writes them"
-    if before in ("{", "[") and not behind:
+    if before.startswith("[") and not behind:
+        return ARRAY
+    if before == "{" and not behind:
         return "write every row on one line, or all rows as an array into a .json file"
     return None

@@ -18,7 +18,7 @@ import numpy as np
 from shared.data.cache import cache_folder, digest_of, make_key, shrink
 from shared.data.rows import Row
 from shared.data.template import MARK, REASONING, change_call, from_json
-from shared.data.tokenize import Tokenizer
+from shared.data.tokenize import Tokenizer, is_placed, num_common
 from shared.durable import write_whole
 from shared.errors import DataError, printable
 
@@ -63,12 +63,12 @@ def sample_rows(rows: Sequence[Row], most: int = SAMPLE) -> list[Row]:
 
 def find_notices(rows: Sequence[Row], tokenizer: Tokenizer, *, total: int) -> list[Notice]:
     """Return what is to be told of rows; total: how many there are, of which these may be a sample."""
-    lost = lost_characters(rows, tokenizer)
+    lost, crossed = lost_characters(rows, tokenizer), crossing_tokens(rows, tokenizer)
     told: dict[str, list[Row]] = {}
     about: dict[str, Counter[str]] = {}
-    for row, characters in zip(rows, lost, strict=True):
+    for row, characters, border in zip(rows, lost, crossed, strict=True):
         unread: Found = {UNREAD: row.unread} if row.unread else {}
-        for what, details in {**characters, **ignored(row, tokenizer), **oddities(row), **unread}.items():
+        for what, details in {**characters, **border, **ignored(row, tokenizer), **oddities(row), **unread}.items():
             told.setdefault(what, []).append(row)
             about.setdefault(what, Counter()).update(details)
     kinds = Counter(row.kind for row in rows)
@@ -110,6 +110,7 @@ def key_of(rows: Sequence[Row], tokenizer: Tokenizer, total: int) -> str:
 
 
 DROPPED = "the tokenizer drops characters"
+CROSSED = "a token holds the end of the prompt and the beginning of the completion, and is learned"
 IGNORED = "the chat template leaves out "
 UNREAD = "columns that are not read"
 MIXED = "rows of another kind than the first"
@@ -161,6 +162,35 @@ def lost_characters(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Found]:
     for some in texts:
         lost = dict.fromkeys(char for text in some for char in missing(text, next(decoded)))
         found.append({DROPPED: tuple(map(repr, lost))} if lost else {})
+    return found
+
+
+def lost_in(texts: Sequence[str], tokenizer: Tokenizer) -> str | None:
+    """Return a line about the characters of texts that the tokenizer drops, None where it drops none."""
+    rows = [Row("text", {"text": text}, "") for text in texts]
+    lost = Counter(char for found in lost_characters(rows, tokenizer) for some in found.values() for char in some)
+    return DROPPED + named(lost) if lost else None
+
+
+def crossing_tokens(rows: Sequence[Row], tokenizer: Tokenizer, *, most: int = CHARACTERS) -> list[Found]:
+    """Return of every row whether its prompt and its completion share a token, such as the "s a" of "has" and " a".
+
+    The model never meets such a token where it is asked: it gets the prompt alone. Of rows that have more characters
+    than `most` together the two ends are looked at.
+    """
+    share = most // max(2 * len(rows), 1)
+    pairs = {n: (row.fields["prompt"], row.fields["completion"]) for n, row in enumerate(rows) if row.kind == "prompt"}
+    ends = {n: (prompt[-share:], completion[:share]) for n, (prompt, completion) in pairs.items()}
+    texts = [text for prompt, completion in ends.values() for text in (prompt, prompt + completion)]
+    encoded = iter(tokenizer.encode_all(texts, special=False))
+    found: list[Found] = [{} for _ in rows]
+    for n, (prompt, completion) in ends.items():
+        alone, both = next(encoded).ids, next(encoded)
+        if num_common(alone, both.ids) == len(alone):
+            continue
+        spans = ((start, end) for start, end in both.offsets if start < len(prompt) < end)
+        if not is_placed(both, prompt + completion) or any(spans):
+            found[n] = {CROSSED: ()}
     return found
 
 

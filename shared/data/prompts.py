@@ -21,6 +21,12 @@ class Prompt:
     tools: Any = None
 
     @property
+    def texts(self) -> list[str]:
+        """Return what is written in it."""
+        said = [message.get("content") for message in self.messages] if self.messages else [self.text]
+        return [text for text in said if isinstance(text, str)]
+
+    @property
     def last(self) -> str:
         """Return the text, or what was said last."""
         return str(self.messages[-1].get("content") or "") if self.messages else self.text

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from shared.data.dialects import SPEAKERS, translate, unread_keys
-from shared.data.formats import READERS, read_values
+from shared.data.formats import ARRAY, READERS, read_values
 from shared.errors import ConfigError, DataError, did_you_mean
 from shared.hub import download, is_hub_id, near_paths
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Kind = Literal["text", "prompt", "messages"]
-# What users bring from elsewhere, and where to look for it.
-FOREIGN = {"instruction": "Alpaca", "input": "Alpaca"}
+ALPACA = ("instruction", "input")  # keys by which a row is known for one of Alpaca's
 PAIRS = (  # names that a prompt and its completion often have
     ("question", "answer"), ("query", "response"), ("instruction", "response"), ("prompt", "response"),
     ("input", "output"), ("problem", "solution"), ("source", "target"),
@@ -134,7 +133,8 @@ def make_row(value: Any, *, source: str, columns: Mapping[Any, str] | None = Non
     if not isinstance(value, dict):
         fix = 'write it as {"text": "..."}' if isinstance(value, str) else None
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            fix = 'write it as {"messages": [...]}'
+            turns = not {"role", "from"}.isdisjoint(value[0])
+            fix = 'write it as {"messages": [...]}' if turns else ARRAY
         raise DataError(f"{source}: {kind_of(value)}", expected="a JSON object", fix=fix)
     row = check_row(translate(value, source=source, columns=columns), source=source)
     unread = () if columns else unread_keys(value, source=source)
@@ -205,12 +205,23 @@ def preference_row(value: dict[str, Any], *, source: str) -> DataError:
 
 def unknown_row(value: dict[str, Any], *, source: str) -> DataError:
     """Return the error for a row without a known set of keys: the keys seen, and what they may stand for."""
-    seen = ", ".join(sorted(map(str, value))[:8]) or "none"
-    foreign = next((f" (this looks like {name})" for key, name in FOREIGN.items() if key in value), "")
+    foreign = ""
+    if not set(ALPACA).isdisjoint(value):
+        missing = next((f', "{key}" is missing' for key in ("instruction", "output") if value.get(key) is None), "")
+        foreign = f" (this looks like Alpaca{missing})"
     return DataError(
-        f"{source}: unknown row, its keys are: {seen}{foreign}",
+        f"{source}: unknown row, its keys are: {quoted(sorted(map(str, value))[:8])}{foreign}",
         expected='{"text"}, {"prompt", "completion"} or {"messages": [...]}', fix=advice(value),
     )  # fmt: skip
+
+
+def quoted(keys: Iterable[Any]) -> str:
+    """Return keys as a message has them.
+
+    >>> quoted(["a", "b c"]), quoted([])
+    ('"a", "b c"', 'none')
+    """
+    return ", ".join(f'"{key}"' for key in keys) or "none"
 
 
 def advice(value: dict[str, Any]) -> str | None:
@@ -223,10 +234,17 @@ def advice(value: dict[str, Any]) -> str | None:
     if (rows := next((key for key, inner in value.items() if are_rows(inner, known)), None)) is not None:
         return f'write the list of "{rows}" alone: [{{...}}, ...]'
     mistyped = (hint for key in value if key not in known and "mean" in (hint := did_you_mean(str(key), known)))
-    if (hint := next(mistyped, None)) is not None or not set(known).isdisjoint(value):
+    if (hint := next(mistyped, None)) is not None:
         return hint
-    if sum(isinstance(inner, str) for inner in value.values()) > 1:
-        return "say which are which: --set 'data.columns={prompt: NAME, completion: NAME}'"
+    others = [key for key, inner in value.items() if isinstance(inner, str) and key not in known]
+    halves = {"prompt", "completion"}.intersection(value)
+    if others and len(halves) == 1:
+        name = others[0] if len(others) == 1 else "NAME"
+        columns = {"prompt": name, "completion": name} | {key: key for key in halves}
+        among = f", NAME one of {quoted(others[:8])}" if len(others) > 1 else ""
+        return f"data.columns: {{prompt: {columns['prompt']}, completion: {columns['completion']}}}{among}"
+    if len(others) > 1 and set(known).isdisjoint(value):
+        return "say which are which: --set 'data.columns={prompt: NAME, completion: NAME}', or {text: NAME}"
     return None
 
 
@@ -274,8 +292,9 @@ def check_message(message: Any, *, source: str) -> None:
         raise DataError(f"{source} is {kind_of(message)}", expected='{"role": "user", "content": "..."}')
     role = message.get("role")
     if not isinstance(role, str):
-        keys = ", ".join(map(str, message)) or "none"
-        raise DataError(f"{source} has no role, its keys are: {keys}", expected='{"role": "user", "content": "..."}')
+        raise DataError(
+            f"{source} has no role, its keys are: {quoted(message)}", expected='{"role": "user", "content": "..."}'
+        )
     if role not in ROLES:
         hint = did_you_mean(SPEAKERS.get(role.lower(), role.lower()), ROLES)
         raise DataError(f'{source} has role "{role}"', fix=hint)

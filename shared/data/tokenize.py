@@ -20,7 +20,7 @@ from shared.errors import DataError, ModelError
 from shared.importing import collector_paused
 from shared.types import Example
 
-MAX_PROBLEMS = 100
+MAX_PROBLEMS = 100  # rows with a problem, from which on no more are looked at
 ROWS_AT_ONCE = 1000  # enough for every core; what a batch of them holds stays small
 Marked = tuple[list[int], list[bool]]  # ids, and which of them are supervised
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
@@ -290,22 +290,24 @@ def tokenize_row(row: Row, tokenizer: Tokenizer, *, train_on: str, max_length: i
 
 
 def tokenize_rows(rows: Sequence[Row], tokenizer: Tokenizer, *, train_on: str, max_length: int) -> list[Example]:
-    """Return all examples, in order; a DataError names the first bad row and counts the others."""
+    """Return all examples, in order; a DataError names the first bad row and counts the others that were looked at."""
     examples: list[Example] = []
     problems: list[DataError] = []
+    seen = 0
     for start in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]
         for found in tokenize_some(some, tokenizer, train_on=train_on, max_length=max_length):
             if isinstance(found, Example):
                 examples.append(found)
-            elif len(problems) < MAX_PROBLEMS:
+            else:
                 problems.append(found)
-        if len(problems) == MAX_PROBLEMS:
+        seen += len(some)
+        if len(problems) >= MAX_PROBLEMS:
             break
     if not problems:
         return examples
-    first = problems[0]
-    others = f" ({len(problems) - 1} more rows have a problem)" if len(problems) > 1 else ""
+    first, least = problems[0], "at least " if seen < len(rows) else ""
+    others = f" ({least}{len(problems) - 1:,} more rows have a problem)" if len(problems) > 1 else ""
     raise DataError(f"{first.what}{others}", code=first.code, expected=first.expected, fix=first.fix)
 
 

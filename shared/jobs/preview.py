@@ -14,10 +14,11 @@ from shared.data.layout import GPU_MICRO_TOKENS, Layout
 from shared.data.notices import notices_of, sample_rows
 from shared.data.rows import Row, content_hash
 from shared.data.sources import count_rows, drop_long, load_rows, num_drawn, weigh
-from shared.data.tokenize import Tokenizer, tokenize_some
+from shared.data.tokenize import Tokenizer, tokenize_rows, tokenize_some
 from shared.errors import DataError
-from shared.folder import find_folder, open_folder
+from shared.folder import ModelFolder, find_folder, open_folder
 from shared.jobs.prepare import prepare
+from shared.strict import beyond_positions
 from shared.types import Example
 
 BARS = 10
@@ -105,7 +106,8 @@ class Preview:
 def preview(config: RunConfig, *, rows: int = 5) -> Preview:
     """Return the facts of a config's rows, and the first `rows` training rows token by token."""
     loaded = load_rows(config.data)
-    tokenizer = Tokenizer(open_folder(find_folder(config.model)).path)
+    base = open_folder(find_folder(config.model))
+    tokenizer = Tokenizer(base.path)
     splits: list[Split] = []
     train: list[Example] = []
     seen: set[str] = set()
@@ -121,10 +123,11 @@ def preview(config: RunConfig, *, rows: int = 5) -> Preview:
             counts = kept if name == "train" else counts
             loaded.dropped["too_long"] += before - len(whole)
         leaks = sum(key in seen for key in hashes)
-        some = sample_rows(rows_of)
-        notices = notices_of(some, tokenizer, total=len(rows_of), keep=config.data.cache)
         found = describe(name, rows_of, whole, problems, hashes, leaks=leaks, config=config.data)
-        splits.append(replace(found, notices=tuple(notice.text for notice in notices)))
+        notices = tell(rows_of, tokenizer, config.data)
+        if long := beyond_positions(min(found.longest, config.data.max_length), most_positions(base)):
+            notices.append(long)
+        splits.append(replace(found, notices=tuple(notices)))
         train, seen = train or whole, seen or set(hashes)
     weights = weigh(config.data.sources, counts)
     drawn = sum(num_drawn(weights)) or sum(counts)
@@ -142,6 +145,17 @@ def preview(config: RunConfig, *, rows: int = 5) -> Preview:
     )
 
 
+def tell(rows: Sequence[Row], tokenizer: Tokenizer, data: DataConfig) -> list[str]:
+    """Return what is to be told of rows, a line each."""
+    found = notices_of(sample_rows(rows), tokenizer, total=len(rows), keep=data.cache)
+    return [notice.text for notice in found]
+
+
+def most_positions(base: ModelFolder) -> int | None:
+    """Return how many positions a model was made for, None where its config does not say."""
+    return base.config.get("max_position_embeddings")
+
+
 def count_updates(config: RunConfig) -> int:
     """Return the updates of a run; epochs have rows counted, and read only where the config leaves some out."""
     if config.train.updates is not None:
@@ -157,7 +171,10 @@ def count_updates(config: RunConfig) -> int:
 def tokenize_whole(
     rows: Sequence[Row], tokenizer: Tokenizer, data: DataConfig
 ) -> tuple[list[Example], list[DataError]]:
-    """Return the examples of rows in full length, and what is wrong with those that training would refuse."""
+    """Return the examples of rows in full length, and what is wrong with those that training would refuse.
+
+    Raises DataError where it would refuse all of them.
+    """
     examples: list[Example] = []
     problems: list[DataError] = []
     for found in tokenize_some(rows, tokenizer, train_on=data.train_on, max_length=sys.maxsize):
@@ -169,6 +186,8 @@ def tokenize_whole(
         if not long and not found.supervised[: data.max_length].any():
             what = f"{found.source}: no supervised token within data.max_length {data.max_length}"
             problems.append(DataError(f"{what} ({len(found.tokens)} tokens)", code="E213"))
+    if len(problems) == len(rows):
+        tokenize_rows(rows, tokenizer, train_on=data.train_on, max_length=data.max_length)  # raises what training would
     return examples, problems
 
 

@@ -59,7 +59,7 @@ from shared.running.run_folder import (
 )
 from shared.running.samples import take_samples
 from shared.schemes import parse_scheme
-from shared.strict import check_length
+from shared.strict import beyond_positions, check_length
 from shared.types import AdapterSpec, Capability, Recompute
 from shared.watching.gradients import gradient_checks
 from shared.watching.report import write_report
@@ -188,9 +188,9 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
         what = f"rows of {name}" if name in prepared.sets else "validation rows"
         yield f"{count} of {len(rows)} {what} also stand in the training rows"
     yield from evaluation_warnings(run)
-    longest, most = max(len(example.tokens) for example in sample_of(prepared.train)), run.model.info.max_positions
-    if isinstance(most, int) and longest > most:
-        yield f"rows of up to {longest} tokens, but the model was made for {most}; data.max_length: {most} cuts them"
+    longest = max(len(example.tokens) for example in sample_of(prepared.train))
+    if text := beyond_positions(longest, run.model.info.max_positions):
+        yield text
     if run.config.adapter.start is not None and run.state.step == 0:
         yield from other_weights(read_adapter(Path(run.config.adapter.start).expanduser()), run.identity["base"])
     yield from odd_sizes(run)

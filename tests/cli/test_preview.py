@@ -89,6 +89,27 @@ def test_rows_that_training_refuses_are_named_and_do_not_end_it(config):
     assert found.padding is None
 
 
+def test_rows_of_which_none_can_be_used_are_the_error_of_training(file, write_jsonl, capsys):
+    assert run(["preview", str(file), "--set", "data.max_length=8"]) == 0
+    assert "1 of 4 rows are refused, at which training stops" in capsys.readouterr().out
+    write_jsonl(*[{"prompt": "hello? ", "completion": "hello"}] * 3)
+    none = ["--set", "data.max_length=2"]
+    assert run(["preview", str(file), *none]) == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"train.jsonl:1: no supervised token within data.max_length 2 .*\(2 more rows have a problem", said
+    )
+    assert run(["train", str(file), *none, "--output", str(file.parent / "run")]) == 2
+    assert capsys.readouterr().err == said
+
+
+def test_rows_beyond_the_models_positions_are_told(file, write_jsonl, capsys):
+    write_jsonl({"text": "hello " * 300})
+    assert run(["preview", str(file), "--set", "data.max_length=512"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "rows of up to 512 tokens, but the model was made for 256; data.max_length: 256 cuts them" in said
+
+
 def test_the_command_prints_a_page_and_json(file, tmp_path, capsys):
     page = tmp_path / "out.html"
     assert run(["preview", str(file), "--rows", "2", "--html", str(page)]) == 0

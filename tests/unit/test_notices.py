@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 
 import pytest
 
 import mlxlora
 from mlxlora.cli.main import run
 from shared.config_file import build_config
-from shared.data.notices import find_notices, notices_of, sample_rows
+from shared.data.notices import crossing_tokens, find_notices, notices_of, sample_rows
 from shared.data.rows import make_row
 from shared.data.tokenize import Tokenizer, load_tokenizer
 from shared.jobs.prepare import prepare
@@ -71,6 +73,28 @@ def test_a_tokenizer_of_bytes_drops_nothing(make_tokenizer):
 def test_real_tokenizers(stored_model, name, drops):
     found = notices(load_tokenizer(stored_model(name)), {"text": "hello fox"}, {"text": "naïve 🦊"})
     assert found == ({"the tokenizer drops characters ('ï', '🦊')": (1, "train.jsonl:2")} if drops else {})
+
+
+BORDER = "a token holds the end of the prompt and the beginning of the completion, and is learned"
+
+
+def test_a_token_over_the_border_of_prompt_and_completion_is_told(stored_model):
+    fused, pieces = (load_tokenizer(stored_model(name)) for name in ("TinyStories-656K", "stories260K"))
+    apart = {"prompt": "Tom has", "completion": " a cat"}
+    assert notices(fused, {"prompt": "Tom has a", "completion": "\n"}, apart) == {BORDER: (1, "train.jsonl:2")}
+    assert not notices(pieces, apart, {"prompt": "", "completion": "a cat"})
+    assert notices(pieces, apart, {"prompt": "Tom has ", "completion": "a cat"}) == {BORDER: (1, "train.jsonl:2")}
+
+
+def test_of_long_rows_the_border_is_looked_at_too(stored_model):
+    long = {"prompt": "Tom ran. " * 500 + "Tom has", "completion": " a cat" + " and a dog" * 500}
+    rows = [make_row(long, source="train.jsonl:1")]
+    assert crossing_tokens(rows, load_tokenizer(stored_model("TinyStories-656K")), most=400) == [{BORDER: ()}]
+
+
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_a_clean_border_says_nothing_whatever_the_tokenizer_adds(make_tokenizer, adds_eos):
+    assert not notices(make_tokenizer(adds_eos=adds_eos), {"prompt": "hello", "completion": " world"})
 
 
 @pytest.mark.parametrize(
@@ -162,3 +186,35 @@ def test_they_are_printed_and_stand_in_manifest_report_and_preview(
     assert manifest["notices"]["columns that are not read (id)"] == "1 of 2 rows, first train.jsonl:1"
     assert "teaches to say nothing" in (tmp_path / "run/report.html").read_text()
     assert list(mlxlora.preview(config).splits[0].notices) == lines
+
+
+@pytest.mark.parametrize("texts", [["Привет 🎉"], ["a cat", "Привет 🎉 🎉"]])
+def test_characters_of_prompts_that_do_not_reach_the_model_are_said_once(stored_model, capsys, texts):
+    model = str(stored_model("TinyStories-656K"))
+    prompts = [part for text in texts for part in ("--prompt", text)]
+    assert run(["generate", model, *prompts, "--max-tokens", "1", "--backend", "torch", "--json"]) == 0
+    out, said = capsys.readouterr()
+    assert said.count("the tokenizer drops characters (") == 1
+    assert "'П'" in said
+    assert "drops" not in out
+
+
+def test_a_chat_says_what_of_a_message_does_not_reach_the_model(
+    tiny_model_folder, tmp_path, lossy, capsys, monkeypatch
+):
+    folder = shutil.copytree(tiny_model_folder(), tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(lossy.folder / name, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("a fox\nfox 🦊\n"))
+    assert run(["chat", str(folder), "--backend", "torch", "--max-tokens", "1"]) == 0
+    assert capsys.readouterr().err.count("note: the tokenizer drops characters ('🦊')") == 1
+
+
+def test_evaluate_says_that_rows_are_longer_than_the_model_has_positions(tiny_model_folder, write_jsonl, capsys):
+    file = write_jsonl({"text": "hello " * 300})
+    ask = ["evaluate", str(tiny_model_folder()), "--data", str(file), "--backend", "torch", "--max-length"]
+    assert run([*ask, "300"]) == 0
+    assert "rows of up to 300 tokens, but the model was made for 256" in capsys.readouterr().err
+    assert run([*ask, "256"]) == 0
+    assert "made for" not in capsys.readouterr().err

@@ -29,10 +29,29 @@ BAD = {
     "UTF-16": ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
     "nested too deeply": ("[" * 100_000, "nested too deeply"),
     "an empty object": ({}, "unknown row, its keys are: none"),
-    "unknown keys": ({"question": "q", "answer": "a"}, "unknown row, its keys are: answer, question"),
+    "unknown keys": ({"question": "q", "answer": "a"}, 'unknown row, its keys are: "answer", "question"'),
     "a typo": ({"mesages": []}, r'(?s)unknown row.*did you mean "messages"\?'),
     "ShareGPT without turns": ({"conversations": []}, '"messages" is empty or not a list'),
-    "ShareGPT with an unknown speaker": ({"conversations": [{"from": "martian", "value": "a"}]}, 'has role "martian"'),
+    "ShareGPT with an unknown speaker": (
+        {"conversations": [{"from": "martian", "value": "a"}]},
+        r'message 0 has role "martian" in "from"\n.*known: .*gpt, human.*system',
+    ),
+    "ShareGPT's speaker, mistyped": (
+        {"conversations": [{"from": "humn", "value": "a"}, {"from": "gpt", "value": "b"}]}, r'did you mean "human"',
+    ),
+    "Alpaca without an answer": (
+        {"instruction": "x"}, r'"instruction" \(this looks like Alpaca, "output" is missing\)',
+    ),
+    "a prompt and its answer under another name": (
+        {"prompt": "q", "reply": "a", "id": 1}, r"data.columns: {prompt: prompt, completion: reply}",
+    ),
+    "a completion without its prompt": (
+        {"completion": "q", "asked": "a", "who": "b"},
+        r'data.columns: {prompt: NAME, completion: completion}, NAME one of "asked", "who"',
+    ),
+    "a prompt whose completion is null": ({"prompt": "q", "completion": None, "id": "x7"}, r'"completion" is null'),
+    "an array over one line": ([{"text": "a"}], r"a JSON array: name the file .json, or write one object per line"),
+    "an array that begins": ('[{"text": "a"},', r"a JSON array: name the file .json, or write one object per line"),
     "ShareGPT with a list as speaker": ({"conversations": [{"from": [], "value": "a"}]}, "message 0 has no role"),
     "a call that is none": (
         {"conversations": [{"from": "function_call", "value": "[1]"}]}, "a function_call that is no call",

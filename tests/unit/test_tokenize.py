@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shared.data.rows import Row
-from shared.data.tokenize import load_tokenizer, tokenize_row
+from shared.data.tokenize import load_tokenizer, tokenize_row, tokenize_rows
 from shared.errors import DataError, ModelError
 from tests.conftest import save_tokenizer
 from tests.unit.chat_templates import STYLES, THINK
@@ -313,6 +313,15 @@ def test_a_row_without_a_supervised_token_names_its_line(make_tokenizer):
     tokenizer = make_tokenizer(bos=None, eos=None, pad=None)
     with pytest.raises(DataError, match=r"train.jsonl:3: no supervised token \(1 tokens, train_on: completion\)"):
         encode(text_row("x"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("bad", "all_rows", "more"), [(1, 9, ""), (320, 320, r" \(319 more"), (1000, 1500, r" \(at least 999 more")]
+)
+def test_rows_with_a_problem_are_counted_as_far_as_they_are_looked_at(tokenizer, bad, all_rows, more):
+    rows = [prompt_row("hello world", "a")] * bad + [text_row("hello")] * (all_rows - bad)
+    with pytest.raises(DataError, match=f"^train.jsonl:3: no supervised token[^()]*\\([^()]*\\){more}"):
+        tokenize_rows(rows, tokenizer, train_on="completion", max_length=2)
 
 
 def test_a_long_row_is_cut_at_the_end(tokenizer):
