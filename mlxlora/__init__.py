@@ -9,7 +9,7 @@ No framework is imported here; each function loads what it needs when it is call
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shared.convert.merge import Merged
     from shared.convert.models import ModelResult
     from shared.convert.quantize import QuantizeResult
+    from shared.errors import MlxloraError
     from shared.estimate.report import Report
     from shared.evaluating.loss import Evaluation
     from shared.jobs.chat import Chat
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
     from shared.measuring.bench import BenchResult
     from shared.sessions import Session
 
+    Config = str | Path | Mapping[str, Any] | RunConfig  # a YAML file, its sections, or what load_config gave
+
 __version__ = "0.1.0"
 __all__ = [
+    "MlxloraError",
     "bench",
     "chat",
     "compare",
@@ -79,23 +83,51 @@ def _check_siblings() -> None:
 _check_siblings()
 
 
-def load_config(config: str | Path | None = None, *, overrides: Sequence[str] = (), **values: Any) -> RunConfig:
-    """Return a checked config: of a YAML file, with keyword values and then `key.sub=value` overrides on top.
+def __getattr__(name: str) -> Any:
+    """Return the class of all our errors, which is loaded when it is asked for."""
+    if name != "MlxloraError":
+        raise AttributeError(f'module "{__name__}" has no attribute "{name}"')
+    from shared.errors import MlxloraError
+
+    return MlxloraError
+
+
+def __dir__() -> list[str]:
+    """Return the names that are meant for users."""
+    return [*__all__, "__version__"]
+
+
+def load_config(config: Config | None = None, *, overrides: Sequence[str] = (), **values: Any) -> RunConfig:
+    """Return a checked config: of a YAML file or a mapping of sections, with keyword values and then `key.sub=value`
+    overrides on top.
 
     `data` may be a path alone. Raises ConfigError with the place and the nearest known name.
     """
-    from shared.config_file import build_config
+    from shared.config import RunConfig
+    from shared.config_file import build_config, merge
     from shared.config_file import load_config as load
+    from shared.errors import ConfigError
 
-    if isinstance(values.get("data"), str | Path):
-        values["data"] = {"path": str(values["data"])}
-    if config is None:
-        return build_config(values, overrides=overrides)
+    if isinstance(config, RunConfig):
+        if not values and not overrides:
+            return config
+        config = config.model_dump(mode="json")
+    if config is not None and not isinstance(config, str | Path | Mapping):
+        raise ConfigError(f"config is {config!r}", expected="a path, or a mapping of sections")
+    values = _with_path(values)
+    if config is None or isinstance(config, Mapping):
+        return build_config(merge(_with_path(config or {}), values), overrides=overrides)
     return load(Path(config), overrides=overrides, values=values)
 
 
+def _with_path(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections in which `data` is one, too, where it is a path alone."""
+    data = values.get("data")
+    return {**values, "data": {"path": str(data)}} if isinstance(data, str | Path) else dict(values)
+
+
 def train(
-    config: str | Path | RunConfig | None = None,
+    config: Config | None = None,
     *,
     resume: str = "auto",
     allow_change: Sequence[str] = (),
@@ -104,18 +136,17 @@ def train(
 ) -> TrainResult:
     """Train and return where the adapter is and how the losses went; the same call goes on where it stopped.
 
-    config: YAML file or checked config. values: sections or keys, e.g. model="...", train={"updates": 100}.
+    config: YAML file, mapping of its sections, or checked config. values: sections or keys that go on top, e.g.
+    model="...", train={"updates": 100}.
     allow_change: settings such as "optimizer.lr", or "data" or "base", in which a resumed run may differ.
     """
-    from shared.config import RunConfig
     from shared.jobs.train import train as run
 
-    checked = config if isinstance(config, RunConfig) else load_config(config, **values)
-    return run(checked, resume=resume, callbacks=callbacks, allow_change=allow_change)
+    return run(load_config(config, **values), resume=resume, callbacks=callbacks, allow_change=allow_change)
 
 
 def sweep(
-    config: str | Path | None,
+    config: Config | None,
     grid: str | Path | Mapping[str, Sequence[Any]],
     *,
     overrides: Sequence[str] = (),
@@ -139,7 +170,7 @@ def sweep(
 
 
 def estimate(
-    config: str | Path | RunConfig | None = None,
+    config: Config | None = None,
     *,
     memory: str | None = None,
     tflops: float | None = None,
@@ -149,24 +180,20 @@ def estimate(
 
     memory: one size, e.g. "16GB" or "here", instead of the usual ones. tflops: the matmul rate to predict times from.
     """
-    from shared.config import RunConfig
     from shared.estimate.report import make_report
 
-    checked = config if isinstance(config, RunConfig) else load_config(config, **values)
-    return make_report(checked, memory=memory, tflops=tflops)
+    return make_report(load_config(config, **values), memory=memory, tflops=tflops)
 
 
-def preview(config: str | Path | RunConfig | None = None, *, rows: int = 5, **values: Any) -> Preview:
+def preview(config: Config | None = None, *, rows: int = 5, **values: Any) -> Preview:
     """Return what a run would learn from its rows, token by token for the first `rows`; loads no model."""
-    from shared.config import RunConfig
     from shared.jobs.preview import preview as run
 
-    checked = config if isinstance(config, RunConfig) else load_config(config, **values)
-    return run(checked, rows=rows)
+    return run(load_config(config, **values), rows=rows)
 
 
 def evaluate(
-    model: str, *, data: str, adapter: Adapters = None, backend: str = "auto", generate: int = 0, **options: Any
+    model: str, data: str, *, adapter: Adapters = None, backend: str = "auto", generate: int = 0, **options: Any
 ) -> Evaluation:
     """Return loss (nats per supervised token), perplexity and token counts of a model on rows.
 
@@ -199,8 +226,8 @@ def generate(
     """
     from shared import sessions
 
+    prompts = _texts(prompt)
     session, settings = _open(model, adapter=adapter, backend=backend, options=options)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     ids = [sessions.prompt_ids(session, text, chat=chat) for text in prompts]
     sampling = sessions.sampling_for(session, **settings)
     sessions.check_room(session, ids, sampling)
@@ -220,6 +247,7 @@ def stream(
     """Yield the text that follows a prompt, piece by piece; options as `generate` has them."""
     from shared import sessions
 
+    (prompt,) = _texts([prompt])
     session, settings = _open(model, adapter=adapter, backend=backend, options=options)
     ids = sessions.prompt_ids(session, prompt, chat=chat)
     sampling = sessions.sampling_for(session, **settings)
@@ -241,6 +269,16 @@ def chat(
 
     session, settings = _open(model, adapter=adapter, backend=backend, options=options)
     return Chat(session, sampling_for(session, **chat_settings(settings)), system)
+
+
+def _texts(prompt: Any) -> list[str]:
+    """Return prompts as a list of texts; raises ConfigError."""
+    from shared.errors import ConfigError
+
+    found = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Iterable) else None
+    if found is None or not all(isinstance(text, str) for text in found):
+        raise ConfigError(f"the prompt is {prompt!r}", expected="a text, or a list of texts")
+    return found
 
 
 def _open(model: str, *, adapter: Adapters, backend: str, options: dict[str, Any]) -> tuple[Session, dict[str, Any]]:
@@ -310,14 +348,12 @@ def merge(
 
 
 def parity(
-    config: str | Path | RunConfig, *, updates: int | None = None, note: Callable[[str], None] = lambda text: None
+    config: Config, *, updates: int | None = None, note: Callable[[str], None] = lambda text: None
 ) -> ParityResult:
     """Return the gaps between MLX and PyTorch on the same batches; `.ok` says whether all are within bounds."""
-    from shared.config import RunConfig
     from shared.jobs.parity import parity as run
 
-    checked = config if isinstance(config, RunConfig) else load_config(config)
-    return run(checked, updates=updates, note=note)
+    return run(load_config(config), updates=updates, note=note)
 
 
 def doctor() -> list[Check]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,8 @@ class ModelFolder:
 
 def open_folder(path: Path) -> ModelFolder:
     """Return a checked model folder; reads headers only. Raises ModelError or CapabilityError."""
+    if path.is_file():
+        raise not_a_folder(path)
     if not path.is_dir():
         near = near_paths(path)
         raise ModelError(
@@ -126,6 +129,15 @@ def open_folder(path: Path) -> ModelFolder:
     folder = ModelFolder(path, config, entries, find_places(path, config, entries))
     check_floats(folder)
     return folder
+
+
+def not_a_folder(path: Path) -> ModelError:
+    """Return the error for a file that is given as a model."""
+    quoted, folder = shlex.quote(str(path)), path.parent
+    if path.suffix in (".yaml", ".yml"):
+        return ModelError(f"{path} is a config file, not a model", code="E300", fix=f"mlxlora train {quoted}")
+    fix = f"use {folder}" if (folder / "config.json").is_file() else None
+    return ModelError(f"{path} is a file", code="E300", expected="a folder with config.json, or a hub id", fix=fix)
 
 
 def check_kind(path: Path) -> None:

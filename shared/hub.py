@@ -43,7 +43,9 @@ def near_paths(path: Path) -> list[str]:
     items = [
         item for place in dict.fromkeys([folder, *(folder.parent / name for name in near)]) for item in entries(place)
     ]
-    likeness = {str(item): max(like(path.name, item.name), like(path.stem, item.stem)) for item in items}
+    likeness = {
+        str(item): max(like(path.name, item.name), like(path.stem, item.stem)) for item in items if item != path
+    }
     return sorted((name for name in likeness if likeness[name] >= LIKE), key=lambda name: -likeness[name])
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mlxlora.cli.generating import open_checked
-from mlxlora.cli.options import AdapterPath, BackendName, Debug, Dtype, Json, ModelPath, Quantization
+from mlxlora.cli.options import Adapted, AdapterPath, BackendName, Debug, Dtype, Json, Quantization
 from mlxlora.cli.output import emit_object, printable, say
 from mlxlora.cli.sampling import FROM_OPTIONS, Settings, check_settings, takes_sampling
 
 if TYPE_CHECKING:
+    from shared.generation.answers import Completion
     from shared.jobs.chat import Chat
 
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="What the model is told beforehand.")]
@@ -26,7 +28,7 @@ Ctrl-C          breaks an answer off"""
 
 @takes_sampling(max_tokens=1024, temperature=0.7, top_p=0.95, seed=0)
 def chat(
-    model: ModelPath,
+    model: Adapted,
     adapter: AdapterPath = None,
     system: System = None,
     sampling: Settings = FROM_OPTIONS,
@@ -45,6 +47,8 @@ def chat(
     check_settings(settings)
     session = open_checked(model, adapter=adapter, backend=backend, dtype=dtype, quantization=quantization)
     talk = Chat(session, sampling_for(session, **settings), system)
+    if isinstance(sys.stdin, TextIOWrapper):  # a byte that is not UTF-8 costs its line only
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     if sys.stdin.isatty():
         import readline  # noqa: F401  (arrows and history for input())
 
@@ -82,9 +86,8 @@ def read_line(sign: str) -> str | None:
     """Return the next line, None at the end; the sign is shown on a terminal. Ctrl-C begins the line anew."""
     while True:
         try:
-            if sys.stdin.isatty():
-                return input(sign)
-            line = sys.stdin.readline()
+            line = f"{input(sign)}\n" if sys.stdin.isatty() else sys.stdin.readline()
+            line.encode("utf-8")
             return line.rstrip("\r\n") if line else None
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
@@ -93,8 +96,8 @@ def read_line(sign: str) -> str | None:
         except EOFError:
             print()
             return None
-        except UnicodeDecodeError:
-            print("that line is not UTF-8", file=sys.stderr)
+        except UnicodeEncodeError:
+            print("that line is not UTF-8: it is passed over", file=sys.stderr)
 
 
 def obey(talk: Chat, line: str) -> bool:
@@ -143,4 +146,14 @@ def answer(talk: Chat, message: str) -> None:
         return
     print(end, end="", flush=True)
     if talk.last and talk.last.finish_reason == "length":
-        say(f"cut off behind {len(talk.last.tokens)} tokens; --max-tokens allows for more")
+        say(f"cut off behind {len(talk.last.tokens)} tokens{why_cut(talk, talk.last)}")
+
+
+def why_cut(talk: Chat, last: Completion) -> str:
+    """Return why an answer has no more tokens, and what to do."""
+    from shared.sessions import most_tokens
+
+    most = most_tokens(talk.session)
+    if most is not None and last.prompt_tokens + len(last.tokens) >= most:
+        return f": the model's {most} positions are full; /reset begins anew"
+    return "; --max-tokens allows for more"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxlora.cli.options import (
+    Adapted,
     AdapterPath,
     BackendName,
     Debug,
     Dtype,
     Json,
-    ModelPath,
     Quantization,
     Set,
     check_backend,
@@ -47,7 +47,7 @@ Answers = Annotated[Path | None, typer.Option("--answers", metavar="FILE", help=
 
 
 def evaluate(
-    model: ModelPath, data: DataPaths, adapter: AdapterPath = None, split: Split = None, max_length: MaxLength = 2048,
+    model: Adapted, data: DataPaths, adapter: AdapterPath = None, split: Split = None, max_length: MaxLength = 2048,
     train_on: TrainOn = "completion", generate: Generate = None, max_tokens: MaxTokens = None, answers: Answers = None,
     overrides: Set = None, backend: BackendName = "auto", dtype: Dtype = "auto", quantization: Quantization = "auto",
     as_json: Json = False, debug: Debug = False,

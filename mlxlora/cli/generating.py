@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxlora.cli.options import (
+    Adapted,
     AdapterPath,
     BackendName,
     Debug,
     Dtype,
     Json,
-    ModelPath,
     Quantization,
     check_backend,
     check_choice,
@@ -36,7 +36,10 @@ Prompts = Annotated[
     list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to go on from; may stand several times.")
 ]
 PromptFile = Annotated[
-    Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts: .txt by lines, or rows as for training.")
+    Path | None,
+    typer.Option(
+        "--prompts", metavar="FILE", help="Prompts: .txt by lines, rows as for training, - for lines of stdin."
+    ),
 ]
 Wrap = Annotated[bool | None, typer.Option("--chat/--raw", help="Wrap prompts in the chat template, or not.")]
 Output = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write answers as JSON lines to a file.")]
@@ -44,7 +47,7 @@ Output = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="W
 
 @takes_sampling(max_tokens=128, temperature=0, seed=0)
 def generate(
-    model: ModelPath,
+    model: Adapted,
     prompt: Prompts = None,
     prompts: PromptFile = None,
     adapter: AdapterPath = None,
@@ -70,12 +73,19 @@ def generate(
 
 def find_prompts(texts: Sequence[str], file: Path | None, *, stream: bool) -> list[Prompt]:
     """Return the prompts of the options; raises ConfigError where there is none."""
+    from shared.data.formats import to_text
     from shared.data.prompts import Prompt, read_prompts
     from shared.errors import ConfigError
 
-    found = [*(Prompt(text) for text in texts), *(read_prompts(file.expanduser()) if file is not None else ())]
+    found = [Prompt(text) for text in texts]
+    if file == Path("-"):
+        lines = to_text(sys.stdin.buffer.read(), source="standard input").splitlines()
+        found += [Prompt(line) for line in lines if line.strip()]
+    elif file is not None:
+        found += read_prompts(file.expanduser())
     if not found:
-        raise ConfigError("no prompt", fix='--prompt "...", or --prompts FILE; mlxlora generate --help lists more')
+        ways = '--prompt "...", --prompts FILE, or --prompts - for the lines of standard input'
+        raise ConfigError("no prompt", fix=f"{ways}; mlxlora generate --help lists more")
     if stream and len(found) > 1:
         raise ConfigError(f"--stream with {len(found)} prompts", expected="one, whose text comes token by token")
     return found

@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> int:
     if arguments[:1] == ["--version"]:
         arguments = ["version", *arguments[1:]]
     try:
-        code = commands().main(arguments, prog_name="mlxlora", standalone_mode=False)
+        code = commands().main(arguments, prog_name="mlxlora", standalone_mode=False, obj=arguments)
         if code == 130:  # typer answers a Ctrl-C between its own steps, without a word
             return fail("stopped", 130, as_json, "E800", quiet=True)
         return 130 if code is TOLD else code if isinstance(code, int) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ Set = Annotated[
 ]
 BackendName = Annotated[str, typer.Option("--backend", metavar="auto|mlx|torch", help="Where to compute.")]
 ModelPath = Annotated[str, typer.Argument(help="Folder or hub id.")]
+Adapted = Annotated[str, typer.Argument(help="Folder or hub id.", callback=lambda ctx, value: check_no_run(ctx, value))]
 AdapterPath = Annotated[
     list[str] | None,
     typer.Option(
@@ -47,6 +49,28 @@ Sweep = Annotated[
     Path | None,
     typer.Option("--sweep", metavar="GRID.yaml", help="Train every combination of the values that a file lists."),
 ]
+
+
+def check_no_run(context: typer.Context, value: str) -> str:
+    """Return a model's name; raises ModelError with the right command for a run folder, or an adapter's."""
+    path = Path(value).expanduser()
+    places = [place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()]
+    words: list[str] = list(context.obj or ())
+    if not places or (path / "config.json").is_file() or value not in words:
+        return value
+    from shared.adapters.schema import named_base
+    from shared.errors import ModelError
+    from shared.folder import read_json
+    from shared.watching.report import read_settings
+
+    run = places[0].parent
+    settings = read_settings(run) if (run / "manifest.json").is_file() else {}
+    base = settings.get("model") or named_base(read_json(places[0] / "adapter_config.json"))
+    adapter = [] if any(word.startswith("--adapter") for word in words) else ["--adapter", str(places[0])]
+    at = words.index(value)
+    command = shlex.join(["mlxlora", *words[:at], str(base or "MODEL"), *adapter, *words[at + 1 :]])
+    what = "an adapter" if places[0] == path else "a run folder"
+    raise ModelError(f"{value} is {what}, not a model", code="E300", fix=command)
 
 
 def given(model: str | None, data: str | None, **more: Any) -> dict[str, Any]:

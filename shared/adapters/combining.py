@@ -224,6 +224,6 @@ def rounded(values: np.ndarray, *, name: str) -> Tensor:
 
 def common_notes(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what was noted alike of all, such as the base; not where one of them came from."""
-    first = {key: value for key, value in notes[0].items() if key != "origin"}
+    first = {key: value for key, value in notes[0].items() if key not in ("origin", "sha256")}
     same = {key: value for key, value in first.items() if all(other.get(key) == value for other in notes)}
     return same if "base" in same or "base" not in first else {**same, "base": "several"}  # no base's hash

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from shared.adapters.fused import is_fused, is_one_of_many, stack_experts, unfuse_experts
+from shared.adapters.hashes import check_hashes
 from shared.adapters.names import (
     COPY,
     MLX_FILE,
@@ -22,6 +23,7 @@ from shared.adapters.names import (
     OWN_LEAVES,
     PEFT_FILE,
     SAVED,
+    TENSOR_FILES,
     own_name_of_mlx,
     own_names,
     turned,
@@ -79,7 +81,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise AdapterError(f"no adapter folder at {folder}", code="E310", expected=f"a folder with {CONFIG_FILE}")
     if not (folder / CONFIG_FILE).is_file():
         raise no_adapter(folder)
-    file = next((name for name in (PEFT_FILE, MLX_FILE, OWN_FILE) if (folder / name).is_file()), None)
+    file = next((name for name in TENSOR_FILES if (folder / name).is_file()), None)
     if file is None:
         raise no_tensors(folder)
     return read_as(folder, file)
@@ -93,6 +95,7 @@ def read_as(folder: Path, file: str) -> Adapter:
         raise AdapterError(
             error.what, code=error.code, expected=error.expected, fix="copy or train the adapter again"
         ) from None
+    check_hashes(folder, config.get("mlxlora"))
     readers = {PEFT_FILE: from_peft, MLX_FILE: from_mlx_lm, OWN_FILE: from_own}
     spec, tensors = readers[file](config, stored)
     notes = config.get("mlxlora")

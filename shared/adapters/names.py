@@ -12,6 +12,7 @@ from shared.types import Tensor
 
 PEFT_FILE, MLX_FILE = "adapter_model.safetensors", "adapters.safetensors"
 OWN_FILE = "own_adapter.safetensors"  # of an adapter that no library knows
+TENSOR_FILES = (PEFT_FILE, MLX_FILE, OWN_FILE)
 PEFT_PREFIX = "base_model.model."
 SAVED = ".modules_to_save"  # between a module that is trained whole and its "weight" or "bias"
 COPY = ".base_layer"  # a weight of the base that PEFT saves with the adapter of an embedding or a head

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from shared.adapters.fused import Fused, fuse_experts
+from shared.adapters.hashes import hashes_of
 from shared.adapters.names import MLX_FILE, OWN_FILE, PEFT_FILE, SAVED, mlx_name, peft_name, turned, twin
 from shared.adapters.own import is_own
 from shared.adapters.schema import CONFIG_FILE
@@ -53,7 +54,8 @@ def write_adapter(
     """Write the files of an adapter, for both libraries, into an existing folder; base: path or hub id of the model."""
     if is_own(spec.kind):
         save_file(folder / OWN_FILE, tensors.items(), metadata={"format": "mlxlora"})
-        write_config(folder, {"base_model_name_or_path": base, "mlxlora": {**notes, "spec": asdict(spec)}})
+        own = {**notes, "spec": asdict(spec), "sha256": hashes_of(folder)}
+        write_config(folder, {"base_model_name_or_path": base, "mlxlora": own})
         return
     facts = Facts(info.num_layers, frozenset(info.adaptable), info.family)
     layouts = [to_peft(spec, tensors, facts, base=base)]
@@ -61,7 +63,8 @@ def write_adapter(
         layouts.append(to_mlx(spec, tensors, facts))
     for layout in layouts:
         save_file(folder / layout.file, layout.tensors.items(), metadata=METADATA[layout.file])
-    write_config(folder, {**{key: value for one in layouts for key, value in one.config.items()}, "mlxlora": notes})
+    config = {key: value for one in layouts for key, value in one.config.items()}
+    write_config(folder, {**config, "mlxlora": {**notes, "sha256": hashes_of(folder)}})
 
 
 def why_not_mlx(spec: AdapterSpec, *, tied: bool) -> str | None:

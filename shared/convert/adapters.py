@@ -201,7 +201,7 @@ def write_converted(
     layout = to_peft(adapter.spec, adapter.tensors, facts, base=named) if to == "peft" else None
     layout = layout or to_mlx(adapter.spec, adapter.tensors, facts)
     written = {**layout.config, **({"model": named} if to == "mlx" else {})}
-    notes = {key: value for key, value in adapter.notes.items() if key != "origin"}
+    notes = {key: value for key, value in adapter.notes.items() if key not in ("origin", "sha256")}
     origin = {
         "format": form,
         "config": (source / CONFIG_FILE).read_text(encoding="utf-8"),

@@ -10,7 +10,8 @@ from pathlib import Path
 from shared.adapters.bases import check_base, different_bases
 from shared.adapters.combining import check_options, combine
 from shared.adapters.folder import Adapter, check_copies, read_adapter
-from shared.adapters.names import MLX_FILE, PEFT_FILE
+from shared.adapters.hashes import hashes_of
+from shared.adapters.names import TENSOR_FILES
 from shared.adapters.schema import CONFIG_FILE, named_base
 from shared.adapters.spec import ends_of
 from shared.adapters.writing import METADATA, to_mlx, to_peft, why_not_mlx, write_config
@@ -22,7 +23,7 @@ from shared.folder import ModelFolder, find_folder, open_folder, read_json
 from shared.tensors import save_file
 from shared.types import AdapterSpec
 
-COPIED = (CONFIG_FILE, PEFT_FILE, MLX_FILE, RESTORE_FILE, "README.md")
+COPIED = (CONFIG_FILE, *TENSOR_FILES, RESTORE_FILE, "README.md")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def write_merged(staged: Path, merged: Adapter, found: Sequence[Weighted], *, me
     parts = [{"adapter": one.folder.resolve().name, "weight": one.weight} for one in found]
     for layout in layouts:
         save_file(staged / layout.file, layout.tensors.items(), metadata=METADATA[layout.file])
-    write_config(staged, {**config, "mlxlora": {**merged.notes, "merged": parts, "method": method}})
+    notes = {**merged.notes, "merged": parts, "method": method, "sha256": hashes_of(staged)}
+    write_config(staged, {**config, "mlxlora": notes})
 
 
 def is_alike(spec: AdapterSpec, folder: ModelFolder | None) -> bool:

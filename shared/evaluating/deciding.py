@@ -51,6 +51,21 @@ def wanted_update(state: Standing, config: EvaluationConfig) -> int:
     return state.best_step if config.keeps_best and state.best is not None else state.step
 
 
+def stop_words(config: EvaluationConfig, before: str) -> str:
+    """Return in words why patience has run out; before: the best before the last evaluation, as `best_words` has it.
+
+    >>> stop_words(EvaluationConfig(patience=1, min_delta=0.5), " than 0.2059 of update 30")
+    '1 evaluation without an eval_loss better than 0.2059 of update 30 by 0.5'
+    """
+    times = f"{config.patience} evaluation{'s' if config.patience != 1 else ''}"
+    if not config.min_delta:
+        return f"{times} without a better {config.metric}{before}"
+    if config.patience == 1:
+        return f"{times} without an {config.metric} better{before} by {config.min_delta:g}"
+    each = f"{times} without an {config.metric} better than the best before each by {config.min_delta:g}"
+    return f"{each} (the last: better{before})" if before else each
+
+
 def best_words(state: Standing) -> str:
     """Return the best value and its update in words, empty where none is known."""
     if state.best is None:

@@ -21,6 +21,7 @@ from shared.data.tokenize import tokenize_rows
 from shared.errors import CheckpointError, ConfigError, StorageError, did_you_mean
 from shared.evaluating.held_out import fitting
 from shared.evaluating.loss import evaluate_each
+from shared.running import checkpoint
 from shared.running.lock import FILE as LOCK
 from shared.sessions import find_rows, open_session
 from shared.types import Example
@@ -118,24 +119,37 @@ def list_runs(folder: Path) -> list[RunFacts]:
 
 def read_run(folder: Path) -> RunFacts:
     """Return the facts of a run folder; raises CheckpointError where it is none."""
-    if not (folder / "manifest.json").is_file():
+    if not is_listed(folder):
         near = [path.parent.name for place in (folder.parent, RUNS) for path in place.glob("*/manifest.json")]
         hint = did_you_mean(folder.name, near) if near else "mlxlora runs ls DIR lists runs"
         raise CheckpointError(
             f"{folder} is not the folder of a run", expected="manifest.json in it", fix=hint, code="E323"
         )
     rows, manifest = Metrics(folder / "metrics.jsonl").read(), read_manifest(folder / "manifest.json")
-    updates = manifest.get("updates")
+    updates, state = manifest.get("updates"), state_of(folder, manifest)
     return RunFacts(
         name=folder.resolve().name,
         path=folder,
-        state=state_of(folder, manifest),
-        step=max((row["step"] for row in rows), default=0),
+        state=state,
+        step=step_of_run(folder, manifest, rows, running=state == "running"),
         updates=updates if isinstance(updates, int) else 0,
         loss=last(rows, "loss"),
         eval_loss=last(rows, "eval_loss"),
         **{key: str(manifest.get(key, "")) for key in ("model", "backend", "created")},
     )
+
+
+def is_listed(folder: Path) -> bool:
+    """Return whether a folder is shown as a run: whether it has a manifest."""
+    return (folder / "manifest.json").is_file()
+
+
+def step_of_run(folder: Path, manifest: Mapping[str, Any], rows: Rows, *, running: bool) -> int:
+    """Return the last update of a run that is saved, else logged; of one that is running, the later one."""
+    result, logged = manifest.get("result.last_update"), max((row["step"] for row in rows), default=0)
+    saved = [checkpoint.step_of(path) for path in checkpoint.step_dirs(folder / "checkpoints")]
+    saved += [result] if isinstance(result, int) else []
+    return max([logged, *saved]) if running or not saved else max(saved)
 
 
 def state_of(folder: Path, manifest: Mapping[str, Any]) -> str:
@@ -153,7 +167,7 @@ def state_of(folder: Path, manifest: Mapping[str, Any]) -> str:
 def find_run(folder: Path) -> Path:
     """Return a run folder, or where there is none, that of its name in runs/."""
     named = RUNS / folder
-    return named if not folder.exists() and (named / "manifest.json").is_file() else folder
+    return named if not is_listed(folder) and is_listed(named) else folder
 
 
 def is_held(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from shared import faults
 from shared.adapters.bases import architecture_of, check_base, other_weights
 from shared.adapters.folder import read_adapter
+from shared.adapters.hashes import noted
 from shared.adapters.spec import resolve
 from shared.adapters.start import start_values
 from shared.adapters.writing import write_adapter
@@ -22,10 +23,11 @@ from shared.convergence import convergence_checks
 from shared.data.layout import training_layout
 from shared.data.stream import Stream, sample_of, told_first
 from shared.durable import put_in_place, sync
-from shared.errors import ModelError, OutOfMemory, StorageError
+from shared.errors import MlxloraError, ModelError, OutOfMemory, StorageError
 from shared.estimate.plan import with_settings
 from shared.estimate.report import decide_run, what_fits
 from shared.export import write_model
+from shared.folder import open_folder
 from shared.jobs.idle import idle_settings, odd_sizes
 from shared.jobs.prepare import Prepared, prepare
 from shared.loop import fit
@@ -53,6 +55,7 @@ from shared.running.run_folder import (
     hash_files,
     joint_hash,
     maker_of,
+    manifest_of,
     open_run,
     with_whole_paths,
     write_manifest,
@@ -131,10 +134,12 @@ def train_once(
             return make_identity(prepared, hashes)
 
         found = find_checkpoint(folder, resume, identity, note, allowed=allow_change)
-        changed = changed_rows(folder, prepared.data_files, sets=prepared.sets)
-        for text in (*changed_maker(found, maker_of(backend)), *changed):
-            note(text)
         run = build_run(prepared, backend, found, folder=folder, callbacks=callbacks, identity=identity)
+        if not has_ended(run):
+            for text in changed_maker(found, run.maker):
+                note(text)
+        for text in changed_rows(folder, prepared.data_files, sets=prepared.sets):
+            note(text)
         begin(folder, found, resume=resume)
         given = command or command_line()
         with sinks(folder, config.log.to, note) as trackers:
@@ -155,7 +160,10 @@ def finish_run(
     """Train what is left of a run, write its results, and return them."""
     facts = describe_run(run, prepared)
     complete = run.state.finished = has_ended(run)
-    if not complete:
+    lost = complete and not isinstance(manifest_of(run.folder).get("updates"), int)
+    if lost:
+        tell(run.callbacks, "on_note", "manifest.json was missing or damaged: it is written anew")
+    if lost or not complete:
         resolved = with_whole_paths(run.config, run.folder)
         data = prepared.data_files
         write_manifest(run.folder, resolved, capability, base=base, data=data, facts=facts, command=command)
@@ -166,7 +174,10 @@ def finish_run(
     if not complete:
         fit(run)
     target = run.folder / result_name(run.spec)
-    if not (complete and has_result(run) and target.is_dir() and (run.folder / "report.html").is_file()):
+    whole = is_whole(target)
+    if complete and not whole:
+        tell(run.callbacks, "on_note", f"{target} was missing or damaged: it is written anew from the checkpoint")
+    if not (complete and has_result(run) and whole and (run.folder / "report.html").is_file()):
         result = restore_best(run)
         write_result(run, prepared, result)
         add_result(run, result)
@@ -313,6 +324,16 @@ def count_tokens(prepared: Prepared) -> dict[str, Any]:
 def result_name(spec: AdapterSpec) -> str:
     """Return the name of the result's folder: adapter, or model after full fine-tuning."""
     return "model" if spec.kind == "none" else "adapter"
+
+
+def is_whole(target: Path) -> bool:
+    """Return whether a result is there and reads: an adapter with every file noted of it, a model by its headers."""
+    try:
+        if target.name == "model":
+            return bool(open_folder(target).files)
+        return all((target / name).is_file() for name in noted(read_adapter(target).notes))
+    except MlxloraError:
+        return False
 
 
 def write_result(run: Run, prepared: Prepared, result: Mapping[str, Any]) -> None:

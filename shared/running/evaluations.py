@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from shared.callbacks import tell
 from shared.config import EvaluationConfig
-from shared.evaluating.deciding import best_words, judge, out_of_patience
+from shared.evaluating.deciding import best_words, judge, out_of_patience, stop_words
 from shared.evaluating.exams import ask, mean_scores
 from shared.evaluating.loss import evaluate_examples
 from shared.running.record import write
@@ -38,18 +38,17 @@ def evaluate(run: Run) -> bool:
         row = {"step": run.state.step, **finite}
         write(run, row)
         tell(run.callbacks, "on_evaluate", row)
+    before = best_words(run.state)
     is_best = judge(run.state, run.config.evaluation, found.get(run.config.evaluation.metric))
-    tell_end(run)
+    tell_end(run, before)
     return is_best and run.config.evaluation.keeps_best
 
 
-def tell_end(run: Run) -> None:
-    """Say that patience has run out, where it has before the last update."""
+def tell_end(run: Run, before: str) -> None:
+    """Say that patience has run out, where it has before the last update; before: the best until this evaluation."""
     state, config = run.state, run.config.evaluation
     if state.step < run.updates and stopped_early(run):
-        times = f"{config.patience} evaluation{'s' if config.patience != 1 else ''}"
-        better = f"{times} without a better {config.metric}{best_words(state)}"
-        tell(run.callbacks, "on_note", f"stopped early after update {state.step}: {better}")
+        tell(run.callbacks, "on_note", f"stopped early after update {state.step}: {stop_words(config, before)}")
 
 
 def measure(run: Run) -> dict[str, float]:

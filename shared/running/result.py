@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from statistics import median
@@ -15,6 +14,7 @@ from shared.evaluating.deciding import wanted_update
 from shared.running.checkpoint import folder_of, load
 from shared.running.evaluations import stopped_early
 from shared.running.run import Run
+from shared.running.run_folder import manifest_of
 
 TAIL = 5  # logged training losses that a run's end is judged by
 LEVEL = 1e-3  # nats between a loss and that of guessing
@@ -97,14 +97,10 @@ def is_far_above(first: float, last: float, *, guess: float) -> bool:
 
 def add_result(run: Run, result: dict[str, Any]) -> None:
     """Write into the manifest which update's weights are the result, and by what."""
-    file = run.folder / "manifest.json"
-    write_json(file, {**json.loads(file.read_bytes()), "result": result})
+    write_json(run.folder / "manifest.json", {**manifest_of(run.folder), "result": result})
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """Return what a run's manifest says of its result; empty of an older version's, whose result is the last update."""
-    try:
-        found = json.loads((folder / "manifest.json").read_bytes()).get("result", {})
-    except (OSError, ValueError, AttributeError):
-        return {}
+    found = manifest_of(folder).get("result")
     return found if isinstance(found, dict) else {}

@@ -73,7 +73,7 @@ def check_output(config: RunConfig, resume: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output: {folder} is a file", code="E205", expected="a folder, or a name for a new one")
     theirs = [name for name in FOLDERS if (folder / name).exists()]
-    if theirs and not (folder / "manifest.json").is_file():
+    if theirs and not is_run(folder):
         raise ConfigError(
             f'output: {folder} is not the folder of a run, and a run would replace "{theirs[0]}" in it',
             code="E205",
@@ -83,6 +83,12 @@ def check_output(config: RunConfig, resume: str) -> None:
         raise CheckpointError(
             f"--resume: no folder at {resume}", code="E320", expected="auto, never, a run folder or a checkpoint folder"
         )
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is a run's: by its manifest, or where that got lost by a checkpoint."""
+    committed = (folder / "checkpoints").glob(f"step-*/{checkpoint.MARKER}")
+    return (folder / "manifest.json").is_file() or any(committed)
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -97,7 +103,7 @@ def check_inputs(config: RunConfig) -> None:
             continue
         place = path.resolve()
         below = place.relative_to(folder).parts if place.is_relative_to(folder) else ("",)
-        same = not below and not (folder / "manifest.json").is_file()  # a run that began so may go on
+        same = not below and not is_run(folder)  # a run that began so may go on
         if same or (below and below[0] in WRITTEN):
             what = f"output: {config.output_dir} is the folder of {key}" if same else f"output: {key} {text} lies in it"
             raise ConfigError(
@@ -219,8 +225,8 @@ def changed_maker(found: checkpoint.Checkpoint | None, own: Mapping[str, Any]) -
 def changed_rows(folder: Path, own: Mapping[str, str], *, sets: Collection[str] = ()) -> Iterator[str]:
     """Yield that the validation rows are not those that the run so far was evaluated on; training rows are refused."""
     try:
-        before = dict(json.loads((folder / "manifest.json").read_bytes())["data_sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        before = dict(manifest_of(folder)["data_sha256"])
+    except (ValueError, KeyError, TypeError):
         return
     for name in ("valid.jsonl", *(f"evaluation.sets.{name}/" for name in sets)):
         changed = [key for key in before if key.startswith(name) and before[key] != own.get(key, before[key])]
@@ -374,6 +380,15 @@ def write_manifest(
     }
     write_whole(folder / "config.yaml", to_yaml(config))
     write_json(folder / "manifest.json", manifest)
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """Return a run's manifest, empty where it is missing or damaged."""
+    try:
+        found = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def command_line() -> list[str]:
