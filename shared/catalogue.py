@@ -161,7 +161,8 @@ CATALOGUE = {
     ),
     "E311": Kind(
         "an adapter that is damaged",
-        "A tensor is missing, twice there, not finite, or of another rank than adapter_config.json says.",
+        "A tensor is missing, twice there, not finite, or of another rank than adapter_config.json says; or a file has "
+        "another SHA-256 than is noted there.",
         "Copy the adapter again, config and weights of one and the same; or train it again.",
     ),
     "E312": Kind(

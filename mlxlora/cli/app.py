@@ -213,7 +213,7 @@ def explain(
 ) -> None:
     """Cause and remedy of an error, by its code."""
     from shared.catalogue import CATALOGUE, exit_code
-    from shared.errors import ConfigError
+    from shared.errors import ConfigError, did_you_mean
 
     if code is None:
         if as_json:
@@ -223,7 +223,9 @@ def explain(
         return
     name = f"E{code.upper().removeprefix('E')}"
     if name not in CATALOGUE:
-        raise ConfigError(f'explain: no error has the code "{code}"', fix="`mlxlora explain` lists all codes")
+        hint = did_you_mean(name, CATALOGUE)
+        fix = hint if "mean" in hint else "`mlxlora explain` lists all codes"
+        raise ConfigError(f'explain: no error has the code "{code}"', fix=fix)
     kind = CATALOGUE[name]
     if as_json:
         emit_object({"code": name, "exit_code": exit_code(name), **vars(kind)})

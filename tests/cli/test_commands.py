@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -536,3 +537,43 @@ def test_python_gives_the_same_as_the_command_line(trained, tiny_model_folder, c
     assert mlxlora.evaluate(folder, data=run_.data, adapter=adapter, backend="torch").loss == shown["loss"]
     text = answer_of(call(capsys, "generate", folder, "--prompt", PROMPT, "--max-tokens", 9, *asked))["text"]
     assert mlxlora.generate(folder, PROMPT, adapter=adapter, max_tokens=9, backend="torch") == text
+
+
+def test_python_takes_a_mapping_of_sections_and_says_what_is_no_config(trained, tiny_model_folder, tmp_path):
+    import mlxlora
+
+    data = str(trained("torch").data)
+    given = {"model": str(tiny_model_folder()), "data": data, "train": {"updates": 2}, "output": str(tmp_path)}
+    found = mlxlora.load_config(given, train={"epochs": 1}, overrides=["optimizer.lr=0.5"])
+    assert (found.data.path, found.train.updates, found.train.epochs, found.optimizer.lr) == (data, None, 1, 0.5)
+    assert mlxlora.load_config(found) is found
+    assert mlxlora.load_config(found, output="other").output == "other"
+    assert given["data"] == data
+    small = {"batch_size": 2, "updates": 1, "dtype": "float32"}
+    assert mlxlora.train(given, train=small, evaluation={"every": None}, backend="torch").updates == 1
+    for wrong, words in ((5, "config is 5"), ({"modle": "m"}, 'did you mean "model"')):
+        with pytest.raises(mlxlora.MlxloraError, match=words):
+            mlxlora.train(wrong)
+
+
+def test_python_shows_its_own_names_only():
+    import mlxlora
+
+    assert {"train", "MlxloraError"} <= set(dir(mlxlora))
+    assert not {"Any", "Callable", "importlib", "Path"} & set(dir(mlxlora))
+    with pytest.raises(AttributeError, match="nothing"):
+        getattr(mlxlora, "nothing")  # noqa: B009
+    code = "import sys, mlxlora; print('shared.errors' in sys.modules); mlxlora.MlxloraError"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"
+
+
+@pytest.mark.parametrize("name", ["run", "run/adapter"])
+def test_a_run_as_the_model_is_answered_with_the_right_command(trained, tiny_model_folder, capsys, name):
+    run_ = trained("torch")
+    place, adapter = run_.folder.parent / name, run_.folder / "adapter"
+    for word, rest in (("generate", "--prompt 'a b'"), ("evaluate", "--data d"), ("chat", "--system be")):
+        assert run([word, str(place), *shlex.split(rest)]) == 3
+        wanted = f"fix: mlxlora {word} {tiny_model_folder()} --adapter {adapter} {rest}"
+        assert capsys.readouterr().err.splitlines()[1] == wanted
+    assert run(["generate", str(place), "--adapter", "x", "--prompt", "a"]) == 3
+    assert f"mlxlora generate {tiny_model_folder()} --adapter x --prompt a" in capsys.readouterr().err

@@ -75,6 +75,26 @@ def test_each_of_several_texts_stands_under_its_prompt(tiny_model_folder, tmp_pa
     assert "".join(mlxlora.stream(str(model), "hello", max_tokens=4, backend="torch")) == texts[0]
 
 
+def test_prompts_of_standard_input_are_its_lines(tiny_model_folder, monkeypatch, capsys):
+    model = tiny_model_folder()
+    base = ["generate", model, "--prompts", "-", "--max-tokens", 4, "--backend", "torch", "--json"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n\nthe world\n")))
+    found = last_object(call(capsys, *base).out)["completions"]
+    texts = mlxlora.generate(str(model), ["hello", "the world"], max_tokens=4, backend="torch")
+    assert [one["text"] for one in found] == texts
+    for data, words in ((b"\n", "no prompt"), (b"caf\xe9\n", "standard input: not UTF-8")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert words in call(capsys, *base, code=2).err
+
+
+@pytest.mark.parametrize("prompt", [5, b"a", ["a", 3], None])
+def test_what_is_no_text_is_no_prompt(prompt):
+    with pytest.raises(ConfigError, match=r"the prompt is(.|\n)*a text, or a list of texts"):
+        mlxlora.generate("no model", prompt)
+    with pytest.raises(ConfigError, match="the prompt is"):
+        next(mlxlora.stream("no model", prompt))
+
+
 def test_a_stop_string_ends_the_text_before_it_and_is_named(session):
     free = complete(session, prompt_ids(session, "hello", chat=None), sampling_for(session, max_tokens=30))
     stop = free.text[7:10]
@@ -289,6 +309,22 @@ def test_chat_in_a_pipe_answers_line_by_line_and_obeys(backend, tiny_model_folde
     assert (last["system"], last["backend"]) == ("be kind", backend)
     assert ">" not in found.err
     assert "unknown command /nonsense" in found.err
+
+
+def test_a_line_that_is_not_utf_8_costs_only_itself(tiny_model_folder, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "sys.stdin", io.TextIOWrapper(io.BytesIO("hello\ncaf\xe9\n".encode("latin-1") + "né\n".encode()))
+    )
+    found = call(capsys, "chat", tiny_model_folder(), "--max-tokens", 5, "--backend", "torch", "--json")
+    assert [message["content"] for message in last_object(found.out)["messages"]][0::2] == ["hello", "né"]
+    assert found.err.count("that line is not UTF-8: it is passed over") == 1
+
+
+def test_an_answer_that_fills_the_model_s_positions_says_so(tiny_model_folder, monkeypatch, capsys):
+    for most, words in ((10_000, "tokens: the model's 256 positions are full; /reset"), (3, "--max-tokens allows")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("a\n"))
+        options = ["--temperature", 0, "--backend", "torch", "--max-tokens", most]
+        assert words in call(capsys, "chat", tiny_model_folder(), *options).err
 
 
 def test_a_model_without_a_template_cannot_chat(tmp_path, tiny_model_folder, capsys):

@@ -192,8 +192,13 @@ def test_an_ended_run_follows_evaluation_settings_that_are_new(data, whole, tmp_
 
 def test_min_delta_and_mode_decide_when_it_is_enough(data, tmp_path):
     """From update 6 to 8 the loss falls by 0.6 only; and more of it is better where the mode says so."""
-    train(recipe(data, tmp_path / "delta", "evaluation.min_delta=0.7", "evaluation.patience=1", backend="torch"))
+    heard: Any = Heard()
+    given = ["evaluation.min_delta=0.7", "evaluation.patience=1"]
+    train(recipe(data, tmp_path / "delta", *given, backend="torch"), callbacks=[heard])
     result = result_of(tmp_path / "delta")[2]
+    losses = {row["step"]: row["eval_loss"] for row in result_of(tmp_path / "delta")[1] if "eval_loss" in row}
+    why = f"1 evaluation without an eval_loss better than {losses[BEST - 2]:.4f} of update {BEST - 2} by 0.7"
+    assert f"stopped early after update {BEST}: {why}" in heard.notes
     assert (result["last_update"], result["update"]) == (BEST, BEST), "the best by however little is the best"
     train(recipe(data, tmp_path / "mode", "evaluation.mode=max", "evaluation.patience=2", backend="torch"))
     result = result_of(tmp_path / "mode")[2]

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+import mlxlora
 from shared.adapters.folder import read_adapter
+from shared.adapters.hashes import hashes_of
 from shared.config import RunConfig
 from shared.config_file import build_config
 from shared.errors import AdapterError, CheckpointError, ConfigError
@@ -130,3 +132,21 @@ def test_an_adapter_that_peft_saved_again_is_left_as_it_is(make_config, run):
 def test_another_backend_is_not_announced_where_nothing_is_trained(make_config, run):
     config = make_config(run)
     assert not again(config.model_copy(update={"backend": "mlx"}))[1]
+
+
+def test_hashes_are_those_of_the_files_wherever_an_adapter_goes(run, tmp_path):
+    def notes(folder: Path) -> dict[str, Any]:
+        return json.loads((folder / "adapter_config.json").read_text())["mlxlora"]
+
+    own = run / "adapter"
+    assert notes(own)["sha256"] == hashes_of(own)
+    assert list(hashes_of(own)) == ["adapter_model.safetensors", "adapters.safetensors"]
+    for name, parts in {"sum": [own, f"{own}=0.5"], "copy": [own, f"{own}=0"]}.items():
+        mlxlora.merge(parts, output=tmp_path / name)
+        assert notes(tmp_path / name)["sha256"] == hashes_of(tmp_path / name)
+        assert read_adapter(tmp_path / name).tensors
+    mlxlora.convert(own, to="mlx", output=tmp_path / "mlx")
+    assert "sha256" not in notes(tmp_path / "mlx"), "mlx-lm may train it on, in place"
+    mlxlora.convert(tmp_path / "mlx", to="peft", output=tmp_path / "peft")
+    assert (tmp_path / "peft/adapter_config.json").read_bytes() == (own / "adapter_config.json").read_bytes()
+    assert read_adapter(tmp_path / "peft").tensors

@@ -337,3 +337,19 @@ def test_a_weight_that_is_no_float_is_refused_by_name(make, dtype):
         open_folder(make(files={"model.safetensors": {**tensors, NAMES[1]: codes}}))
     mask = {"model.layers.0.attn.bias": codes, "model.position_ids": codes}  # buffers of old checkpoints
     open_folder(make(files={"model.safetensors": {**tensors, **mask}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a recipe.yaml", r"a recipe\.yaml is a config file, not a model\nfix: mlxlora train '.*a recipe\.yaml'"),
+        ("model/model.safetensors", r"is a file\nexpected: a folder(.|\n)*fix: use .*model$"),
+        ("notes.txt", r"notes\.txt is a file\nexpected: a folder with config\.json, or a hub id$"),
+    ],
+)
+def test_a_file_as_the_model_is_told_what_it_is(tmp_path, name, words):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=words):
+        open_folder(tmp_path / name)

@@ -138,6 +138,36 @@ def test_a_run_goes_by_the_name_that_ls_prints(two, tmp_path, monkeypatch, capsy
     assert "early" in capsys.readouterr().out
 
 
+def test_a_run_wins_over_a_folder_of_its_name_that_is_none(two, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    shutil.move(two[0], tmp_path / "runs/early")
+    monkeypatch.chdir(tmp_path)
+    for name in ("early", "empty"):
+        (tmp_path / name).mkdir()
+    assert run(["runs", "show", "early"]) == 0
+    assert capsys.readouterr().out.startswith("early: done")
+    (two[0] / "manifest.json").write_bytes((two[1] / "manifest.json").read_bytes())
+    assert run(["runs", "show", "early"]) == 0
+    assert capsys.readouterr().out.startswith("early: stopped"), "the one that is here is meant"
+    assert run(["runs", "show", "empty"]) == 3
+    assert 'did you mean "empty"' not in capsys.readouterr().err
+
+
+def test_how_far_a_run_is_tell_its_checkpoints_and_its_result(two, capsys):
+    """Rows of metrics are logged now and then only, and may run ahead of what a resume goes on from."""
+    (two[1] / "checkpoints/step-000003").mkdir(parents=True)
+    assert read_run(two[1]).step == 3
+    (two[1] / "checkpoints/step-000003").rename(two[1] / "checkpoints/step-000001")
+    assert read_run(two[1]).step == 1, "what is behind the checkpoint is done again"
+    with locked(two[1], print):
+        assert read_run(two[1]).step == 2
+    manifest = json.loads((two[0] / "manifest.json").read_text())
+    (two[0] / "manifest.json").write_text(json.dumps({**manifest, "result": {"last_update": 4}}))
+    (two[0] / "metrics.jsonl").write_text("")
+    assert run(["runs", "show", str(two[0])]) == 0
+    assert capsys.readouterr().out.startswith("early: done, update 4 of 4")
+
+
 @pytest.mark.parametrize(("number", "words"), [(0, "4 of 4"), (1, "<small>stopped</small>")])
 def test_show_writes_a_page_also_of_a_run_that_has_not_ended(two, tmp_path, number, words):
     page = tmp_path / "page.html"
