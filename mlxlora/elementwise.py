@@ -51,3 +51,8 @@ def sigmoid(x: mx.array) -> mx.array:
     if on_gpu():
         return mx.sigmoid(x)
     return 1 / (1 + mx.power(mx.array(2.0, dtype=x.dtype), mx.minimum(x * -LOG2_E, MOST)))
+
+
+def softplus(x: mx.array) -> mx.array:
+    """Return log(1 + e**x), of large x x."""
+    return mx.logaddexp(x, 0.0)

@@ -5,21 +5,23 @@ Legend: N supervised positions, C of them at once, D model width, V vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxlora.elementwise import exp, long_sums, on_gpu
+from mlxlora.elementwise import exp, long_sums, on_gpu, softplus
+from mlxlora.quantized import base_arrays
 from shared.families import HeadFacts
 
 CHUNK_ELEMENTS = 3 * 2**20  # logits of one chunk: 12 MiB in float32; MLX begins several before the first is done
 LEAST_ROWS = 96
-TILE_ROWS = 512
-TILE_ELEMENTS = 2**20  # logits of one tile over a frozen head: 4 MiB in float32, which a CPU's cache holds
-TILE_ELEMENTS_GPU = 2**22
+TILE_ROWS = 512  # positions of one tile over a frozen head
+TILE_ELEMENTS = 2**20  # logits of one tile: 4 MiB in float32, which a CPU's cache holds
+TILE_ELEMENTS_GPU = 2**22  # not measured
 LEAST_SUM = 1e-30  # of a tile whose every logit is far below the highest so far
+LOWEST = -3e38  # a logit that nothing is below but -inf
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,24 @@ class Head:
     def weight(self, dtype: mx.Dtype) -> mx.array:
         """Return the (V, D) weight, decoded where it is quantized."""
         return self.module.decoded(dtype) if hasattr(self.module, "decoded") else self.module.weight.astype(dtype)
+
+    def rows(self, dtype: mx.Dtype, arrays: Sequence[mx.array]) -> Callable[[slice | mx.array], mx.array]:
+        """Return some rows of the weight that `arrays` hold as a function of which.
+
+        Only these are decoded, where the format has rows.
+        """
+        if not hasattr(self.module, "rows_of"):
+            weight_VD = arrays[0].astype(dtype)
+            return lambda some: weight_VD[some]
+        if self.module.by_rows:
+            return lambda some: self.module.rows_of(arrays, some).astype(dtype)
+        decoded_VD = self.module.rows_of(arrays, slice(None)).astype(dtype)
+        return lambda some: decoded_VD[some]
+
+    @property
+    def vocabulary(self) -> int:
+        """Return V."""
+        return self.module._stored.shape[0] if hasattr(self.module, "_stored") else len(self.module.weight)
 
     @property
     def bias(self) -> mx.array | None:
@@ -75,10 +95,15 @@ def tile_sizes(positions: int) -> tuple[int, int]:
 
 def log_probs(h_ND: mx.array, head: Head, targets_N: mx.array) -> mx.array:
     """Return (N,) float32 log-probabilities of the targets, without gradients."""
-    weight_VD = head.weight(h_ND.dtype)
-    rows = chunk_rows(weight_VD.shape[0])
     out = []
-    for start in range(0, h_ND.shape[0], rows):
+    if not hasattr(head.module, "adapted"):
+        for _, sums in tiled_sums(h_ND, head, base_arrays(head.module), head.bias, targets_N, slopes=False):
+            out.append(-softplus(sums.lead_C))
+            mx.eval(out[-1])  # one row of tiles at a time
+        return mx.concatenate(out)
+    weight_VD = head.weight(h_ND.dtype)
+    rows = chunk_rows(len(weight_VD))
+    for start in range(0, len(h_ND), rows):
         z_CV = head.chunk(h_ND[start : start + rows], weight_VD)
         at_target_C = mx.take_along_axis(z_CV, targets_N[start : start + rows, None], axis=1)[:, 0]
         top_C1 = z_CV.max(axis=1, keepdims=True)
@@ -87,8 +112,28 @@ def log_probs(h_ND: mx.array, head: Head, targets_N: mx.array) -> mx.array:
     return mx.concatenate(out)
 
 
-def chunked_sft(facts: HeadFacts, *, train_head: bool) -> Callable[..., list[mx.array]]:
-    """Return the sum of -w * log p(target) as a function of (h, weight, bias, targets, weights).
+def tiled_sft(head: Head) -> Callable[..., list[mx.array]]:
+    """Return the sum of -w * log p(target) over a frozen head as a function of (h, targets, weights, bias, *arrays).
+
+    It returns [loss, dh]: h's gradient is computed in the forward pass, tile by tile, and the backward pass scales it.
+    """
+
+    @mx.custom_function
+    def loss(
+        h_ND: mx.array, targets_N: mx.array, weights_N: mx.array, bias_V: mx.array, *arrays: mx.array
+    ) -> list[mx.array]:
+        return tiled_loss(h_ND, head, arrays, bias_V if bias_V.size else None, targets_N, weights_N)
+
+    @loss.vjp
+    def backward(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
+        dh_ND = cotangents[0].astype(outputs[1].dtype) * outputs[1]
+        return [dh_ND, *(mx.zeros_like(primal) for primal in primals[1:])]
+
+    return cast(Callable[..., list[mx.array]], loss)
+
+
+def chunked_sft(facts: HeadFacts) -> Callable[..., list[mx.array]]:
+    """Return the sum of -w * log p(target) over a trained head as a function of (h, weight, bias, targets, weights).
 
     It returns [loss, dh, dweight, dbias]: the gradients are computed in the forward pass, chunk by chunk, and
     the backward pass only scales them.
@@ -98,28 +143,22 @@ def chunked_sft(facts: HeadFacts, *, train_head: bool) -> Callable[..., list[mx.
     def loss(
         h_ND: mx.array, weight_VD: mx.array, bias_V: mx.array, targets_N: mx.array, weights_N: mx.array
     ) -> list[mx.array]:
-        return loss_and_gradients(h_ND, weight_VD, bias_V, targets_N, weights_N, facts=facts, train_head=train_head)
+        return loss_and_gradients(h_ND, weight_VD, bias_V, targets_N, weights_N, facts=facts)
 
     @loss.vjp
     def backward(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
-        h_ND, weight_VD, bias_V, targets_N, weights_N = primals
-        slope, (_, dh_ND, dw_VD, db_V) = cotangents[0], outputs
-        dweight = (slope * dw_VD).astype(weight_VD.dtype) if train_head else mx.zeros_like(weight_VD)
-        dbias = (slope * db_V).astype(bias_V.dtype) if train_head else mx.zeros_like(bias_V)
-        dh = slope.astype(h_ND.dtype) * dh_ND
-        return [dh, dweight, dbias, mx.zeros_like(targets_N), mx.zeros_like(weights_N)]
+        pairs = zip(primals[:3], outputs[1:], strict=True)
+        grads = [(cotangents[0] * grad).astype(primal.dtype) for primal, grad in pairs]
+        return [*grads, mx.zeros_like(primals[3]), mx.zeros_like(primals[4])]
 
     return cast(Callable[..., list[mx.array]], loss)
 
 
 def loss_and_gradients(
-    h_ND: mx.array, weight_VD: mx.array, bias_V: mx.array, targets_N: mx.array, weights_N: mx.array,
-    *, facts: HeadFacts, train_head: bool,
-) -> list[mx.array]:  # fmt: skip
-    """Return the summed loss and the gradients of h, weight and bias; those of a frozen head are empty."""
+    h_ND: mx.array, weight_VD: mx.array, bias_V: mx.array, targets_N: mx.array, weights_N: mx.array, *, facts: HeadFacts
+) -> list[mx.array]:
+    """Return the summed loss and the gradients of h, weight and bias."""
     bias, rows = bias_V if bias_V.size else None, chunk_rows(weight_VD.shape[0])
-    if not train_head:
-        return [*tiled_loss(h_ND, weight_VD, bias, targets_N, weights_N, facts), mx.zeros((0,)), mx.zeros((0,))]
     total, slopes = mx.zeros(()), []
     dw_VD, db_V = mx.zeros(weight_VD.shape), mx.zeros(bias_V.shape)
     for start in range(0, h_ND.shape[0], rows):
@@ -141,8 +180,9 @@ def chunk_loss(
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Return the summed loss of one chunk and its gradient with respect to h W.T + b, in three parts.
 
-    The gradient is w * scale * curve * (softmax - onehot), curve being that of the soft-cap: (C, V) of the softmax, to
-    be multiplied by (C,), which costs less after a matmul, and (C,) of the onehot, to be taken off at the target.
+    With q = 1 - p(target), the gradient is w * scale * curve * (q * softmax of the others - q * onehot), curve being
+    that of the soft-cap: (C, V) of the softmax, 0 at the target, to be multiplied by (C,), which costs less after a
+    matmul, and (C,) of the onehot, to be taken off at the target.
     """
     return logits_loss(chunk_logits(h_CD, weight_VD, bias, facts), target_C, w_C, facts, dtype=h_CD.dtype)
 
@@ -151,108 +191,131 @@ def logits_loss(
     z_CV: mx.array, target_C: mx.array, w_C: mx.array, facts: HeadFacts, *, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Return what `chunk_loss` does, of finished logits; gradients in `dtype`."""
-    at_target_C = mx.take_along_axis(z_CV, target_C[:, None], axis=1)[:, 0]
-    top_C1 = z_CV.max(axis=1, keepdims=True)
-    e_CV = exp(z_CV - top_C1)
-    sum_C = long_sums(e_CV)
-    total = (
-        (top_C1[:, 0] - at_target_C + mx.log(sum_C)) * w_C
-    ).sum()  # equal logits cancel before small ones are added
-    slope_CV, share_C, hit_C = e_CV, w_C * facts.scale / sum_C, w_C * facts.scale
-    if facts.softcap is not None:
-        slope_CV = slope_CV * (1 - (z_CV / facts.softcap) ** 2)
-        hit_C = hit_C * (1 - (at_target_C / facts.softcap) ** 2)
+    sums, slope_CV = others(z_CV, target_C, mx.full((len(z_CV), 1), LOWEST), facts)
+    hit_C = w_C * facts.scale * mx.sigmoid(sums.lead_C)
+    share_C, curve_C = hit_C / mx.maximum(sums.e_C, LEAST_SUM), curve(sums.at_target_C, facts)
     if dtype != mx.float32:  # float16 may not hold a matmul over the vocabulary without the shares
         slope_CV, share_C = (slope_CV * share_C[:, None]).astype(dtype), mx.ones_like(share_C)
-    return total, slope_CV, share_C.astype(dtype), hit_C.astype(dtype)
+    total = (softplus(sums.lead_C) * w_C).sum()
+    return total, slope_CV, share_C.astype(dtype), (hit_C * curve_C).astype(dtype)
 
 
 @dataclass(frozen=True)
 class TileSums:
-    """What is known of C positions once some tiles of the vocabulary are done; e = exp(z - top)."""
+    """What is known of C positions once some tiles of the vocabulary are done; e = exp(z - top) of all but the target.
+
+    The target stands apart: beside one that is nearly certain the others' shares would be lost in rounding.
+    """
 
     top_C1: mx.array  # the highest logit
     e_C: mx.array  # the sum of e
     at_target_C: mx.array  # the target's logit
-    slope_CD: mx.array  # the sum of e times the soft-cap's curve times the head's rows
+    slope_CD: mx.array | None = None  # the sum of e times the soft-cap's curve times the head's rows
+
+    @property
+    def lead_C(self) -> mx.array:
+        """Return by how much all others together lead the target, in nats; the loss is softplus of it."""
+        return (
+            self.top_C1[:, 0] - self.at_target_C + mx.log(self.e_C)
+        )  # equal logits cancel before small ones are added
 
 
 def tiled_loss(
-    h_ND: mx.array, weight_VD: mx.array, bias: mx.array | None, targets_N: mx.array, weights_N: mx.array,
-    facts: HeadFacts,
+    h_ND: mx.array, head: Head, arrays: Sequence[mx.array], bias: mx.array | None, targets_N: mx.array,
+    weights_N: mx.array,
 ) -> list[mx.array]:  # fmt: skip
-    """Return the summed loss over a frozen head and the gradient of h, tile by tile.
+    """Return the summed loss over a frozen head and the gradient of h."""
+    total, slopes, rows_of = mx.zeros(()), [], head.rows(h_ND.dtype, arrays)
+    for at, sums in tiled_sums(h_ND, head, arrays, bias, targets_N, slopes=True):
+        total = total + (softplus(sums.lead_C) * weights_N[at]).sum()
+        slopes.append(hidden_gradient(sums, rows_of(targets_N[at]), weights_N[at], head.facts).astype(h_ND.dtype))
+    return [total, mx.concatenate(slopes)]
+
+
+def tiled_sums(
+    h_ND: mx.array, head: Head, arrays: Sequence[mx.array], bias: mx.array | None, targets_N: mx.array, *, slopes: bool
+) -> Iterator[tuple[slice, TileSums]]:
+    """Yield some positions and their sums over the vocabulary, tile by tile.
 
     The softmax is kept up over tiles as attention's is over blocks of keys, the head's rows being keys and values:
     every logit is computed once, whatever the vocabulary. Source: Milakov and Gimelshein 2018, algorithm 3.
     """
-    total, slopes, done = mx.zeros(()), [], []
+    rows_of, done = head.rows(h_ND.dtype, arrays), []
     rows, columns = tile_sizes(len(h_ND))
     for start in range(0, len(h_ND), rows):
-        at, sums = slice(start, start + rows), None
-        for first in range(0, len(weight_VD), columns):
-            h_CD = mx.depends([h_ND[at]], done)[0] if done else h_ND[at]  # one tile after the other
+        at = slice(start, start + rows)
+        sums = empty_sums(h_ND[at], slopes=slopes)
+        for first in range(0, head.vocabulary, columns):
             some = slice(first, first + columns)
+            h_CD = mx.depends([h_ND[at]], done)[0] if done else h_ND[at]  # one tile after the other
             bias_T = None if bias is None else bias[some]
-            sums = add_tile(sums, h_CD, weight_VD[some], bias_T, targets_N[at] - first, facts)
-            done = [sums.top_C1, sums.e_C, sums.at_target_C, sums.slope_CD]
-        loss, slope_CD = finished_loss(cast(TileSums, sums), weight_VD, targets_N[at], weights_N[at], facts)
-        total = total + loss
-        slopes.append(slope_CD.astype(h_ND.dtype))
-    return [total, mx.concatenate(slopes)]
+            sums = add_tile(sums, h_CD, rows_of(some), bias_T, targets_N[at] - first, head.facts)
+            done = [part for part in (sums.top_C1, sums.e_C, sums.at_target_C, sums.slope_CD) if part is not None]
+        yield at, sums
+
+
+def empty_sums(h_CD: mx.array, *, slopes: bool) -> TileSums:
+    """Return the sums before the first tile."""
+    none_C = mx.zeros(len(h_CD))
+    return TileSums(mx.full((len(h_CD), 1), LOWEST), none_C, none_C, mx.zeros(h_CD.shape) if slopes else None)
 
 
 def add_tile(
-    sums: TileSums | None, h_CD: mx.array, weight_TD: mx.array, bias_T: mx.array | None, target_C: mx.array,
-    facts: HeadFacts,
-) -> TileSums:  # fmt: skip
+    sums: TileSums, h_CD: mx.array, weight_TD: mx.array, bias_T: mx.array | None, target_C: mx.array, facts: HeadFacts
+) -> TileSums:
     """Return the sums with one more tile; targets are counted from its first token, and may lie outside."""
-    z_CT = chunk_logits(h_CD, weight_TD, bias_T, facts)
-    own_C = (target_C >= 0) & (target_C < len(weight_TD))
-    near_C = mx.clip(target_C, 0, len(weight_TD) - 1)
-    at_target_C = mx.where(own_C, mx.take_along_axis(z_CT, near_C[:, None], axis=1)[:, 0], 0.0)
-    top_C1 = z_CT.max(axis=1, keepdims=True)
-    top_C1 = top_C1 if sums is None else mx.maximum(top_C1, sums.top_C1)
-    slope_CT = e_CT = exp(z_CT - top_C1)
-    e_C = long_sums(e_CT)
-    if facts.softcap is not None:
-        slope_CT = e_CT * (1 - (z_CT / facts.softcap) ** 2)
-    if sums is None:
-        return TileSums(top_C1, e_C, at_target_C, summed_rows(slope_CT, e_C, weight_TD, None))
-    less_C1 = exp(sums.top_C1 - top_C1)
-    slope_CD = summed_rows(slope_CT, e_C, weight_TD, sums.slope_CD * less_C1)
-    return TileSums(top_C1, sums.e_C * less_C1[:, 0] + e_C, sums.at_target_C + at_target_C, slope_CD)
+    more, slope_CT = others(chunk_logits(h_CD, weight_TD, bias_T, facts), target_C, sums.top_C1, facts)
+    less_C1, slope_CD = exp(sums.top_C1 - more.top_C1), sums.slope_CD
+    if slope_CD is not None:
+        slope_CD = add_rows(slope_CD * less_C1, slope_CT, more.e_C, weight_TD)
+    e_C = sums.e_C * less_C1[:, 0] + more.e_C
+    return TileSums(more.top_C1, e_C, sums.at_target_C + more.at_target_C, slope_CD)
 
 
-def summed_rows(slope_CT: mx.array, e_C: mx.array, weight_TD: mx.array, sums_CD: mx.array | None) -> mx.array:
+def others(z_CT: mx.array, target_C: mx.array, top_C1: mx.array, facts: HeadFacts) -> tuple[TileSums, mx.array]:
+    """Return the sums over all logits of a tile but the targets', below `top` or their own, and e times the curve."""
+    own_C, near_C = (target_C >= 0) & (target_C < z_CT.shape[1]), mx.clip(target_C, 0, z_CT.shape[1] - 1)
+    at_near_C1 = mx.take_along_axis(z_CT, near_C[:, None], axis=1)
+    rest_CT = mx.put_along_axis(z_CT, near_C[:, None], mx.where(own_C[:, None], LOWEST, at_near_C1), axis=1)
+    top_C1 = mx.maximum(rest_CT.max(axis=1, keepdims=True), top_C1)  # never below LOWEST: -inf - -inf is no number
+    e_CT = exp(rest_CT - top_C1)
+    slope_CT = e_CT if facts.softcap is None else e_CT * curve(z_CT, facts)
+    return TileSums(top_C1, long_sums(e_CT), mx.where(own_C, at_near_C1[:, 0], 0.0)), slope_CT
+
+
+def curve(z: mx.array, facts: HeadFacts) -> mx.array:
+    """Return the derivative of the soft-cap at what it gave, 1 without."""
+    return mx.ones_like(z) if facts.softcap is None else 1 - (z / facts.softcap) ** 2
+
+
+def add_rows(sums_CD: mx.array, slope_CT: mx.array, e_C: mx.array, weight_TD: mx.array) -> mx.array:
     """Return sums + slope W in float32."""
     if weight_TD.dtype == mx.float32:
-        return slope_CT @ weight_TD if sums_CD is None else mx.addmm(sums_CD, slope_CT, weight_TD)
+        return mx.addmm(sums_CD, slope_CT, weight_TD)
     e_C1 = mx.maximum(e_C, LEAST_SUM)[:, None]  # float16 may not hold a sum of rows but their mean
-    more_CD = ((slope_CT / e_C1).astype(weight_TD.dtype) @ weight_TD).astype(mx.float32) * e_C1
-    return more_CD if sums_CD is None else sums_CD + more_CD
+    return sums_CD + ((slope_CT / e_C1).astype(weight_TD.dtype) @ weight_TD).astype(mx.float32) * e_C1
 
 
-def finished_loss(
-    sums: TileSums, weight_VD: mx.array, target_C: mx.array, w_C: mx.array, facts: HeadFacts
-) -> tuple[mx.array, mx.array]:
-    """Return the summed loss of C positions and the gradient of their h, once all tiles are done."""
-    top_C, at_target_C = sums.top_C1[:, 0], sums.at_target_C
-    total = ((top_C - at_target_C + mx.log(sums.e_C)) * w_C).sum()  # equal logits cancel before small ones are added
-    hit_C = share_C = w_C * facts.scale
-    if facts.softcap is not None:
-        hit_C = share_C * (1 - (at_target_C / facts.softcap) ** 2)
-    target_CD = weight_VD[target_C].astype(mx.float32)
-    return total, (share_C / sums.e_C)[:, None] * sums.slope_CD - hit_C[:, None] * target_CD
+def hidden_gradient(sums: TileSums, target_CD: mx.array, w_C: mx.array, facts: HeadFacts) -> mx.array:
+    """Return the gradient of C positions' h in float32, once all tiles are done.
+
+    With q = sigmoid(lead), what the target lacks of 1: w scale q (the others' mean row - the target's row), each times
+    its soft-cap's curve.
+    """
+    assert sums.slope_CD is not None
+    share_C1 = (w_C * facts.scale * mx.sigmoid(sums.lead_C))[:, None]
+    mean_CD = sums.slope_CD / mx.maximum(sums.e_C, LEAST_SUM)[:, None]
+    return share_C1 * (mean_CD - curve(sums.at_target_C, facts)[:, None] * target_CD.astype(mx.float32))
 
 
 def sft(h_ND: mx.array, head: Head, targets_N: mx.array, weights_N: mx.array, *, train_head: bool) -> mx.array:
-    """Return the summed loss in nats; its formula is `shared.objectives.sft`."""
+    """Return the summed loss in nats of N positions, at least one; its formula is `shared.objectives.sft`."""
     if hasattr(head.module, "sft"):
         return head.module.sft(h_ND, targets_N, weights_N, head.facts)
     bias_V = head.bias if head.bias is not None else mx.zeros((0,))
-    function = chunked_sft(head.facts, train_head=train_head)
-    return function(h_ND, head.weight(h_ND.dtype), bias_V, targets_N, weights_N)[0]
+    if not train_head:
+        return tiled_sft(head)(h_ND, targets_N, weights_N, bias_V, *base_arrays(head.module))[0]
+    return chunked_sft(head.facts)(h_ND, head.weight(h_ND.dtype), bias_V, targets_N, weights_N)[0]
 
 
 OBJECTIVES = {"sft": sft}

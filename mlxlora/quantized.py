@@ -7,6 +7,7 @@ Legend: N rows of activations, I input width, O output width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -25,7 +26,7 @@ def decode_packed(packed: Packed) -> Tensor:
     return from_mlx(find_decoder(packed.scheme)(arrays, packed.stored))
 
 
-def base_arrays(base: nn.Module) -> list[mx.array]:
+def base_arrays(base: Any) -> list[mx.array]:
     """Return what holds a frozen layer's weight: itself, or its packed arrays."""
     return [base[key] for key in getattr(base, "_keys", ("weight",))]
 
@@ -78,24 +79,43 @@ def put_arrays(layer: Any, packed: Packed) -> None:
         layer[key] = to_mlx(tensor)
 
 
-def decoded_rows(arrays: Arrays, stored: Stored, tokens: mx.array) -> mx.array:
-    """Return the rows (.., I) of `tokens`: decoded alone where every array has a row per row of the weight."""
+def is_by_rows(arrays: Arrays, stored: Stored) -> bool:
+    """Return whether every array has a row per row of the weight, so that some can be decoded alone."""
+    return all(array.ndim and len(array) == stored.shape[0] for array in arrays.values())
+
+
+def decode_rows(arrays: Arrays, stored: Stored, some: slice | mx.array) -> mx.array:
+    """Return the rows (n, I) of a slice or of (n,) numbers: decoded alone where the format `is_by_rows`."""
     decode = find_decoder(stored.scheme)
-    if not all(array.ndim and len(array) == stored.shape[0] for array in arrays.values()):
-        return decode(arrays, stored)[tokens]
-    flat = tokens.reshape(-1)
-    rows = decode(
-        {key: array[flat] for key, array in arrays.items()},
-        Stored(stored.scheme, (flat.size, stored.shape[1]), stored.dtype),
-    )
-    return rows.reshape(*tokens.shape, -1)
+    if not is_by_rows(arrays, stored):
+        return decode(arrays, stored)[some]
+    few = {key: array[some] for key, array in arrays.items()}
+    number = len(next(iter(few.values())))
+    return decode(few, Stored(stored.scheme, (number, stored.shape[1]), stored.dtype))
 
 
-class QuantizedLinear(nn.Module):
-    """A frozen linear layer over packed arrays."""
+class Decoding:
+    """What layers over packed arrays have in common."""
 
     _stored: Stored
     _keys: tuple[str, ...]  # of the arrays
+
+    @property
+    def by_rows(self) -> bool:
+        """Return whether some rows can be decoded alone."""
+        return is_by_rows(dict(zip(self._keys, base_arrays(self), strict=True)), self._stored)
+
+    def decoded(self, dtype: mx.Dtype) -> mx.array:
+        """Return the weight (O, I), of an embedding (V, D), in `dtype`, made anew."""
+        return self.rows_of(base_arrays(self), slice(None)).astype(dtype)
+
+    def rows_of(self, arrays: Sequence[mx.array], some: slice | mx.array) -> mx.array:
+        """Return the rows (n, I) of a slice or of (n,) numbers of what `arrays` hold, made anew."""
+        return decode_rows(dict(zip(self._keys, arrays, strict=True)), self._stored, some)
+
+
+class QuantizedLinear(Decoding, nn.Module):
+    """A frozen linear layer over packed arrays."""
 
     def __init__(self, packed: Packed, bias: mx.array | None) -> None:
         super().__init__()
@@ -104,34 +124,24 @@ class QuantizedLinear(nn.Module):
         if bias is not None:
             self.bias = bias
 
-    def decoded(self, dtype: mx.Dtype) -> mx.array:
-        """Return the weight (O, I) in `dtype`, made anew."""
-        return find_decoder(self._stored.scheme)({key: self[key] for key in self._keys}, self._stored).astype(dtype)
-
     def __call__(self, x: mx.array) -> mx.array:
         """Return x @ W.T + bias."""
         y = self._matmul(x, *base_arrays(self))
         return y + self.bias if "bias" in self else y
 
 
-class QuantizedEmbedding(nn.Module):
+class QuantizedEmbedding(Decoding, nn.Module):
     """An embedding over packed arrays: only the rows asked for are decoded, where the format has whole rows."""
-
-    _stored: Stored
-    _keys: tuple[str, ...]
 
     def __init__(self, packed: Packed, dtype: mx.Dtype) -> None:
         super().__init__()
         self._dtype = dtype
         put_arrays(self, packed)
 
-    def decoded(self, dtype: mx.Dtype) -> mx.array:
-        """Return the table (V, D) in `dtype`, made anew."""
-        return find_decoder(self._stored.scheme)({key: self[key] for key in self._keys}, self._stored).astype(dtype)
-
     def __call__(self, tokens: mx.array) -> mx.array:
         """Return the rows of `tokens`."""
-        return decoded_rows({key: self[key] for key in self._keys}, self._stored, tokens).astype(self._dtype)
+        rows = self.rows_of(base_arrays(self), tokens.reshape(-1))
+        return rows.reshape(*tokens.shape, -1).astype(self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return x @ table.T, as mlx-lm's models call a tied head."""

@@ -126,7 +126,7 @@ class _AdaptedSFT(torch.autograd.Function):
         gain_V = None if m_V is None else (m_V / norms_V).to(h_ND.dtype)
         own_A, own_B, pieces = A.to(h_ND.dtype), B.to(h_ND.dtype), []
         dA, dB, dm_V = torch.zeros_like(A), torch.zeros_like(B), None if m_V is None else torch.zeros_like(m_V)
-        for start in range(0, len(h_ND), rows := chunk_rows(weight_VD)):
+        for start in range(0, len(h_ND), rows := chunk_rows(len(weight_VD), on_gpu=h_ND.is_cuda)):
             at = slice(start, start + rows)
             h_CD = h_ND[at]
             summed_CV = layer.summed(h_CD, weight_VD)

@@ -5,21 +5,23 @@ Legend: N supervised positions, C of them at once, D model width, V vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from shared.families import HeadFacts
 
 CHUNK_ELEMENTS = 2**25  # logits of one chunk: 128 MiB in float32, so that its matmuls have rows enough to be fast
 CHUNK_ELEMENTS_CUDA = 2**26  # every chunk reads the whole head: a GPU needs some 500 rows to be busy meanwhile
 LEAST_ROWS = 96
-TILE_ROWS = 1024
-TILE_ELEMENTS = 2**21  # logits of one tile over a frozen head: 8 MiB in float32
-TILE_ELEMENTS_CUDA = 2**25
+TILE_ROWS = 1024  # positions of one tile over a frozen head: its matmuls then are as fast as a whole chunk's
+TILE_ELEMENTS = 2**21  # logits of one tile: 8 MiB in float32
+TILE_ELEMENTS_CUDA = 2**25  # not measured
 LEAST_SUM = 1e-30  # of a tile whose every logit is far below the highest so far
+LOWEST = -3e38  # a logit that nothing is below but -inf
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,18 @@ class Head:
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the (V, D) weight, decoded where it is quantized."""
         return self.module.decoded(dtype) if hasattr(self.module, "decoded") else self.module.weight.to(dtype)
+
+    def rows(self, dtype: torch.dtype) -> Callable[[slice | torch.Tensor], torch.Tensor]:
+        """Return some rows of the weight as a function of which: only these are decoded, where the format has rows."""
+        if getattr(self.module, "by_rows", False):
+            return lambda some: self.module.decoded_rows(some).to(dtype)
+        weight_VD = self.weight(dtype)
+        return lambda some: weight_VD[some]
+
+    @property
+    def vocabulary(self) -> int:
+        """Return V."""
+        return self.module.stored.shape[0] if hasattr(self.module, "stored") else len(self.module.weight)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -64,26 +78,44 @@ def finish(z_NV: torch.Tensor, bias: torch.Tensor | None, facts: HeadFacts) -> t
     return z_NV if facts.softcap is None else z_NV.div_(facts.softcap).tanh_().mul_(facts.softcap)
 
 
-def chunk_rows(weight_VD: torch.Tensor) -> int:
+def chunk_rows(vocabulary: int, *, on_gpu: bool) -> int:
     """Return how many positions one chunk holds."""
-    elements = CHUNK_ELEMENTS_CUDA if weight_VD.is_cuda else CHUNK_ELEMENTS
-    return max(elements // weight_VD.shape[0], LEAST_ROWS)
+    return max((CHUNK_ELEMENTS_CUDA if on_gpu else CHUNK_ELEMENTS) // vocabulary, LEAST_ROWS)
 
 
-def tile_sizes(h_ND: torch.Tensor) -> tuple[int, int]:
+def tile_sizes(positions: int, *, on_gpu: bool) -> tuple[int, int]:
     """Return how many positions and how many tokens of the vocabulary one tile holds."""
-    rows = max(min(len(h_ND), TILE_ROWS), 1)
-    return rows, (TILE_ELEMENTS_CUDA if h_ND.is_cuda else TILE_ELEMENTS) // rows
+    rows = max(min(positions, TILE_ROWS), 1)
+    return rows, (TILE_ELEMENTS_CUDA if on_gpu else TILE_ELEMENTS) // rows
 
 
 def log_probs(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor) -> torch.Tensor:
     """Return (N,) float32 log-probabilities of the targets, without gradients."""
-    weight_VD = head.weight(h_ND.dtype)
-    out = []
-    for h_CD, target_C in zip(h_ND.split(rows := chunk_rows(weight_VD)), targets_N.split(rows), strict=True):
+    if not hasattr(head.module, "adapted"):
+        return torch.cat([-functional.softplus(sums.lead_C) for _, sums in tiled_sums(h_ND, head, targets_N)])
+    weight_VD, out = head.weight(h_ND.dtype), []
+    rows = chunk_rows(len(weight_VD), on_gpu=h_ND.is_cuda)
+    for h_CD, target_C in zip(h_ND.split(rows), targets_N.split(rows), strict=True):
         z_CV = head.chunk(h_CD, weight_VD)
         out.append(z_CV.gather(1, target_C[:, None])[:, 0] - z_CV.logsumexp(dim=1))
     return torch.cat(out)
+
+
+class _TiledSFT(torch.autograd.Function):
+    """Sum of -w * log p(target) over a frozen head; h's gradient is computed in the forward pass, tile by tile."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, weights_N: torch.Tensor
+    ) -> torch.Tensor:
+        total, dh_ND = tiled_loss(h_ND, head, targets_N, weights_N, wanted=ctx.needs_input_grad[0])
+        ctx.save_for_backward(dh_ND)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (dh_ND,) = ctx.saved_tensors
+        return None if dh_ND is None else dh_ND * grads[0], None, None, None
 
 
 class _ChunkedSFT(torch.autograd.Function):
@@ -122,13 +154,11 @@ def loss_and_gradients(
     weights_N: torch.Tensor, *, facts: HeadFacts, wants: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """Return the summed loss and the gradients of h, weight and bias that are wanted."""
-    if not any(wants[1:3]):
-        return (*tiled_loss(h_ND, weight_VD, bias_V, targets_N, weights_N, facts), None, None)
     total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
     dh_ND = torch.empty_like(h_ND) if wants[0] else None
     dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants[1] else None
     db_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants[2] and bias_V is not None else None
-    rows = min(chunk_rows(weight_VD), len(h_ND))
+    rows = min(chunk_rows(len(weight_VD), on_gpu=h_ND.is_cuda), len(h_ND))
     space_CV = torch.empty(rows, weight_VD.shape[0], dtype=h_ND.dtype, device=h_ND.device)
     for start in range(0, h_ND.shape[0], rows):
         at = slice(start, start + rows)
@@ -164,91 +194,118 @@ def chunk_loss(
 
 @dataclass(frozen=True)
 class TileSums:
-    """What is known of C positions once some tiles of the vocabulary are done; e = exp(z - top)."""
+    """What is known of C positions once some tiles of the vocabulary are done; e = exp(z - top) of all but the target.
 
-    top_C1: torch.Tensor  # the highest logit
+    The target stands apart: beside one that is nearly certain the others' shares would be lost in rounding.
+    """
+
+    top_C1: torch.Tensor  # the highest logit of the others
     e_C: torch.Tensor  # the sum of e
     at_target_C: torch.Tensor  # the target's logit
-    slope_CD: torch.Tensor  # the sum of e times the soft-cap's curve times the head's rows
+    slope_CD: torch.Tensor | None  # the sum of e times the soft-cap's curve times the head's rows
+
+    @property
+    def lead_C(self) -> torch.Tensor:
+        """Return by how much all others together lead the target, in nats; the loss is softplus of it."""
+        return self.top_C1[:, 0] - self.at_target_C + self.e_C.log()  # equal logits cancel before small ones are added
 
 
 def tiled_loss(
-    h_ND: torch.Tensor, weight_VD: torch.Tensor, bias: torch.Tensor | None, targets_N: torch.Tensor,
-    weights_N: torch.Tensor, facts: HeadFacts,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the summed loss over a frozen head and the gradient of h, tile by tile.
+    h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, weights_N: torch.Tensor, *, wanted: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the summed loss over a frozen head and, where wanted, the gradient of h."""
+    total, dh_ND = torch.zeros((), device=h_ND.device), torch.empty_like(h_ND) if wanted else None
+    with torch.autocast(h_ND.device.type, enabled=False):
+        for at, sums in tiled_sums(h_ND, head, targets_N, slopes=wanted):
+            total += (functional.softplus(sums.lead_C) * weights_N[at]).sum()
+            if dh_ND is not None:
+                rows_CD = head.rows(h_ND.dtype)(targets_N[at])
+                dh_ND[at] = hidden_gradient(sums, rows_CD, weights_N[at], head.facts)
+    return total, dh_ND
+
+
+def tiled_sums(
+    h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, *, slopes: bool = False
+) -> Iterator[tuple[slice, TileSums]]:
+    """Yield some positions and their sums over the vocabulary, tile by tile.
 
     The softmax is kept up over tiles as attention's is over blocks of keys, the head's rows being keys and values:
     every logit is computed once, whatever the vocabulary. Source: Milakov and Gimelshein 2018, algorithm 3.
     """
-    total, dh_ND = torch.zeros((), dtype=torch.float32, device=h_ND.device), torch.empty_like(h_ND)
-    rows, columns = tile_sizes(h_ND)
-    space = torch.empty(rows * min(columns, len(weight_VD)), dtype=h_ND.dtype, device=h_ND.device)
+    rows_of, vocabulary = head.rows(h_ND.dtype), head.vocabulary
+    rows, columns = tile_sizes(len(h_ND), on_gpu=h_ND.is_cuda)
+    space = torch.empty(rows * min(columns, vocabulary), dtype=h_ND.dtype, device=h_ND.device)
     for start in range(0, len(h_ND), rows):
-        at, sums = slice(start, start + rows), None
-        for first in range(0, len(weight_VD), columns):
-            weight_TD = weight_VD[first : first + columns]
+        at = slice(start, start + rows)
+        sums = empty_sums(h_ND[at], slopes=slopes)
+        for first in range(0, vocabulary, columns):
+            weight_TD = rows_of(slice(first, first + columns))
             z_CT = space[: len(h_ND[at]) * len(weight_TD)].view(-1, len(weight_TD))
             torch.mm(h_ND[at], weight_TD.T, out=z_CT)
-            z_CT = finish(z_CT, None if bias is None else bias[first : first + columns], facts)
-            sums = add_tile(sums, z_CT, weight_TD, targets_N[at] - first, facts)
-        assert sums is not None
-        loss, dh_ND[at] = finished_loss(sums, weight_VD, targets_N[at], weights_N[at], facts)
-        total += loss
-    return total, dh_ND
+            z_CT = finish(z_CT, None if head.bias is None else head.bias[first : first + columns], head.facts)
+            sums = add_tile(sums, z_CT, weight_TD, targets_N[at] - first, head.facts)
+        yield at, sums
+
+
+def empty_sums(h_CD: torch.Tensor, *, slopes: bool) -> TileSums:
+    """Return the sums before the first tile."""
+    none_C = torch.zeros(len(h_CD), device=h_CD.device)
+    slope_CD = torch.zeros(h_CD.shape, device=h_CD.device) if slopes else None
+    return TileSums(torch.full_like(none_C, LOWEST)[:, None], none_C, none_C, slope_CD)
 
 
 def add_tile(
-    sums: TileSums | None, z_CT: torch.Tensor, weight_TD: torch.Tensor, target_C: torch.Tensor, facts: HeadFacts
+    sums: TileSums, z_CT: torch.Tensor, weight_TD: torch.Tensor, target_C: torch.Tensor, facts: HeadFacts
 ) -> TileSums:
     """Return the sums with one more tile; targets are counted from its first token, and may lie outside.
 
     Overwrites the logits z, and the sums' own slope.
     """
-    own_C, near_C = (target_C >= 0) & (target_C < len(weight_TD)), target_C.clamp(0, len(weight_TD) - 1)
-    at_target_C = torch.where(own_C, z_CT.gather(1, near_C[:, None])[:, 0], 0.0)
-    top_C1 = z_CT.amax(dim=1, keepdim=True)
-    top_C1 = top_C1 if sums is None else torch.maximum(top_C1, sums.top_C1)
-    curve_CT = None if facts.softcap is None else 1 - (z_CT / facts.softcap) ** 2
-    slope_CT = z_CT.sub_(top_C1).exp_()
-    e_C = slope_CT.sum(dim=1)
+    curve_CT = None if facts.softcap is None or sums.slope_CD is None else 1 - (z_CT / facts.softcap) ** 2
+    own_C, near_C1 = (target_C >= 0) & (target_C < len(weight_TD)), target_C.clamp(0, len(weight_TD) - 1)[:, None]
+    near_C = z_CT.gather(1, near_C1)[:, 0]
+    at_target_C = sums.at_target_C + torch.where(own_C, near_C, 0.0)
+    z_CT.scatter_(1, near_C1, torch.where(own_C, LOWEST, near_C)[:, None])
+    top_C1 = torch.maximum(z_CT.amax(dim=1, keepdim=True), sums.top_C1)  # never below LOWEST: -inf - -inf is no number
+    slope_CT, less_C1 = z_CT.sub_(top_C1).exp_(), (sums.top_C1 - top_C1).exp_()
+    more_C = slope_CT.sum(dim=1)
+    e_C = sums.e_C * less_C1[:, 0] + more_C
+    if sums.slope_CD is None:
+        return TileSums(top_C1, e_C, at_target_C, None)
     if curve_CT is not None:
         slope_CT.mul_(curve_CT)
-    if sums is None:
-        return TileSums(top_C1, e_C, at_target_C, summed_rows(slope_CT, e_C, weight_TD, None))
-    less_C1 = (sums.top_C1 - top_C1).exp_()
-    slope_CD = summed_rows(slope_CT, e_C, weight_TD, sums.slope_CD.mul_(less_C1))
-    return TileSums(top_C1, sums.e_C * less_C1[:, 0] + e_C, sums.at_target_C + at_target_C, slope_CD)
+    slope_CD = add_rows(sums.slope_CD.mul_(less_C1), slope_CT, more_C, weight_TD)
+    return TileSums(top_C1, e_C, at_target_C, slope_CD)
 
 
-def summed_rows(
-    slope_CT: torch.Tensor, e_C: torch.Tensor, weight_TD: torch.Tensor, sums_CD: torch.Tensor | None
-) -> torch.Tensor:
+def add_rows(sums_CD: torch.Tensor, slope_CT: torch.Tensor, e_C: torch.Tensor, weight_TD: torch.Tensor) -> torch.Tensor:
     """Return sums + slope W in float32. Overwrites both."""
     if weight_TD.dtype == torch.float32:
-        return slope_CT @ weight_TD if sums_CD is None else sums_CD.addmm_(slope_CT, weight_TD)
+        return sums_CD.addmm_(slope_CT, weight_TD)
     e_C1 = e_C.clamp(min=LEAST_SUM)[:, None]  # float16 may not hold a sum of rows but their mean
-    more_CD = (slope_CT.div_(e_C1).to(weight_TD.dtype) @ weight_TD).float().mul_(e_C1)
-    return more_CD if sums_CD is None else sums_CD.add_(more_CD)
+    return sums_CD.add_((slope_CT.div_(e_C1).to(weight_TD.dtype) @ weight_TD).float().mul_(e_C1))
 
 
-def finished_loss(
-    sums: TileSums, weight_VD: torch.Tensor, target_C: torch.Tensor, w_C: torch.Tensor, facts: HeadFacts
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed loss of C positions and the gradient of their h, once all tiles are done."""
-    top_C, at_target_C = sums.top_C1[:, 0], sums.at_target_C
-    total = ((top_C - at_target_C + sums.e_C.log()) * w_C).sum()  # equal logits cancel before small ones are added
-    hit_C = share_C = w_C * facts.scale
-    if facts.softcap is not None:
-        hit_C = share_C * (1 - (at_target_C / facts.softcap) ** 2)
-    target_CD = weight_VD[target_C].float()
-    return total, sums.slope_CD.mul_((share_C / sums.e_C)[:, None]).sub_(target_CD.mul_(hit_C[:, None]))
+def hidden_gradient(sums: TileSums, target_CD: torch.Tensor, w_C: torch.Tensor, facts: HeadFacts) -> torch.Tensor:
+    """Return the gradient of C positions' h in float32, once all tiles are done. Overwrites the sums' slope.
+
+    With q = sigmoid(lead), what the target lacks of 1: w scale q (the others' mean row - the target's row), each times
+    its soft-cap's curve.
+    """
+    assert sums.slope_CD is not None
+    share_C1 = (w_C * facts.scale * torch.sigmoid(sums.lead_C))[:, None]
+    mean_CD = sums.slope_CD.div_(sums.e_C.clamp(min=LEAST_SUM)[:, None])
+    curve_C1 = 1.0 if facts.softcap is None else (1 - (sums.at_target_C / facts.softcap) ** 2)[:, None]
+    return mean_CD.sub_(target_CD.float().mul(curve_C1)).mul_(share_C1)
 
 
 def sft(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
-    """Return the summed loss in nats; its formula is `shared.objectives.sft`."""
+    """Return the summed loss in nats of N positions, at least one; its formula is `shared.objectives.sft`."""
     if hasattr(head.module, "sft"):
         return head.module.sft(h_ND, targets_N, weights_N, head.facts)
+    trained = (getattr(head.module, "weight", None), head.bias)
+    if not any(isinstance(part, torch.Tensor) and part.requires_grad for part in trained):
+        return _TiledSFT.apply(h_ND, head, targets_N, weights_N)
     return _ChunkedSFT.apply(h_ND, head.weight(h_ND.dtype), head.bias, targets_N, weights_N, head.facts)
 
 

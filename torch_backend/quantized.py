@@ -43,29 +43,53 @@ def put_arrays(layer: Any, packed: Packed) -> None:
         layer.register_buffer(key, to_torch(tensor))
 
 
-def decoded_rows(arrays: Arrays, stored: Stored, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the rows (.., I) of `tokens`: decoded alone where every array has a row per row of the weight."""
+def is_by_rows(arrays: Arrays, stored: Stored) -> bool:
+    """Return whether every array has a row per row of the weight, so that some can be decoded alone."""
+    return all(array.ndim and len(array) == stored.shape[0] for array in arrays.values())
+
+
+def decode_rows(arrays: Arrays, stored: Stored, some: slice | torch.Tensor) -> torch.Tensor:
+    """Return the rows (n, I) of a slice or of (n,) numbers: decoded alone where the format `is_by_rows`."""
     decode = find_decoder(stored.scheme)
-    if not all(array.ndim and len(array) == stored.shape[0] for array in arrays.values()):
-        return decode(arrays, stored)[tokens]
-    flat = tokens.reshape(-1)
-    rows = decode(
-        {key: take_rows(array, flat) for key, array in arrays.items()},
-        Stored(stored.scheme, (flat.numel(), stored.shape[1]), stored.dtype),
-    )
-    return rows.view(*tokens.shape, -1)
+    if not is_by_rows(arrays, stored):
+        return decode(arrays, stored)[some]
+    few = {key: take_rows(array, some) for key, array in arrays.items()}
+    number = len(next(iter(few.values())))
+    return decode(few, Stored(stored.scheme, (number, stored.shape[1]), stored.dtype))
 
 
-def take_rows(array: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def take_rows(array: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
     """Return rows of an array; of uint32 words as int32, which torch can index."""
     return array.view(torch.int32)[rows] if array.dtype == torch.uint32 else array[rows]
 
 
-class QuantizedLinear(nn.Module):
-    """A frozen linear layer over packed arrays."""
+class Decoding:
+    """What layers over packed arrays have in common."""
 
     stored: Stored
     keys: tuple[str, ...]  # of the arrays
+
+    @property
+    def arrays(self) -> Arrays:
+        """Return the packed arrays."""
+        return {key: getattr(self, key) for key in self.keys}
+
+    @property
+    def by_rows(self) -> bool:
+        """Return whether some rows can be decoded alone."""
+        return is_by_rows(self.arrays, self.stored)
+
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight (O, I), of an embedding (V, D), in `dtype`, made anew."""
+        return find_decoder(self.stored.scheme)(self.arrays, self.stored).to(dtype)
+
+    def decoded_rows(self, some: slice | torch.Tensor) -> torch.Tensor:
+        """Return the rows (n, I) of a slice or of (n,) numbers, made anew."""
+        return decode_rows(self.arrays, self.stored, some)
+
+
+class QuantizedLinear(Decoding, nn.Module):
+    """A frozen linear layer over packed arrays."""
 
     def __init__(self, packed: Packed, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -84,22 +108,14 @@ class QuantizedLinear(nn.Module):
             head.register_buffer(key, getattr(embedding, key), persistent=False)
         return head
 
-    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight (O, I) in `dtype`, made anew."""
-        arrays = {key: getattr(self, key) for key in self.keys}
-        return find_decoder(self.stored.scheme)(arrays, self.stored).to(dtype)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x @ W.T + bias."""
         y = _DecodedMatmul.apply(x, self)
         return y if self.bias is None else y + self.bias
 
 
-class QuantizedEmbedding(nn.Module):
+class QuantizedEmbedding(Decoding, nn.Module):
     """An embedding over packed arrays: only the rows asked for are decoded, where the format has whole rows."""
-
-    stored: Stored
-    keys: tuple[str, ...]
 
     def __init__(self, packed: Packed, dtype: torch.dtype, *, scale: float) -> None:
         super().__init__()
@@ -108,14 +124,9 @@ class QuantizedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = packed.shape
         put_arrays(self, packed)
 
-    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the table (V, D) in `dtype`, made anew."""
-        arrays = {key: getattr(self, key) for key in self.keys}
-        return find_decoder(self.stored.scheme)(arrays, self.stored).to(dtype)
-
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the rows of `tokens`."""
-        rows = decoded_rows({key: getattr(self, key) for key in self.keys}, self.stored, tokens).to(self.dtype)
+        rows = self.decoded_rows(tokens.reshape(-1)).view(*tokens.shape, -1).to(self.dtype)
         return rows if self.scale == 1.0 else rows * self.scale
 
 
