@@ -29,6 +29,7 @@ from shared.data.batch import micro_batches
 from shared.data.layout import choose_layout
 from shared.estimate import memory as model
 from shared.estimate.costs import NOTHING, Costs, Rows
+from shared.estimate.shapes import WORD, Shape, read_shape
 from shared.folder import open_folder
 from shared.registry import find_backend
 from shared.schemes import parse_scheme
@@ -92,14 +93,14 @@ def fit_rows(cases: Sequence[Case]) -> tuple[Rows, Rows]:
     return kept, working
 
 
-def widths_of(case: Case, shape: model.Shape) -> list[float]:
+def widths_of(case: Case, shape: Shape) -> list[float]:
     """Return the widths of a case's rows, in the order of the fields of Rows."""
     spec = spec_of(case, shape)
     widths = model.layer_widths(shape, largest(case), rank=spec.rank * len(spec.modules) / case.layers)
     return [widths[kind] for kind in KINDS]
 
 
-def standing(case: Case, shape: model.Shape) -> float:
+def standing(case: Case, shape: Shape) -> float:
     """Return the bytes of a case that stand all the time, as the estimate has them."""
     config = build_config(recipe(case, Path("m")))
     return sum(model.standing_bytes(config, shape, spec_of(case, shape), NOTHING).values())
@@ -125,38 +126,40 @@ def add_rest(costs: Costs, base: Case, *, lora: Costs | None) -> Costs:
     big = replace(few, hidden=512, heads=8, key_heads=8, mlp=2048, rank=512)
     table = replace(few, vocabulary=65536, hidden=128, heads=2, key_heads=2, mlp=64)
     loss = replace(table, hidden=64, heads=1, key_heads=1, length=512, micro_tokens=512, supervised=1.0)
-    tile = model.WORD * model.TILE_ELEMENTS[f"{base.backend}-cpu"]
+    tile = WORD * model.TILE_ELEMENTS[f"{base.backend}-cpu"]
     chunks = replace(loss, **({} if lora else {"targets": "q_proj lm_head"}))
     chunk = replace(chunks, length=model.CHUNK_ROWS, micro_tokens=model.CHUNK_ROWS)
-    logits = model.WORD * model.CHUNK_ROWS * 65536
+    logits = WORD * model.CHUNK_ROWS * 65536
     packed = replace(big, rank=8, quantization="affine-4bit-g64")
 
-    def rest(case: Case, **options: Any) -> tuple[float, model.Shape]:
+    def rest(case: Case, **options: Any) -> tuple[float, Shape]:
         found, shape = measure(case, **options)
         return found - known_bytes(case, shape, costs, **options), shape
 
     found, shape = rest(table, load_only=True)
     costs = replace(costs, load=ratio(found, 65536 * shape.width))
     found, shape = rest(big)
-    costs = replace(costs, update=ratio(found, model.WORD * model.num_trained(shape, spec_of(big, shape))))
+    costs = replace(costs, update=ratio(found, WORD * model.num_trained(shape, spec_of(big, shape))))
     if lora is None:
         if base.backend == "torch":
             peak, _, shape = measure_fresh(replace(few, supervised=1.0), plain=False)
             costs = replace(costs, framework=round(peak - known_bytes(few, shape, costs)))
         four, eight = (in_masks(replace(base, layers=layers, dropout=0.1), rest) for layers in (4, 8))
-        costs = replace(costs, dropout=ratio(eight - four, 4))
-        costs = replace(costs, masks=ratio(four - 4 * costs.dropout, 1))
+        costs = replace(costs, dropout_kept=ratio(eight - four, 4))
+        costs = replace(costs, dropout_working=ratio(four - 4 * costs.dropout_kept, 1))
         found, shape = rest(packed, load_only=True)
         costs = replace(costs, quantizing=ratio(found, big.hidden * big.mlp))
         found, shape = rest(packed)
         costs = replace(costs, decodes=ratio(found, big.hidden * big.mlp * model.SIZES[base.dtype]))
         costs = replace(costs, tiles=ratio(rest(loss)[0], tile), logits=ratio(rest(chunk)[0], logits))
+        wide = replace(loss, hidden=1024, vocabulary=4096)
+        costs = replace(costs, tile_widths=ratio(rest(wide)[0], WORD * wide.length * wide.hidden))
         return replace(costs, queued=ratio(rest(chunks)[0], logits))
     costs = replace(costs, logits=lora.logits, queued=lora.queued, framework=lora.framework)
     return replace(costs, head=ratio(rest(chunk)[0], logits))
 
 
-def in_masks(case: Case, rest: Callable[[Case], tuple[float, model.Shape]]) -> float:
+def in_masks(case: Case, rest: Callable[[Case], tuple[float, Shape]]) -> float:
     """Return how many rows of a layer's adapted inputs are not explained yet."""
     found, shape = rest(case)
     dropped = model.dropped_inputs(shape, spec_of(case, shape)) / case.layers
@@ -168,7 +171,7 @@ def ratio(found: float, unit: float) -> float:
     return round(max(found, 0) / unit, 2)
 
 
-def known_bytes(case: Case, shape: model.Shape, costs: Costs, *, load_only: bool = False) -> float:
+def known_bytes(case: Case, shape: Shape, costs: Costs, *, load_only: bool = False) -> float:
     """Return what is explained already: standing bytes and activations, or of a loaded model its weights."""
     config = build_config(recipe(case, Path("m")))
     if load_only:
@@ -179,12 +182,12 @@ def known_bytes(case: Case, shape: model.Shape, costs: Costs, *, load_only: bool
     return standing(case, shape) + max(sum(parts.values()) for parts in running.values())
 
 
-def spec_of(case: Case, shape: model.Shape) -> AdapterSpec:
+def spec_of(case: Case, shape: Shape) -> AdapterSpec:
     """Return what a case trains."""
     return resolve(build_config(recipe(case, Path("m"))).adapter, shape.info)
 
 
-def measure(case: Case, *, load_only: bool = False) -> tuple[float, model.Shape]:
+def measure(case: Case, *, load_only: bool = False) -> tuple[float, Shape]:
     """Return the bytes at the peak above what was there before, and the model's shape."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -194,7 +197,7 @@ def measure(case: Case, *, load_only: bool = False) -> tuple[float, model.Shape]
         run(case, folder, load_only=load_only)
         found = read_peak(case.backend) - before
         gc.collect()
-        return found, model.read_shape(open_folder(folder))
+        return found, read_shape(open_folder(folder))
 
 
 def run(case: Case, folder: Path, *, load_only: bool) -> None:

@@ -35,6 +35,7 @@ from shared.config import RunConfig
 from shared.config_file import build_config
 from shared.estimate import memory as model
 from shared.estimate.machines import here
+from shared.estimate.shapes import Shape, read_shape
 from shared.folder import open_folder
 
 MIB = 2**20
@@ -152,7 +153,7 @@ def recipe(case: Case, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure_fresh(case: Case, *, plain: bool) -> tuple[int, RunConfig, model.Shape]:
+def measure_fresh(case: Case, *, plain: bool) -> tuple[int, RunConfig, Shape]:
     """Return the peak of a case in bytes, its config, and the shape of its model."""
     environment = {**os.environ, **({} if plain else STEADY), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as place:
@@ -160,7 +161,7 @@ def measure_fresh(case: Case, *, plain: bool) -> tuple[int, RunConfig, model.Sha
         run_child({"do": "write", "folder": place, "case": asdict(case)}, environment)
         values = recipe(case, folder)
         answer = run_child({"do": "train", "config": values}, environment)
-        return json.loads(answer.splitlines()[-1])["peak"], build_config(values), model.read_shape(open_folder(folder))
+        return json.loads(answer.splitlines()[-1])["peak"], build_config(values), read_shape(open_folder(folder))
 
 
 def run_child(task: dict[str, Any], environment: dict[str, str]) -> str:

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora.elementwise import exp, on_gpu, row_sums
-from mlxlora.rotary import Tables, rotate
+from mlxlora.rotary import rotate
 from shared.families import CHECKED
 
 PACKABLE = CHECKED | {
@@ -96,7 +96,6 @@ class Segments:
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
         self.groups: dict[int, list[Group]] = {}
-        self.tables: Tables = {}
 
     def make_mask(self, length: int, *, return_array: bool = False, window_size: int | None = None) -> Any:
         """Return None: the attention knows the segments; raises where a window would cut into one."""
@@ -151,9 +150,7 @@ def packing(attention_class: type) -> type:
                 return super().__call__(x_BTD, mask, cache)
             groups = cache.groups_for(heads_of(self)[0])
             parts = [pieces(projected(x_BTD), groups) for projected in (self.q_proj, self.k_proj, self.v_proj)]
-            outputs = [
-                attend(self, *qkv, group=group, tables=cache.tables) for group, *qkv in zip(groups, *parts, strict=True)
-            ]
+            outputs = [attend(self, *qkv, group=group) for group, *qkv in zip(groups, *parts, strict=True)]
             return self.o_proj(outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1))
 
     Packing.__name__ = Packing.__qualname__ = f"Packing{attention_class.__name__}"
@@ -194,7 +191,7 @@ def pieces(x_BTC: mx.array, groups: Sequence[Group]) -> list[mx.array]:
     return list(mx.split(x_BTC, np.cumsum([group.size for group in groups])[:-1].tolist(), axis=1))
 
 
-def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, group: Group, tables: Tables) -> mx.array:
+def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, group: Group) -> mx.array:
     """Return (B, T, C) of the positions of a group in every row."""
 
     def heads(x: mx.array, number: int, norm: Any = None) -> mx.array:
@@ -204,7 +201,7 @@ def attend(layer: Any, q: mx.array, k: mx.array, v: mx.array, *, group: Group, t
     query_heads, key_heads = heads_of(layer)
     rows, window = len(q), getattr(layer, "window", None)
     q, k, v = heads(q, query_heads, layer.get("q_norm")), heads(k, key_heads, layer.get("k_norm")), heads(v, key_heads)
-    q, k = rotate(layer, q, k, tables)
+    q, k = rotate(layer, q, k)
     y = causal(q, k, v, scale=layer.scale, window=window).transpose(0, 2, 1, 3)
     return group.gather(y.reshape(rows, group.count * group.longest, -1))
 

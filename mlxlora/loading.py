@@ -19,7 +19,7 @@ from mlxlora.experts import QuantizedExperts, check_experts, quantize_experts
 from mlxlora.gated import gating
 from mlxlora.model import MLXModel, flatten, recomputing
 from mlxlora.quantized import QuantizedEmbedding, QuantizedLinear
-from mlxlora.rotary import kind_of, turned_width
+from mlxlora.rotary import turned_width
 from mlxlora.state import mlx_dtype
 from mlxlora.whole import find_norms
 from shared.adapters.spec import layer_of
@@ -62,7 +62,6 @@ def load_model(path: Path, *, dtype: str, quantization: Scheme | None, recompute
         for layer in zoo.model.layers:
             layer.self_attn.__class__ = packing(type(layer.self_attn))
             layer.self_attn.turned_width = turned_width(layer.self_attn.rope)
-            layer.self_attn.rope_kind = kind_of(layer.self_attn.rope)
     for layer, window in zip(zoo.model.layers, windows_of(folder.config), strict=True):
         if window is not None:
             layer.self_attn.__class__ = windowed(type(layer.self_attn), window)

@@ -5,12 +5,14 @@ Legend: N supervised positions, C of them at once, D model width, V vocabulary, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
 
+from mlxlora.decoders import BLOCK_SIZE
 from mlxlora.elementwise import exp, long_sums, on_gpu, softplus
 from mlxlora.quantized import base_arrays
 from shared.families import HeadFacts
@@ -20,6 +22,7 @@ LEAST_ROWS = 96
 TILE_ROWS = 512  # positions of one tile over a frozen head
 TILE_ELEMENTS = 2**20  # logits of one tile: 4 MiB in float32, which a CPU's cache holds
 TILE_ELEMENTS_GPU = 2**22  # not measured
+DECODED = 2 * BLOCK_SIZE  # weights decoded for one tile on a CPU, at most: for more no decoder waits its turn
 LEAST_SUM = 1e-30  # of a tile whose every logit is far below the highest so far
 LOWEST = -3e38  # a logit that nothing is below but -inf
 
@@ -35,18 +38,20 @@ class Head:
         """Return the (V, D) weight, decoded where it is quantized."""
         return self.module.decoded(dtype) if hasattr(self.module, "decoded") else self.module.weight.astype(dtype)
 
-    def rows(self, dtype: mx.Dtype, arrays: Sequence[mx.array]) -> Callable[[slice | mx.array], mx.array]:
-        """Return some rows of the weight that `arrays` hold as a function of which.
+    @property
+    def by_rows(self) -> bool:
+        """Return whether the weight is packed and some of its rows can be decoded alone."""
+        return getattr(self.module, "by_rows", False)
 
-        Only these are decoded, where the format has rows.
-        """
-        if not hasattr(self.module, "rows_of"):
-            weight_VD = arrays[0].astype(dtype)
-            return lambda some: weight_VD[some]
-        if self.module.by_rows:
-            return lambda some: self.module.rows_of(arrays, some).astype(dtype)
-        decoded_VD = self.module.rows_of(arrays, slice(None)).astype(dtype)
-        return lambda some: decoded_VD[some]
+    def by_token(self, dtype: mx.Dtype, arrays: Sequence[mx.array]) -> list[mx.array]:
+        """Return what holds the weight, with a row for each token: as it is where the format has rows, else decoded."""
+        if self.by_rows or not hasattr(self.module, "decode"):
+            return list(arrays)
+        return [self.module.decode(arrays).astype(dtype)]
+
+    def decode(self, dtype: mx.Dtype, parts: Sequence[mx.array]) -> mx.array:
+        """Return rows of the weight of the same rows of each of `by_token`."""
+        return (self.module.decode(parts) if self.by_rows else parts[0]).astype(dtype)
 
     @property
     def vocabulary(self) -> int:
@@ -97,7 +102,8 @@ def log_probs(h_ND: mx.array, head: Head, targets_N: mx.array) -> mx.array:
     """Return (N,) float32 log-probabilities of the targets, without gradients."""
     out = []
     if not hasattr(head.module, "adapted"):
-        for _, sums in tiled_sums(h_ND, head, base_arrays(head.module), head.bias, targets_N, slopes=False):
+        arrays = head.by_token(h_ND.dtype, base_arrays(head.module))
+        for _, sums in tiled_sums(h_ND, head, arrays, head.bias, targets_N, slopes=False):
             out.append(-softplus(sums.lead_C))
             mx.eval(out[-1])  # one row of tiles at a time
         return mx.concatenate(out)
@@ -191,7 +197,7 @@ def logits_loss(
     z_CV: mx.array, target_C: mx.array, w_C: mx.array, facts: HeadFacts, *, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Return what `chunk_loss` does, of finished logits; gradients in `dtype`."""
-    sums, slope_CV = others(z_CV, target_C, mx.full((len(z_CV), 1), LOWEST), facts)
+    sums, slope_CV = others(empty_sums(z_CV, slopes=False), z_CV, target_C, facts)
     hit_C = w_C * facts.scale * mx.sigmoid(sums.lead_C)
     share_C, curve_C = hit_C / mx.maximum(sums.e_C, LEAST_SUM), curve(sums.at_target_C, facts)
     if dtype != mx.float32:  # float16 may not hold a matmul over the vocabulary without the shares
@@ -209,15 +215,13 @@ class TileSums:
 
     top_C1: mx.array  # the highest logit
     e_C: mx.array  # the sum of e
-    at_target_C: mx.array  # the target's logit
+    at_target_C: mx.array  # the target's logit; not a number until its tile has come
     slope_CD: mx.array | None = None  # the sum of e times the soft-cap's curve times the head's rows
 
     @property
     def lead_C(self) -> mx.array:
         """Return by how much all others together lead the target, in nats; the loss is softplus of it."""
-        return (
-            self.top_C1[:, 0] - self.at_target_C + mx.log(self.e_C)
-        )  # equal logits cancel before small ones are added
+        return self.top_C1[:, 0] - self.at_target_C + mx.log(self.e_C)  # equal logits cancel before small ones add
 
 
 def tiled_loss(
@@ -225,10 +229,11 @@ def tiled_loss(
     weights_N: mx.array,
 ) -> list[mx.array]:  # fmt: skip
     """Return the summed loss over a frozen head and the gradient of h."""
-    total, slopes, rows_of = mx.zeros(()), [], head.rows(h_ND.dtype, arrays)
+    total, slopes, arrays = mx.zeros(()), [], head.by_token(h_ND.dtype, arrays)
     for at, sums in tiled_sums(h_ND, head, arrays, bias, targets_N, slopes=True):
         total = total + (softplus(sums.lead_C) * weights_N[at]).sum()
-        slopes.append(hidden_gradient(sums, rows_of(targets_N[at]), weights_N[at], head.facts).astype(h_ND.dtype))
+        target_CD = head.decode(h_ND.dtype, [array[targets_N[at]] for array in arrays])
+        slopes.append(hidden_gradient(sums, target_CD, weights_N[at], head.facts).astype(h_ND.dtype))
     return [total, mx.concatenate(slopes)]
 
 
@@ -239,48 +244,52 @@ def tiled_sums(
 
     The softmax is kept up over tiles as attention's is over blocks of keys, the head's rows being keys and values:
     every logit is computed once, whatever the vocabulary. Source: Milakov and Gimelshein 2018, algorithm 3.
+    arrays: `Head.by_token`.
     """
-    rows_of, done = head.rows(h_ND.dtype, arrays), []
     rows, columns = tile_sizes(len(h_ND))
+    columns = max(min(columns, DECODED // h_ND.shape[1]), 1) if head.by_rows and not on_gpu() else columns
+    done: list[mx.array] = []
     for start in range(0, len(h_ND), rows):
         at = slice(start, start + rows)
         sums = empty_sums(h_ND[at], slopes=slopes)
         for first in range(0, head.vocabulary, columns):
-            some = slice(first, first + columns)
-            h_CD = mx.depends([h_ND[at]], done)[0] if done else h_ND[at]  # one tile after the other
-            bias_T = None if bias is None else bias[some]
-            sums = add_tile(sums, h_CD, rows_of(some), bias_T, targets_N[at] - first, head.facts)
+            some, h_CD = slice(first, first + columns), h_ND[at]
+            parts = [array[some] for array in arrays]
+            if done:  # one tile after the other, what is decoded for it too
+                h_CD, *packed = mx.depends([h_CD, *(parts if head.by_rows else ())], done)
+                parts = packed or parts
+            weight_TD, bias_T = head.decode(h_ND.dtype, parts), None if bias is None else bias[some]
+            sums = add_tile(sums, h_CD, weight_TD, bias_T, targets_N[at] - first, head.facts)
             done = [part for part in (sums.top_C1, sums.e_C, sums.at_target_C, sums.slope_CD) if part is not None]
         yield at, sums
 
 
 def empty_sums(h_CD: mx.array, *, slopes: bool) -> TileSums:
     """Return the sums before the first tile."""
-    none_C = mx.zeros(len(h_CD))
-    return TileSums(mx.full((len(h_CD), 1), LOWEST), none_C, none_C, mx.zeros(h_CD.shape) if slopes else None)
+    top_C1, slope_CD = mx.full((len(h_CD), 1), LOWEST), mx.zeros(h_CD.shape) if slopes else None
+    return TileSums(top_C1, mx.zeros(len(h_CD)), mx.full(len(h_CD), math.nan), slope_CD)
 
 
 def add_tile(
     sums: TileSums, h_CD: mx.array, weight_TD: mx.array, bias_T: mx.array | None, target_C: mx.array, facts: HeadFacts
 ) -> TileSums:
     """Return the sums with one more tile; targets are counted from its first token, and may lie outside."""
-    more, slope_CT = others(chunk_logits(h_CD, weight_TD, bias_T, facts), target_C, sums.top_C1, facts)
+    more, slope_CT = others(sums, chunk_logits(h_CD, weight_TD, bias_T, facts), target_C, facts)
     less_C1, slope_CD = exp(sums.top_C1 - more.top_C1), sums.slope_CD
     if slope_CD is not None:
         slope_CD = add_rows(slope_CD * less_C1, slope_CT, more.e_C, weight_TD)
-    e_C = sums.e_C * less_C1[:, 0] + more.e_C
-    return TileSums(more.top_C1, e_C, sums.at_target_C + more.at_target_C, slope_CD)
+    return TileSums(more.top_C1, sums.e_C * less_C1[:, 0] + more.e_C, more.at_target_C, slope_CD)
 
 
-def others(z_CT: mx.array, target_C: mx.array, top_C1: mx.array, facts: HeadFacts) -> tuple[TileSums, mx.array]:
-    """Return the sums over all logits of a tile but the targets', below `top` or their own, and e times the curve."""
+def others(sums: TileSums, z_CT: mx.array, target_C: mx.array, facts: HeadFacts) -> tuple[TileSums, mx.array]:
+    """Return the sums of one tile alone, its top and the target's logit those of all so far, and e times the curve."""
     own_C, near_C = (target_C >= 0) & (target_C < z_CT.shape[1]), mx.clip(target_C, 0, z_CT.shape[1] - 1)
     at_near_C1 = mx.take_along_axis(z_CT, near_C[:, None], axis=1)
     rest_CT = mx.put_along_axis(z_CT, near_C[:, None], mx.where(own_C[:, None], LOWEST, at_near_C1), axis=1)
-    top_C1 = mx.maximum(rest_CT.max(axis=1, keepdims=True), top_C1)  # never below LOWEST: -inf - -inf is no number
+    top_C1 = mx.maximum(rest_CT.max(axis=1, keepdims=True), sums.top_C1)  # never below LOWEST: -inf - -inf is no number
     e_CT = exp(rest_CT - top_C1)
     slope_CT = e_CT if facts.softcap is None else e_CT * curve(z_CT, facts)
-    return TileSums(top_C1, long_sums(e_CT), mx.where(own_C, at_near_C1[:, 0], 0.0)), slope_CT
+    return TileSums(top_C1, long_sums(e_CT), mx.where(own_C, at_near_C1[:, 0], sums.at_target_C)), slope_CT
 
 
 def curve(z: mx.array, facts: HeadFacts) -> mx.array:

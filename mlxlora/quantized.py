@@ -8,6 +8,7 @@ Legend: N rows of activations, I input width, O output width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -84,16 +85,6 @@ def is_by_rows(arrays: Arrays, stored: Stored) -> bool:
     return all(array.ndim and len(array) == stored.shape[0] for array in arrays.values())
 
 
-def decode_rows(arrays: Arrays, stored: Stored, some: slice | mx.array) -> mx.array:
-    """Return the rows (n, I) of a slice or of (n,) numbers: decoded alone where the format `is_by_rows`."""
-    decode = find_decoder(stored.scheme)
-    if not is_by_rows(arrays, stored):
-        return decode(arrays, stored)[some]
-    few = {key: array[some] for key, array in arrays.items()}
-    number = len(next(iter(few.values())))
-    return decode(few, Stored(stored.scheme, (number, stored.shape[1]), stored.dtype))
-
-
 class Decoding:
     """What layers over packed arrays have in common."""
 
@@ -107,11 +98,13 @@ class Decoding:
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
         """Return the weight (O, I), of an embedding (V, D), in `dtype`, made anew."""
-        return self.rows_of(base_arrays(self), slice(None)).astype(dtype)
+        return self.decode(base_arrays(self)).astype(dtype)
 
-    def rows_of(self, arrays: Sequence[mx.array], some: slice | mx.array) -> mx.array:
-        """Return the rows (n, I) of a slice or of (n,) numbers of what `arrays` hold, made anew."""
-        return decode_rows(dict(zip(self._keys, arrays, strict=True)), self._stored, some)
+    def decode(self, arrays: Sequence[mx.array]) -> mx.array:
+        """Return what `arrays` hold: the weight, or some rows of it where these are those rows of each."""
+        held = dict(zip(self._keys, arrays, strict=True))
+        number = len(arrays[0]) if self.by_rows else self._stored.shape[0]
+        return find_decoder(self._stored.scheme)(held, replace(self._stored, shape=(number, self._stored.shape[1])))
 
 
 class QuantizedLinear(Decoding, nn.Module):
@@ -140,7 +133,8 @@ class QuantizedEmbedding(Decoding, nn.Module):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Return the rows of `tokens`."""
-        rows = self.rows_of(base_arrays(self), tokens.reshape(-1))
+        flat, arrays = tokens.reshape(-1), base_arrays(self)
+        rows = self.decode([array[flat] for array in arrays]) if self.by_rows else self.decode(arrays)[flat]
         return rows.reshape(*tokens.shape, -1).astype(self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:

@@ -6,16 +6,13 @@ Legend: B rows, H heads, T tokens, K head width.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, MutableMapping
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlxlora.elementwise import on_gpu
 
 PROBE = 5  # positions that are tried
-Tables = MutableMapping[Hashable, mx.array]  # of one micro-batch: all layers turn by the same
 
 
 def table_of(rope: Any, length: int, width: int) -> mx.array:
@@ -52,21 +49,10 @@ def turned_back(primals: list[mx.array], grad_BHTK: mx.array, _output: mx.array)
     return mx.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1), mx.zeros_like(primals[1])
 
 
-def kind_of(rope: Any) -> Hashable:
-    """Return what layers have in common whose tables are the same: class, numbers and arrays."""
-    parts = {**vars(rope), **rope} if isinstance(rope, dict) else vars(rope)
-    known = (
-        (name, np.array(part).tobytes() if isinstance(part, mx.array) else repr(part)) for name, part in parts.items()
-    )
-    return type(rope), tuple(sorted(known, key=lambda pair: pair[0]))
-
-
-def rotate(layer: Any, q_BHTK: mx.array, k_BHTK: mx.array, tables: Tables) -> tuple[mx.array, mx.array]:
+def rotate(layer: Any, q_BHTK: mx.array, k_BHTK: mx.array) -> tuple[mx.array, mx.array]:
     """Return queries and keys with their positions, counted from 0, by an attention layer's rope."""
     length, width = q_BHTK.shape[-2:]
     if on_gpu() or q_BHTK.dtype != mx.float32 or width != layer.turned_width:
         return layer.rope(q_BHTK), layer.rope(k_BHTK)
-    key = (layer.rope_kind, length)
-    if key not in tables:
-        tables[key] = table_of(layer.rope, length, width)
-    return turned(q_BHTK, tables[key]), turned(k_BHTK, tables[key])
+    table_TK = table_of(layer.rope, length, width)
+    return turned(q_BHTK, table_TK), turned(k_BHTK, table_TK)

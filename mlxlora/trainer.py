@@ -55,6 +55,7 @@ class MLXTrainer:
             total = total + loss
             sums = grads if sums is None else tree_map(mx.add, sums, grads)
             mx.async_eval(total, sums)  # behind the gradients: summed in one go with them MLX keeps more layers' work
+        mx.eval(total, sums)  # what fails, fails here
         return total, {self.model.canonical(name): grad for name, grad in flatten(sums)}
 
     def compute(self, loss: mx.array, grads: dict) -> None:

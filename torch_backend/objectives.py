@@ -5,6 +5,7 @@ Legend: N supervised positions, C of them at once, D model width, V vocabulary, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,10 @@ LEAST_ROWS = 96
 TILE_ROWS = 1024  # positions of one tile over a frozen head: its matmuls then are as fast as a whole chunk's
 TILE_ELEMENTS = 2**21  # logits of one tile: 8 MiB in float32
 TILE_ELEMENTS_CUDA = 2**25  # not measured
+DECODED = 2**21  # weights decoded for one tile on a CPU, at most: 8 MiB in float32
 LEAST_SUM = 1e-30  # of a tile whose every logit is far below the highest so far
 LOWEST = -3e38  # a logit that nothing is below but -inf
+Rows = Callable[[slice | torch.Tensor], torch.Tensor]  # some rows of a head's weight
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,14 @@ class Head:
         """Return the (V, D) weight, decoded where it is quantized."""
         return self.module.decoded(dtype) if hasattr(self.module, "decoded") else self.module.weight.to(dtype)
 
-    def rows(self, dtype: torch.dtype) -> Callable[[slice | torch.Tensor], torch.Tensor]:
+    @property
+    def by_rows(self) -> bool:
+        """Return whether the weight is packed and some of its rows can be decoded alone."""
+        return getattr(self.module, "by_rows", False)
+
+    def rows(self, dtype: torch.dtype) -> Rows:
         """Return some rows of the weight as a function of which: only these are decoded, where the format has rows."""
-        if getattr(self.module, "by_rows", False):
+        if self.by_rows:
             return lambda some: self.module.decoded_rows(some).to(dtype)
         weight_VD = self.weight(dtype)
         return lambda some: weight_VD[some]
@@ -92,7 +100,8 @@ def tile_sizes(positions: int, *, on_gpu: bool) -> tuple[int, int]:
 def log_probs(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor) -> torch.Tensor:
     """Return (N,) float32 log-probabilities of the targets, without gradients."""
     if not hasattr(head.module, "adapted"):
-        return torch.cat([-functional.softplus(sums.lead_C) for _, sums in tiled_sums(h_ND, head, targets_N)])
+        parts = tiled_sums(h_ND, head, head.rows(h_ND.dtype), targets_N, slopes=False)
+        return torch.cat([-functional.softplus(sums.lead_C) for _, sums in parts])
     weight_VD, out = head.weight(h_ND.dtype), []
     rows = chunk_rows(len(weight_VD), on_gpu=h_ND.is_cuda)
     for h_CD, target_C in zip(h_ND.split(rows), targets_N.split(rows), strict=True):
@@ -201,7 +210,7 @@ class TileSums:
 
     top_C1: torch.Tensor  # the highest logit of the others
     e_C: torch.Tensor  # the sum of e
-    at_target_C: torch.Tensor  # the target's logit
+    at_target_C: torch.Tensor  # the target's logit; not a number until its tile has come
     slope_CD: torch.Tensor | None  # the sum of e times the soft-cap's curve times the head's rows
 
     @property
@@ -216,24 +225,25 @@ def tiled_loss(
     """Return the summed loss over a frozen head and, where wanted, the gradient of h."""
     total, dh_ND = torch.zeros((), device=h_ND.device), torch.empty_like(h_ND) if wanted else None
     with torch.autocast(h_ND.device.type, enabled=False):
-        for at, sums in tiled_sums(h_ND, head, targets_N, slopes=wanted):
+        rows_of = head.rows(h_ND.dtype)
+        for at, sums in tiled_sums(h_ND, head, rows_of, targets_N, slopes=wanted):
             total += (functional.softplus(sums.lead_C) * weights_N[at]).sum()
             if dh_ND is not None:
-                rows_CD = head.rows(h_ND.dtype)(targets_N[at])
-                dh_ND[at] = hidden_gradient(sums, rows_CD, weights_N[at], head.facts)
+                dh_ND[at] = hidden_gradient(sums, rows_of(targets_N[at]), weights_N[at], head.facts)
     return total, dh_ND
 
 
 def tiled_sums(
-    h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, *, slopes: bool = False
+    h_ND: torch.Tensor, head: Head, rows_of: Rows, targets_N: torch.Tensor, *, slopes: bool
 ) -> Iterator[tuple[slice, TileSums]]:
     """Yield some positions and their sums over the vocabulary, tile by tile.
 
     The softmax is kept up over tiles as attention's is over blocks of keys, the head's rows being keys and values:
     every logit is computed once, whatever the vocabulary. Source: Milakov and Gimelshein 2018, algorithm 3.
     """
-    rows_of, vocabulary = head.rows(h_ND.dtype), head.vocabulary
+    vocabulary = head.vocabulary
     rows, columns = tile_sizes(len(h_ND), on_gpu=h_ND.is_cuda)
+    columns = max(min(columns, DECODED // h_ND.shape[1]), 1) if head.by_rows and not h_ND.is_cuda else columns
     space = torch.empty(rows * min(columns, vocabulary), dtype=h_ND.dtype, device=h_ND.device)
     for start in range(0, len(h_ND), rows):
         at = slice(start, start + rows)
@@ -251,7 +261,7 @@ def empty_sums(h_CD: torch.Tensor, *, slopes: bool) -> TileSums:
     """Return the sums before the first tile."""
     none_C = torch.zeros(len(h_CD), device=h_CD.device)
     slope_CD = torch.zeros(h_CD.shape, device=h_CD.device) if slopes else None
-    return TileSums(torch.full_like(none_C, LOWEST)[:, None], none_C, none_C, slope_CD)
+    return TileSums(torch.full_like(none_C, LOWEST)[:, None], none_C, torch.full_like(none_C, math.nan), slope_CD)
 
 
 def add_tile(
@@ -264,7 +274,7 @@ def add_tile(
     curve_CT = None if facts.softcap is None or sums.slope_CD is None else 1 - (z_CT / facts.softcap) ** 2
     own_C, near_C1 = (target_C >= 0) & (target_C < len(weight_TD)), target_C.clamp(0, len(weight_TD) - 1)[:, None]
     near_C = z_CT.gather(1, near_C1)[:, 0]
-    at_target_C = sums.at_target_C + torch.where(own_C, near_C, 0.0)
+    at_target_C = torch.where(own_C, near_C, sums.at_target_C)
     z_CT.scatter_(1, near_C1, torch.where(own_C, LOWEST, near_C)[:, None])
     top_C1 = torch.maximum(z_CT.amax(dim=1, keepdim=True), sums.top_C1)  # never below LOWEST: -inf - -inf is no number
     slope_CT, less_C1 = z_CT.sub_(top_C1).exp_(), (sums.top_C1 - top_C1).exp_()
@@ -294,9 +304,10 @@ def hidden_gradient(sums: TileSums, target_CD: torch.Tensor, w_C: torch.Tensor, 
     """
     assert sums.slope_CD is not None
     share_C1 = (w_C * facts.scale * torch.sigmoid(sums.lead_C))[:, None]
-    mean_CD = sums.slope_CD.div_(sums.e_C.clamp(min=LEAST_SUM)[:, None])
-    curve_C1 = 1.0 if facts.softcap is None else (1 - (sums.at_target_C / facts.softcap) ** 2)[:, None]
-    return mean_CD.sub_(target_CD.float().mul(curve_C1)).mul_(share_C1)
+    mean_CD, target_CD = sums.slope_CD.div_(sums.e_C.clamp(min=LEAST_SUM)[:, None]), target_CD.float()
+    if facts.softcap is not None:
+        target_CD = target_CD * (1 - (sums.at_target_C / facts.softcap) ** 2)[:, None]
+    return mean_CD.sub_(target_CD).mul_(share_C1)
 
 
 def sft(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:

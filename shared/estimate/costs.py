@@ -31,9 +31,10 @@ class Costs:
     working: Rows  # by the running layer on top of that
     kept_inputs: Rows  # as kept, with recompute
     recomputed: Rows  # as working, with recompute
-    dropout: float  # rows of an adapted module's input width that its mask costs, in every layer
-    masks: float  # the same in the running layer, on top
+    dropout_kept: float  # rows of an adapted module's input width that its mask costs, in every layer
+    dropout_working: float  # the same in the running layer, on top
     tiles: float  # float32 tiles of logits during the loss over a frozen head
+    tile_widths: float  # float32 rows of the model's width for each position of a tile
     logits: float  # float32 (chunk, V) arrays during the loss over a head that is trained or adapted
     queued: float  # more of them where there are several chunks: MLX begins one before the last is done
     head: float  # float32 (V, D) arrays during the loss where the head is trained
@@ -56,7 +57,8 @@ class ExpertCosts:
 
 
 NOTHING = Costs(
-    kept=Rows(), working=Rows(), kept_inputs=Rows(), recomputed=Rows(), dropout=0, masks=0, tiles=0, logits=0, queued=0,
+    kept=Rows(), working=Rows(), kept_inputs=Rows(), recomputed=Rows(), dropout_kept=0, dropout_working=0, tiles=0,
+    tile_widths=0, logits=0, queued=0,
     head=0, decodes=0, update=0, load=0, quantizing=0, framework=0,
 )  # fmt: skip
 # Of full fine-tuning the rows with recompute are taken over from LoRA; its update factor on PyTorch was set by runs of
@@ -67,7 +69,7 @@ MEASURED: dict[tuple[str, str, bool], Costs] = {
         working=Rows(hidden=2.27, mlp=3.44, rank=0.11),
         kept_inputs=Rows(hidden=0.99, rank=0.02),
         recomputed=Rows(hidden=4.35, attention=3.07, keys=2.15, mlp=6.18, rank=0.3),
-        dropout=0.19, masks=0, tiles=1.3, logits=2.24, queued=0, head=0, decodes=2.31,
+        dropout_kept=0.19, dropout_working=0, tiles=1.3, tile_widths=3.0, logits=2.24, queued=0, head=0, decodes=2.31,
         update=1.09, load=4.0, quantizing=11.42, framework=366 * 2**20,
     ),
     ("torch-cpu", "float32", True): Costs(
@@ -75,7 +77,7 @@ MEASURED: dict[tuple[str, str, bool], Costs] = {
         working=Rows(hidden=4.83, mlp=1.21),
         kept_inputs=Rows(hidden=0.87, attention=0.07),
         recomputed=Rows(hidden=6.8, attention=1.73, keys=2.33, mlp=6.13),
-        dropout=0, masks=0, tiles=0, logits=3.1, queued=0, head=1, decodes=0,
+        dropout_kept=0, dropout_working=0, tiles=0, tile_widths=0, logits=3.1, queued=0, head=1, decodes=0,
         update=1.1, load=3.98, quantizing=0, framework=370 * 2**20,
     ),
     ("mlx-cpu", "float32", False): Costs(
@@ -83,7 +85,7 @@ MEASURED: dict[tuple[str, str, bool], Costs] = {
         working=Rows(attention=7.89, keys=3.33, mlp=5.0, scores=3.94),
         kept_inputs=Rows(hidden=1.41, keys=0.15, rank=0.88),
         recomputed=Rows(hidden=1.8, attention=10.35, keys=5.02, mlp=7.28, scores=5.18),
-        dropout=0, masks=1.8, tiles=4.6, logits=4.04, queued=2.1, head=0, decodes=5.01,
+        dropout_kept=0, dropout_working=1.8, tiles=4.6, tile_widths=3.0, logits=4.04, queued=2.1, head=0, decodes=5.01,
         update=2.24, load=0, quantizing=0, framework=0,
     ),
 }  # fmt: skip
@@ -96,7 +98,7 @@ ASSUMED: dict[tuple[str, str, bool], Costs] = {
         working=Rows(hidden=8.21, mlp=2.26, rank=5.28),
         kept_inputs=Rows(hidden=0.87, attention=0.07, rank=0.03),
         recomputed=Rows(hidden=9.0, attention=1.95, keys=2.33, mlp=6.13, rank=5),
-        dropout=2.0, masks=0, tiles=1.95, logits=2.55, queued=0, head=0, decodes=1.36,
+        dropout_kept=2.0, dropout_working=0, tiles=1.95, tile_widths=3.0, logits=2.55, queued=0, head=0, decodes=1.36,
         update=5.98, load=3.98, quantizing=11.31, framework=370 * 2**20,
     ),
     ("torch-cpu", "bfloat16", True): Costs(
@@ -104,7 +106,7 @@ ASSUMED: dict[tuple[str, str, bool], Costs] = {
         working=Rows(hidden=8.9, mlp=2.7),
         kept_inputs=Rows(hidden=0.87, attention=0.07),
         recomputed=Rows(hidden=11, attention=1.95, keys=2.33, mlp=6.13),
-        dropout=0, masks=0, tiles=0, logits=3.1, queued=0, head=1, decodes=0,
+        dropout_kept=0, dropout_working=0, tiles=0, tile_widths=0, logits=3.1, queued=0, head=1, decodes=0,
         update=5.98, load=3.98, quantizing=0, framework=370 * 2**20,
     ),
     ("mlx-cpu", "bfloat16", False): replace(MEASURED["mlx-cpu", "float32", False], tiles=7.5, logits=4.63, queued=2.1),
@@ -113,7 +115,7 @@ ASSUMED: dict[tuple[str, str, bool], Costs] = {
         working=Rows(hidden=3.69, attention=7.89, keys=3.33, mlp=5.0, scores=3.94),
         kept_inputs=Rows(hidden=4.22, keys=1.93, mlp=3.9),
         recomputed=Rows(hidden=4.73, attention=10.35, keys=5.02, mlp=7.99, scores=5.18),
-        dropout=0, masks=0, tiles=0, logits=2.6, queued=4.6, head=1, decodes=0,
+        dropout_kept=0, dropout_working=0, tiles=0, tile_widths=0, logits=2.6, queued=4.6, head=1, decodes=0,
         update=3.0, load=2.95, quantizing=0, framework=0, update_most=MLX_UPDATE,
     ),
 }  # fmt: skip

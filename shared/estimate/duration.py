@@ -8,8 +8,8 @@ import numpy as np
 
 from shared.ceilings import read_ceilings
 from shared.config import RunConfig
-from shared.estimate.memory import Shape
 from shared.estimate.plan import Lengths
+from shared.estimate.shapes import Shape
 from shared.types import Recompute
 
 UTILISATION = 0.5  # share of the measured matmul rate that an update reaches: issue 3's target on a GPU

@@ -15,27 +15,24 @@ stand in `shared.estimate.costs`, measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from shared.adapters.own import is_own, own_values
-from shared.adapters.spec import factor_shapes, is_embedding, layer_of, natural, resolve, short_name
+from shared.adapters.spec import factor_shapes, is_embedding, layer_of, resolve, short_name
 from shared.config import RunConfig
 from shared.estimate.costs import Costs, Rows, expert_costs, find_costs, is_measured
-from shared.experts import is_expert, is_router, num_experts, stack_shapes
+from shared.estimate.shapes import WORD, Shape
 from shared.families import GATED
-from shared.folder import COMPUTED, ModelFolder
 from shared.optimizers import method_of, num_bytes
 from shared.registry import find_quantizer
 from shared.schemes import parse_scheme
-from shared.types import AdapterSpec, ModelInfo, Recompute, Scheme
+from shared.types import AdapterSpec, Recompute, Scheme
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 IN_FLOAT32 = {"nf4", "fp4", "int8"}  # formats that are decoded in float32, and have no kernel in MLX
 IN_BLOCKS = {"affine", "ternary"}  # formats that are decoded block by block on a CPU
 DECODE_BLOCK = 2**21
+HEAD_BLOCK = 2**21  # weights of a quantized head that are decoded at once on a CPU, for one tile
 # Logits of one tile over a frozen head, as the backends' objectives cut them, and the most rows; of one chunk over a
 # trained or adapted one, and the fewest rows.
 TILE_ELEMENTS = {"torch-cpu": 2**21, "torch-gpu": 2**25, "mlx-cpu": 2**20, "mlx-gpu": 2**22}
@@ -44,38 +41,9 @@ CHUNK_ELEMENTS = {"torch-cpu": 2**25, "torch-gpu": 2**26, "mlx-cpu": 3 * 2**20, 
 CHUNK_ROWS = 96
 ZOO_UNIT = {"torch": 2.0, "mlx": 3.0}  # rows as wide as the MLP that the zoo keeps beyond gate and up
 SCORE_ROWS = 128  # rows of attention scores that MLX computes at once on a CPU
-WORD = 4  # bytes of a float32
 STATE_BYTES = {"float32": 4.0, "8bit": 1.0 + 4 / 256}  # of one moment: a code, and a float32 scale per block of 256
 MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj")  # modules that read the same input, and so keep it once
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model, as its headers and config give them."""
-
-    info: ModelInfo
-    width: int  # D
-    attention: int  # heads * head size
-    keys: int  # key heads * head size, once
-    mlp: int
-    heads: int
-    floats: Mapping[str, tuple[int, int]]  # tensors that are not packed -> (elements, bytes of each as stored)
-    packed: Mapping[str, int]  # packed arrays -> bytes
-    schemes: Mapping[str, Scheme]  # of modules stored quantized
-    experts: Mapping[str, tuple[int, int]]  # stored in float, one by one
-    tied: bool
-    chosen: int = 0  # experts that a token gets
-
-    @property
-    def unit(self) -> int:
-        """Return the widths of all units that a token's experts compute."""
-        return self.chosen * max((out for _, out, wide in self.info.experts.values() if wide == self.width), default=0)
-
-    @property
-    def scale_bytes(self) -> int:
-        """Return the bytes of a scale: it has the dtype the folder stores."""
-        return max((size for _, size in self.floats.values()), default=WORD)
 
 
 @dataclass(frozen=True)
@@ -144,86 +112,6 @@ def estimate(config: RunConfig, shape: Shape, work: Work, *, place: str, recompu
     return Estimate(place, found, highest, recompute, work, measured)
 
 
-def read_shape(folder: ModelFolder) -> Shape:
-    """Return a model's sizes from its headers; no tensor is read."""
-    config = folder.config.get("text_config", folder.config) if "hidden_size" not in folder.config else folder.config
-    tied = folder.is_tied
-    floats, packed, packed_names = {}, {}, folder.packed_names
-    for name, entry in folder.entries.items():
-        module = name.rpartition(".")[0]
-        if COMPUTED.search(name) or (tied and module == "lm_head"):
-            continue
-        if name in packed_names:
-            packed[name] = entry.end - entry.start
-        else:
-            floats[name] = (math.prod(entry.shape), STORED.get(entry.dtype, WORD))
-    info = describe(folder, config)
-    heads = int(config.get("num_attention_heads") or 1)
-    width = int(config.get("hidden_size") or max((shape[1] for shape in info.linears.values()), default=1))
-    head_size = int(config.get("head_dim") or width // heads)
-    return Shape(
-        info=info, width=width, attention=heads * head_size, heads=heads,
-        keys=int(config.get("num_key_value_heads") or heads) * head_size,
-        mlp=mlp_width(config, info, width), chosen=int(config.get("num_experts_per_tok") or 1) if info.experts else 0,
-        floats=floats, packed=packed, schemes=folder.schemes, experts=float_experts(folder), tied=tied,
-    )  # fmt: skip
-
-
-def mlp_width(config: Mapping[str, Any], info: ModelInfo, width: int) -> int:
-    """Return the width of a layer's unit, but for that of experts: of a mixture, that of the expert that all share."""
-    if info.experts:
-        return max((info.linears[name][0] for name in info.linears if short_name(name) == "gate_proj"), default=0)
-    return int(config.get("intermediate_size") or 4 * width)
-
-
-def float_experts(folder: ModelFolder) -> dict[str, tuple[int, int]]:
-    """Return the shapes (out, in) of experts that are not stored quantized, by module."""
-    entries = {
-        name.removesuffix(".weight"): entry for name, entry in folder.entries.items() if name.endswith(".weight")
-    }
-    return {
-        module: (entry.shape[0], entry.shape[1])
-        for module, entry in entries.items()
-        if is_expert(module) and len(entry.shape) == 2
-    }
-
-
-def describe(folder: ModelFolder, config: Mapping[str, Any]) -> ModelInfo:
-    """Return a model's facts from its headers: matrices inside the decoder layers are its linear modules."""
-    floats = {name for name in folder.entries if name.endswith(".weight")} - folder.packed_names
-    shapes: dict[str, tuple[int, ...]] = {name.removesuffix(".weight"): folder.entries[name].shape for name in floats}
-    shapes |= {module: place.stored.shape for module, place in folder.places.items()}
-    linears = {
-        module: (shapes[module][0], shapes[module][1])
-        for module in sorted(shapes, key=natural)
-        if len(shapes[module]) == 2
-        and layer_of(module) is not None
-        and not (is_expert(module) or is_router(folder.family, module))
-    }
-    tables = {module: shape for module, shape in shapes.items() if is_embedding(module) and layer_of(module) is None}
-    ends = {module: (shape[1], shape[0]) for module, shape in tables.items()}
-    if ends:
-        width, vocabulary = next(iter(ends.values()))
-        ends["lm_head"] = (vocabulary, width)
-    return ModelInfo(
-        family=folder.family,
-        num_layers=len({layer_of(name) for name in linears}),
-        vocab_size=int(config.get("vocab_size") or 1),
-        max_positions=config.get("max_position_embeddings"),
-        max_tokens=None,
-        can_pack=True,
-        linears=linears,
-        num_parameters=sum(out * wide for out, wide in linears.values()),
-        quantized={name: str(scheme) for name, scheme in folder.schemes.items()},
-        notes=(),
-        ends=ends,
-        is_tied=folder.is_tied,
-        norms={module: shape[0] for module, shape in shapes.items() if len(shape) == 1},
-        num_experts=num_experts(folder.config),
-        experts=stack_shapes(folder.config, shapes),
-    )
-
-
 def standing_bytes(config: RunConfig, shape: Shape, spec: AdapterSpec, costs: Costs) -> dict[str, float]:
     """Return the bytes of what lives from the first update to the last."""
     trained, full = num_trained(shape, spec), spec.kind == "none"
@@ -260,14 +148,14 @@ def running_bytes(
     unused = (
         work.positions * size * (kept_inputs(shape, None) / shape.info.num_layers - kept_inputs(shape, spec) / active)
     )
-    masks, working = costs.dropout * dropped, working + costs.masks * dropped
+    masks, working = costs.dropout_kept * dropped, working + costs.dropout_working * dropped
     kept, working = (kept, working + masks) if recompute else (kept + masks - unused, working)
     activations = {"activations": kept * active, "layer": working}
     # With recompute only the layers' inputs are there at the loss; MLX keeps more once the backward pass has begun.
     inputs = active * work.positions * shape.width * size
     before = min(inputs, activations["activations"]) if recompute else activations["activations"]
     decode = decode_bytes(config, shape, costs, place=place)
-    head = head_decode_bytes(config, shape)
+    head = head_decode_bytes(config, shape, spec, work, place=place)
     loss = loss_bytes(shape, spec, work, costs, place=place, size=size)
     trained_head = WORD * costs.head * shape.info.vocab_size * shape.width if full else 0
     held = WORD * shape.info.vocab_size * shape.width if full else 0  # the head's gradient waits for the others
@@ -378,15 +266,21 @@ def loss_bytes(shape: Shape, spec: AdapterSpec, work: Work, costs: Costs, *, pla
         behind = min(rows, (work.supervised - rows) / 2)  # two more chunks may be under way, if there are as many
         logits = (costs.logits * rows + costs.queued * behind) * shape.info.vocab_size
     else:
-        rows = max(min(work.supervised, TILE_ROWS[place.partition("-")[0]]), 1)
-        logits = costs.tiles * rows * min(TILE_ELEMENTS[place] // rows, shape.info.vocab_size)
+        rows, columns = tile_sizes(shape, work, place=place)
+        logits = rows * (costs.tiles * columns + costs.tile_widths * shape.width)
     return logits * WORD + 2 * work.supervised * shape.width * size
 
 
+def tile_sizes(shape: Shape, work: Work, *, place: str) -> tuple[int, int]:
+    """Return how many positions and how many tokens of the vocabulary a tile of logits holds."""
+    rows = max(min(work.supervised, TILE_ROWS[place.partition("-")[0]]), 1)
+    return rows, min(TILE_ELEMENTS[place] // rows, shape.info.vocab_size)
+
+
 def trains_head(shape: Shape, spec: AdapterSpec) -> bool:
-    """Return whether the loss goes by chunks: its head, or the embedding that it is tied to, is trained or adapted."""
+    """Return whether the loss goes by chunks: its head, or the embedding that it follows, is trained or adapted."""
     ends = (name for name in (*spec.modules, *spec.saved) if name in shape.info.ends)
-    return spec.kind == "none" or any(shape.tied or not is_embedding(name) for name in ends)
+    return spec.kind == "none" or any(spec.tied or not is_embedding(name) for name in ends)
 
 
 def decode_bytes(config: RunConfig, shape: Shape, costs: Costs, *, place: str) -> float:
@@ -405,10 +299,16 @@ def decode_bytes(config: RunConfig, shape: Shape, costs: Costs, *, place: str) -
     return (costs.decodes * working + whole) * (word + (0 if same else SIZES[config.train.dtype]))
 
 
-def head_decode_bytes(config: RunConfig, shape: Shape) -> int:
-    """Return the bytes of a quantized head, decoded whole for the loss."""
-    name = "model.embed_tokens" if shape.tied else "lm_head"
-    return shape.info.vocab_size * shape.width * SIZES[config.train.dtype] if name in shape.schemes else 0
+def head_decode_bytes(config: RunConfig, shape: Shape, spec: AdapterSpec, work: Work, *, place: str) -> int:
+    """Return the bytes of what is decoded of a quantized head at once: a tile's rows, or all of it."""
+    scheme = shape.schemes.get("model.embed_tokens" if shape.tied else "lm_head")
+    if scheme is None:
+        return 0
+    weights = shape.info.vocab_size * shape.width
+    if find_quantizer(scheme).by_rows and not trains_head(shape, spec):
+        weights = min(weights, shape.width * tile_sizes(shape, work, place=place)[1])
+        weights = min(weights, HEAD_BLOCK) if place.endswith("cpu") else weights
+    return weights * SIZES[config.train.dtype]
 
 
 def loading_bytes(config: RunConfig, shape: Shape, costs: Costs) -> float:

@@ -13,7 +13,8 @@ from shared.config import RunConfig, validate
 from shared.data.layout import AUTO_MICRO_TOKENS, GPU_MICRO_TOKENS
 from shared.errors import OutOfMemory
 from shared.estimate.machines import GIB, Machine
-from shared.estimate.memory import Estimate, Shape, Work, estimate
+from shared.estimate.memory import Estimate, Work, estimate
+from shared.estimate.shapes import Shape
 from shared.types import Recompute
 
 COMFORT = 0.9  # auto settings stay below this share of the limit: estimates are within 10 %

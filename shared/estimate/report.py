@@ -18,7 +18,7 @@ from shared.data.tokenize import load_tokenizer, tokenize_rows
 from shared.errors import ConfigError, DataError, ModelError, OutOfMemory, StorageError
 from shared.estimate.duration import Time, operations, update_time
 from shared.estimate.machines import Machine, here, machines, parse_memory
-from shared.estimate.memory import Part, Shape, num_trained, read_shape
+from shared.estimate.memory import Part, num_trained
 from shared.estimate.plan import (
     COMFORT,
     Decision,
@@ -32,6 +32,7 @@ from shared.estimate.plan import (
     most_micro_tokens,
     with_settings,
 )
+from shared.estimate.shapes import Shape, read_shape
 from shared.folder import ModelFolder, find_folder, open_folder
 from shared.protocols import Backend
 from shared.registry import BACKENDS

@@ -17,7 +17,8 @@ from shared.config import AdapterConfig
 from shared.convert.experts import one_below_another
 from shared.data.batch import make_batch
 from shared.errors import AdapterError, CapabilityError, ConfigError
-from shared.estimate.memory import num_trained, read_shape
+from shared.estimate.memory import num_trained
+from shared.estimate.shapes import read_shape
 from shared.experts import STACKED
 from shared.folder import open_folder
 from shared.quant.affine import AffineQuantizer

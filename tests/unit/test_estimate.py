@@ -22,12 +22,10 @@ from shared.estimate.duration import UTILISATION, operations, update_time
 from shared.estimate.machines import GIB, Machine, gpu, here, mac, machines, parse_memory, physical_memory
 from shared.estimate.memory import (
     Estimate,
-    Shape,
     Work,
     estimate,
     kept_inputs,
     num_trained,
-    read_shape,
     trained_shapes,
     weight_bytes,
 )
@@ -44,9 +42,11 @@ from shared.estimate.plan import (
     with_settings,
 )
 from shared.estimate.report import fit, make_report, read_lengths, write_config
+from shared.estimate.shapes import Shape, read_shape
 from shared.folder import open_folder
 from shared.jobs.prepare import prepare
 from shared.quant.affine import AffineQuantizer
+from shared.registry import find_backend
 from shared.schemes import parse_scheme
 from shared.types import AdapterSpec, Scheme, Tensor
 
@@ -381,6 +381,29 @@ def test_a_fitting_config_fits_and_is_never_written_over_another(tiny_model_fold
         write_config(fitting, tmp_path / "new.yaml")
 
 
+@pytest.mark.parametrize(
+    ("ends", "follows", "chunks"),
+    [
+        ({"targets": ["q_proj", "embed_tokens"]}, True, True),
+        ({"targets": ["q_proj", "embed_tokens"]}, False, False),
+        ({"targets": ["q_proj"], "modules_to_save": ["embed_tokens"]}, False, False),
+        ({"targets": ["q_proj"]}, True, False),
+    ],
+)
+def test_the_loss_goes_by_chunks_where_the_head_is_trained(tiny_model_folder, ends, follows, chunks):
+    """A tied head follows an adapted embedding only where the adapter says so."""
+    folder = tiny_model_folder(tied=True)
+    adapter = {**ends, "ensure_weight_tying": follows}
+    config = build_config({"model": str(folder), "data": {"path": "d"}, "adapter": adapter})
+    shape = read_shape(open_folder(folder))
+    spec = resolve(config.adapter, shape.info)
+    assert memory.trains_head(shape, spec) == chunks
+    model = find_backend("torch").load_model(folder, dtype="float32", quantization=None, recompute=False, device="cpu")
+    model.attach(spec)
+    head = model.head.module
+    assert (hasattr(head, "sft") or head.weight.requires_grad) == chunks
+
+
 def test_chunks_are_those_of_the_backends():
     from mlxlora import attention
     from mlxlora import objectives as ours
@@ -392,6 +415,7 @@ def test_chunks_are_those_of_the_backends():
     found |= {"mlx-cpu": ours.TILE_ELEMENTS, "mlx-gpu": ours.TILE_ELEMENTS_GPU}
     assert (found, {"torch": theirs.TILE_ROWS, "mlx": ours.TILE_ROWS}) == (memory.TILE_ELEMENTS, memory.TILE_ROWS)
     assert memory.CHUNK_ROWS == ours.LEAST_ROWS == theirs.LEAST_ROWS
+    assert memory.HEAD_BLOCK == ours.DECODED == theirs.DECODED
     assert memory.SCORE_ROWS == attention.BLOCK
 
 

@@ -10,7 +10,7 @@ import pytest
 from mlx import nn
 from mlx_lm.models.rope_utils import initialize_rope
 
-from mlxlora.rotary import kind_of, rotate, turned_width
+from mlxlora.rotary import rotate, turned_width
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -25,7 +25,7 @@ SCALINGS = [None, {"rope_type": "linear", "factor": 2.0}, LLAMA3, YARN, LONG]
 
 
 def layer_of(rope):
-    return SimpleNamespace(rope=rope, turned_width=turned_width(rope), rope_kind=kind_of(rope))
+    return SimpleNamespace(rope=rope, turned_width=turned_width(rope))
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["rope_type"] if scaling else "plain")
@@ -35,7 +35,7 @@ def test_output_and_gradient_are_the_zoos(scaling):
     assert layer.turned_width == 16
     x, dy = (mx.random.normal((2, 3, 100, 16), key=mx.random.key(seed)) for seed in (0, 1))
     (wanted,), (dx,) = mx.vjp(rope, [x], [dy])
-    (found,), (ours,) = mx.vjp(lambda x: rotate(layer, x, x, {})[0], [x], [dy])
+    (found,), (ours,) = mx.vjp(lambda x: rotate(layer, x, x)[0], [x], [dy])
     np.testing.assert_allclose(np.array(found), np.array(wanted), rtol=0, atol=1e-6)
     np.testing.assert_allclose(np.array(ours), np.array(dx), rtol=0, atol=1e-6)
 
@@ -44,28 +44,14 @@ def test_output_and_gradient_are_the_zoos(scaling):
 def test_another_layout_is_left_to_the_zoo(rope):
     layer, x = layer_of(rope), mx.random.normal((1, 2, 7, 16), key=mx.random.key(0))
     assert layer.turned_width == 0
-    assert mx.array_equal(rotate(layer, x, x, {})[1], rope(x))
+    assert mx.array_equal(rotate(layer, x, x)[1], rope(x))
 
 
 def test_a_head_wider_than_what_turns_is_left_to_the_zoo():
     layer, x = layer_of(nn.RoPE(8)), mx.random.normal((1, 2, 7, 16), key=mx.random.key(0))
-    assert mx.array_equal(rotate(layer, x, x, {})[0], layer.rope(x))
+    assert mx.array_equal(rotate(layer, x, x)[0], layer.rope(x))
 
 
 def test_half_precision_is_left_to_the_zoo():
     layer, x = layer_of(nn.RoPE(16)), mx.random.normal((1, 2, 7, 16), key=mx.random.key(0)).astype(mx.bfloat16)
-    assert mx.array_equal(rotate(layer, x, x, {})[0], layer.rope(x))
-
-
-def test_layers_share_a_table_where_they_turn_alike():
-    near, same, far = (layer_of(nn.RoPE(16, base=base)) for base in (1e4, 1e4, 1e6))
-    x, tables = mx.random.normal((1, 2, 7, 16), key=mx.random.key(0)), {}
-    for layer in (near, same, far, near):
-        np.testing.assert_allclose(np.array(rotate(layer, x, x, tables)[0]), np.array(layer.rope(x)), rtol=0, atol=1e-6)
-    assert len(tables) == 2
-
-
-@pytest.mark.parametrize("scaling", [LLAMA3, YARN], ids=lambda scaling: scaling["rope_type"])
-def test_a_scaling_is_another_kind(scaling):
-    kinds = {kind_of(initialize_rope(16, 1e4, False, each, max_position_embeddings=256)) for each in (None, scaling)}
-    assert len(kinds) == 2
+    assert mx.array_equal(rotate(layer, x, x)[0], layer.rope(x))
