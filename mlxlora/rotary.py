@@ -6,7 +6,7 @@ Legend: B rows, H heads, T tokens, K head width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -55,4 +55,4 @@ def rotate(layer: Any, q_BHTK: mx.array, k_BHTK: mx.array) -> tuple[mx.array, mx
     if on_gpu() or q_BHTK.dtype != mx.float32 or width != layer.turned_width:
         return layer.rope(q_BHTK), layer.rope(k_BHTK)
     table_TK = table_of(layer.rope, length, width)
-    return turned(q_BHTK, table_TK), turned(k_BHTK, table_TK)
+    return cast(mx.array, turned(q_BHTK, table_TK)), cast(mx.array, turned(k_BHTK, table_TK))

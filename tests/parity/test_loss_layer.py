@@ -31,7 +31,7 @@ def run_torch(facts, *, biased):
     b = torch.tensor(BIAS, requires_grad=True) if biased else None
     head = objectives.Head(SimpleNamespace(weight=w, bias=b), facts)
     targets, weights = torch.tensor(TARGETS).long(), torch.tensor(WEIGHTS)
-    assert objectives.chunk_rows(w) < N / 2
+    assert objectives.chunk_rows(V, on_gpu=False) < N / 2
     loss = objectives.sft(h, head, targets, weights)
     grads = torch.autograd.grad(loss, [h, w, *([b] if biased else [])])
     with torch.no_grad():
