@@ -44,6 +44,7 @@ from shared.running.result import add_result, has_ended, has_result, read_result
 from shared.running.run import LoopState, Run
 from shared.running.run_folder import (
     Identity,
+    as_made,
     begin,
     changed_maker,
     changed_rows,
@@ -135,10 +136,10 @@ def train_once(
 
         found = find_checkpoint(folder, resume, identity, note, allowed=allow_change)
         run = build_run(prepared, backend, found, folder=folder, callbacks=callbacks, identity=identity)
-        if not has_ended(run):
-            for text in changed_maker(found, run.maker):
-                note(text)
-        for text in changed_rows(folder, prepared.data_files, sets=prepared.sets):
+        changed = changed_rows(folder, prepared.data_files, sets=prepared.sets)
+        if found is not None and has_ended(run):
+            run.maker = found.state["maker"]
+        for text in (*changed_maker(found, run.maker), *changed):
             note(text)
         begin(folder, found, resume=resume)
         given = command or command_line()
@@ -166,7 +167,8 @@ def finish_run(
     if lost or not complete:
         resolved = with_whole_paths(run.config, run.folder)
         data = prepared.data_files
-        write_manifest(run.folder, resolved, capability, base=base, data=data, facts=facts, command=command)
+        maker = as_made(capability, run.maker)
+        write_manifest(run.folder, resolved, maker, base=base, data=data, facts=facts, command=command)
     for text in warnings(run, prepared, capability):
         tell(run.callbacks, "on_note", text)
     place = {"backend": capability.name, "device": capability.reason, "from": run.state.step}

@@ -207,6 +207,13 @@ def maker_of(backend: Backend) -> dict[str, Any]:
     return {"backend": found.name, "device": found.device, "versions": dict(found.versions)}
 
 
+def as_made(capability: Capability, maker: Mapping[str, Any]) -> Capability:
+    """Return what computed a run, for its manifest: this backend, or another of which its checkpoint says less."""
+    if maker.get("backend", capability.name) == capability.name:
+        return capability
+    return replace(capability, name=maker["backend"], reason=maker["device"], versions=maker["versions"])
+
+
 def changed_maker(found: checkpoint.Checkpoint | None, own: Mapping[str, Any]) -> Iterator[str]:
     """Yield what computes a run from here on, where it was something else before."""
     before = found.state["maker"] if found else {}

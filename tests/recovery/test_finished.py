@@ -131,7 +131,11 @@ def test_an_adapter_that_peft_saved_again_is_left_as_it_is(make_config, run):
 
 def test_another_backend_is_not_announced_where_nothing_is_trained(make_config, run):
     config = make_config(run)
-    assert not again(config.model_copy(update={"backend": "mlx"}))[1]
+    other = config.model_copy(update={"backend": "mlx"})
+    assert not again(other)[1]
+    (run / "manifest.json").unlink()
+    again(other)
+    assert json.loads((run / "manifest.json").read_text())["backend"] == "torch", "which has trained it"
 
 
 def test_hashes_are_those_of_the_files_wherever_an_adapter_goes(run, tmp_path):
