@@ -134,10 +134,10 @@ def open_folder(path: Path) -> ModelFolder:
 def not_a_folder(path: Path) -> ModelError:
     """Return the error for a file that is given as a model."""
     quoted, folder = shlex.quote(str(path)), path.parent
+    what, fix = "a file", f"use {folder}" if (folder / "config.json").is_file() else None
     if path.suffix in (".yaml", ".yml"):
-        return ModelError(f"{path} is a config file, not a model", code="E300", fix=f"mlxlora train {quoted}")
-    fix = f"use {folder}" if (folder / "config.json").is_file() else None
-    return ModelError(f"{path} is a file", code="E300", expected="a folder with config.json, or a hub id", fix=fix)
+        what, fix = "a config file, not a model", f"mlxlora train {quoted}"
+    return ModelError(f"{path} is {what}", code="E300", expected="a folder with config.json, or a hub id", fix=fix)
 
 
 def check_kind(path: Path) -> None:

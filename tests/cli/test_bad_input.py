@@ -123,8 +123,8 @@ class World:
         return target
 
     def adapter_tensors(self, change: Callable[[dict[str, Tensor]], Any], **changes: Any) -> Path:
-        """Return PEFT's adapter with changed tensors."""
-        target = self.peft(**changes)
+        """Return PEFT's adapter with changed tensors; it has no notes of ours, which would tell of a change."""
+        target = self.peft(**{"mlxlora": None, **changes})
         file = target / "adapter_model.safetensors"
         tensors = dict(load_file(file))
         change(tensors)

@@ -342,7 +342,7 @@ def test_a_weight_that_is_no_float_is_refused_by_name(make, dtype):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("a recipe.yaml", r"a recipe\.yaml is a config file, not a model\nfix: mlxlora train '.*a recipe\.yaml'"),
+        ("a recipe.yaml", r"a recipe\.yaml is a config file, not a model\n.*\nfix: mlxlora train '.*a recipe\.yaml'"),
         ("model/model.safetensors", r"is a file\nexpected: a folder(.|\n)*fix: use .*model$"),
         ("notes.txt", r"notes\.txt is a file\nexpected: a folder with config\.json, or a hub id$"),
     ],
