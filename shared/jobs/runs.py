@@ -120,7 +120,8 @@ def list_runs(folder: Path) -> list[RunFacts]:
 def read_run(folder: Path) -> RunFacts:
     """Return the facts of a run folder; raises CheckpointError where it is none."""
     if not is_listed(folder):
-        near = [path.parent.name for place in (folder.parent, RUNS) for path in place.glob("*/manifest.json")]
+        names = {path.parent.name for place in (folder.parent, RUNS) for path in place.glob("*/manifest.json")}
+        near = names - {str(folder)}
         hint = did_you_mean(folder.name, near) if near else "mlxlora runs ls DIR lists runs"
         raise CheckpointError(
             f"{folder} is not the folder of a run", expected="manifest.json in it", fix=hint, code="E323"
