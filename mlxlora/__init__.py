@@ -166,7 +166,9 @@ def sweep(
         given = values if output is None else {**values, "output": output}
         return load_config(config, overrides=[*overrides, *more], **given)
 
-    return run(make, grid if isinstance(grid, Mapping) else read_grid(Path(grid)), watch=watch, note=note)
+    if isinstance(grid, Mapping):
+        return run(make, grid, watch=watch, note=note)
+    return run(make, read_grid(Path(grid)), watch=watch, note=note, place=Path(grid).name)
 
 
 def estimate(

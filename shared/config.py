@@ -17,7 +17,7 @@ from pydantic import (
 )  # fmt: skip
 
 from shared.errors import ConfigError
-from shared.problems import Places, describe, keys_of
+from shared.problems import Places, describe, key_advice, keys_of
 from shared.schemes import parse_scheme
 from shared.sections import (
     Count,
@@ -382,6 +382,11 @@ def validate(values: Any, *, place: str = "config", places: Places | None = None
 def known_keys(path: tuple[Any, ...]) -> list[str]:
     """Return the keys that the section at this path has."""
     return keys_of(RunConfig, path)
+
+
+def advise_key(path: tuple[Any, ...], found: Any = None) -> str:
+    """Return what an unknown key of a config may be meant for; found: what stands under it."""
+    return key_advice(RunConfig, path, found)
 
 
 def schema() -> dict[str, Any]:

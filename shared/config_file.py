@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from shared.config import Places, RunConfig, known_keys, validate
-from shared.errors import ConfigError, did_you_mean
+from shared.config import Places, RunConfig, advise_key, known_keys, validate
+from shared.data.formats import MARK, READERS
+from shared.errors import ConfigError
 from shared.problems import NO_FILE
 
 MAX_BYTES = 1_000_000
-DATA_SUFFIXES = {".jsonl", ".csv", ".tsv", ".parquet"}  # of files that are given by mistake
 MAX_DEPTH = 20
 MAX_NODES = 20_000  # half a second to read
 Lines = dict[tuple[Any, ...], int]
@@ -62,6 +62,20 @@ def load_config(path: Path, *, overrides: Iterable[str] = (), values: dict[str, 
     return build_over(found, values or {}, overrides, place=path.name, places=places)
 
 
+def beside(config: RunConfig, file: Path, key: str) -> str | None:
+    """Return what to do about a path of a config that is not there but would be beside its file, else None.
+
+    Paths go from the folder in which the command runs. key: model, or data.path.
+    """
+    texts = [config.model] if key == "model" else [source.path for source in config.data.sources]
+    for path in (Path(text).expanduser() for text in texts):
+        there = file.parent / path
+        if not path.exists() and there != path and there.exists():
+            go = f"cd {shlex.quote(str(file.parent))}, or --set {key}={shlex.quote(str(there))}"
+            return f"{path} is beside {file.name}, but paths go from {Path.cwd()}: {go}"
+    return None
+
+
 def build_config(values: dict[str, Any], *, overrides: Iterable[str] = ()) -> RunConfig:
     """Return the config of nested values and `key.sub=value` overrides, without a file."""
     return build_over({}, values, overrides, place=NO_FILE, places={})
@@ -93,15 +107,16 @@ def leaves(values: dict[str, Any], path: tuple[Any, ...] = ()) -> Iterator[tuple
             yield (*path, key)
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
-    """Return a YAML mapping and the line of every key path."""
+def read_yaml(
+    path: Path, *, what: str = "config file", instead: str = "or --model and --data"
+) -> tuple[dict[str, Any], Lines]:
+    """Return a YAML mapping and the line of every key path; what it is to be, and instead of what, for messages."""
     try:
         if not path.is_file():
             kind = "is a folder" if path.is_dir() else "does not exist"
-            raise ConfigError(
-                f"config file {path} {kind}", code="E203", fix="give the path of a YAML file, or --model and --data"
-            )
-        if path.suffix in DATA_SUFFIXES:
+            fix = f"give the path of a YAML file, {instead}"
+            raise ConfigError(f"{what} {path} {kind}", code="E203", fix=fix)
+        if looks_like_data(path):
             raise ConfigError(
                 f"{path} is no config: it looks like data",
                 code="E203",
@@ -120,6 +135,16 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
         raise ConfigError(
             f"{path.name}: not UTF-8 at byte {error.start}", code="E203", fix="save the file as UTF-8"
         ) from None
+
+
+def looks_like_data(path: Path) -> bool:
+    """Return whether a file is given by mistake, as it holds rows; .json may be a config, but for an array."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes[-1:] == [".gz"] and bool(suffixes.pop())
+    if suffixes[-1:] == [".json"] and not packed:
+        with path.open("rb") as stream:
+            return stream.read(4096).removeprefix(MARK).lstrip().startswith(b"[")
+    return suffixes[-1:] != [] and suffixes[-1] in READERS
 
 
 def parse_yaml(text: str, *, name: str) -> tuple[dict[str, Any], Lines]:
@@ -189,7 +214,8 @@ def parse_override(text: str) -> dict[str, Any]:
         known = known_keys(tuple(parts[:n]))
         if part not in known:
             value_at = ".".join(parts[:n])
-            hint = did_you_mean(part, known) if known else f"{value_at} is a value: --set {value_at}=..."
+            inner = dict.fromkeys(parts[n + 1 :])
+            hint = advise_key(tuple(parts[: n + 1]), inner) if known else f"{value_at} is a value: --set {value_at}=..."
             raise ConfigError(f'--set: unknown key "{key.strip()}"', code="E201", fix=hint)
     parsed, _ = parse_yaml(f"value: {value}", name=f"--set {key}")
     result: Any = parsed["value"]

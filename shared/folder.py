@@ -19,7 +19,7 @@ import numpy as np
 from shared.errors import CapabilityError, ModelError, did_you_mean
 from shared.experts import check_mixture
 from shared.families import EMBEDDINGS
-from shared.hub import download, is_hub_id, near_paths
+from shared.hub import download, is_hub_id, looked_in, near_paths
 from shared.quant.folders import find_places
 from shared.quant.place import Place
 from shared.quant.sound import find_fault
@@ -114,9 +114,9 @@ def open_folder(path: Path) -> ModelFolder:
     if not path.is_dir():
         near = near_paths(path)
         raise ModelError(
-            f"no model folder at {path}",
+            f"no model folder at {path}{looked_in(path)}",
             code="E300",
-            expected="a folder with config.json and model.safetensors, or a hub id",
+            expected="a folder with config.json and model.safetensors, or a hub id, which has the form org/name",
             fix=f'did you mean "{near[0]}"?' if near else None,
         )
     if not (path / "config.json").is_file():

@@ -49,6 +49,11 @@ def near_paths(path: Path) -> list[str]:
     return sorted((name for name in likeness if likeness[name] >= LIKE), key=lambda name: -likeness[name])
 
 
+def looked_in(path: Path) -> str:
+    """Return the folder that a relative path was looked for in, as a message has it behind the path."""
+    return "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+
+
 def like(one: str, other: str) -> float:
     """Return how similar two names are, from 0 to 1.
 

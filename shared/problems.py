@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -42,9 +44,7 @@ def describe(root: type[BaseModel], error: ValidationError, *, place: str, place
         colon = "put a blank behind the colon: {name: value}" if ":" in str(path[-1]) else None  # YAML wants one
         return ConfigError(f'{where}: unknown key "{key}"', code="E201", fix=colon or nearest(path[-1], first))
     if first["type"] == "extra_forbidden":
-        return ConfigError(
-            f'{where}: unknown key "{key}"', code="E201", fix=did_you_mean(str(path[-1]), keys_of(root, path[:-1]))
-        )
+        return ConfigError(f'{where}: unknown key "{key}"', code="E201", fix=key_advice(root, path, first.get("input")))
     if first["type"] == "missing" and isinstance(path[-1], int):
         whole = ".".join(str(part) for part in path[:-1])
         return ConfigError(f"{where}: {whole} is too short", code="E202", expected=f"{path[-1] + 1} values at least")
@@ -59,8 +59,75 @@ def describe(root: type[BaseModel], error: ValidationError, *, place: str, place
     shown = "" if isinstance(found, dict) else f", found {shorten(found)}"
     wanted = dict.fromkeys(expectation(root, problem) for problem in problems)
     hints = (nearest(found, problem) for problem in problems if problem["type"] == "literal_error")
-    near = next((hint for hint in hints if hint.startswith("did")), None)
-    return ConfigError(f"{where}: {key}{shown}", code="E202", expected=" or ".join(wanted), fix=near)
+    fix = next((hint for hint in hints if hint.startswith("did")), None)
+    if section := next((problem for problem in problems if problem["type"] == "model_type"), None):
+        fix = fix or section_advice(root, key_path(section), section["input"], by_option=where == "--set")
+    return ConfigError(f"{where}: {key}{shown}", code="E202", expected=" or ".join(wanted), fix=fix)
+
+
+def section_advice(root: type[BaseModel], path: tuple[Any, ...], found: Any, *, by_option: bool) -> str | None:
+    """Return how a section is written whose main key alone was given, None where that cannot be told.
+
+    by_option: as --set has it.
+    """
+    main = next((key for key in ("path", "name", "type") if key in keys_of(root, path)), None)
+    texts = [found] if isinstance(found, str) else found
+    if main is None or not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        return None
+    written = [text if PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False) for text in texts]
+    if isinstance(path[-1], int):  # of a list of sections
+        return f"a section for each: [{{{main}: {written[0]}}}, ...]"
+    if not isinstance(found, str):
+        return f"{path[-1]}: {{{main}: [{{{main}: {written[0]}}}, ...]}}" if main == "path" else None
+    key = ".".join(map(str, path))
+    return f"--set {key}.{main}={written[0]}" if by_option else f"{key}: {{{main}: {written[0]}}}"
+
+
+def key_advice(root: type[BaseModel], path: tuple[Any, ...], found: Any = None) -> str:
+    """Return what an unknown key may be meant for: another program's name, a key of another section, or a near one.
+
+    found: what stands under it.
+    """
+    name, section, everywhere = str(path[-1]), path[:-1], key_paths(root)
+    if name in everywhere:  # the whole path as one key
+        first, _, rest = name.partition(".")
+        return f"write it as a section: {first}: {{{rest}: ...}}"
+    plain = name.lower().replace("-", "_")
+    foreign = get_close_matches(plain, FOREIGN, n=1, cutoff=0.9)
+    if foreign:
+        return meaning([FOREIGN[foreign[0]]], section, found)
+    if same := [full for full in everywhere if full.rpartition(".")[2] == plain]:
+        return meaning(same, section, found)
+    near = did_you_mean(name, keys_of(root, section))
+    if near.startswith("did"):
+        return near
+    last = {full.rpartition(".")[2]: full for full in everywhere}
+    other = get_close_matches(plain, last, n=1, cutoff=0.8)
+    return meaning([last[other[0]]], section, found) if other else near
+
+
+def meaning(paths: Sequence[str], section: tuple[Any, ...], found: Any) -> str:
+    """Return a question about keys by their paths, by the name alone of one that is in the same section.
+
+    >>> meaning(["optimizer.lr"], ("optimizer",), 1), meaning(["checkpoint.every", "log.every"], (), 1)
+    ('did you mean "lr"?', 'did you mean "checkpoint.every" or "log.every"?')
+    >>> meaning(["adapter"], (), {"r": 8})
+    'did you mean "adapter", with rank?'
+    """
+    names = [path.removeprefix(".".join([*map(str, section), ""])) for path in paths]
+    inner = [FOREIGN.get(str(key), str(key)).rpartition(".")[2] for key in found] if isinstance(found, dict) else []
+    behind = f", with {', '.join(inner[:4])}" if inner else ""
+    return "did you mean " + " or ".join(f'"{name}"' for name in names) + behind + "?"
+
+
+def key_paths(root: type[BaseModel], above: str = "") -> list[str]:
+    """Return the dotted paths of all sections and settings."""
+    found: list[str] = []
+    for key, field in root.model_fields.items():
+        found.append(above + key)
+        if (section := section_in(field.annotation, listed=False)) is not None:
+            found += key_paths(section, f"{above}{key}.")
+    return found
 
 
 def nearest(name: Any, problem: dict[str, Any]) -> str:
@@ -74,6 +141,22 @@ MEANT = {  # what other programs call ours
     "fp16": ("float16",), "bf16": ("bfloat16",), "fp32": ("float32",), "full": ("none",),
     "cuda": ("gpu", "torch"), "mps": ("gpu", "mlx"), "metal": ("gpu", "mlx"), "pytorch": ("torch",),
 }  # fmt: skip
+FOREIGN = {  # keys of other programs -> ours
+    "learning_rate": "optimizer.lr", "optim": "optimizer.name", "lr_scheduler_type": "schedule.name",
+    "lr_schedule": "schedule.name", "warmup_ratio": "schedule.warmup", "warmup_steps": "schedule.warmup",
+    "num_epochs": "train.epochs", "num_train_epochs": "train.epochs", "max_steps": "train.updates",
+    "iters": "train.updates", "per_device_train_batch_size": "train.batch_size", "data_seed": "train.seed",
+    "gradient_checkpointing": "train.recompute", "grad_checkpoint": "train.recompute", "torch_dtype": "train.dtype",
+    "max_seq_length": "data.max_length", "max_seq_len": "data.max_length", "cutoff_len": "data.max_length",
+    "lora": "adapter", "peft_config": "adapter", "r": "adapter.rank", "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank", "lora_alpha": "adapter.alpha", "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets", "num_layers": "adapter.layers", "scheduler": "schedule",
+    "model_name_or_path": "model", "base_model": "model", "dataset": "data", "output_dir": "output",
+    "adapter_path": "output", "save_steps": "checkpoint.every", "save_every": "checkpoint.every",
+    "eval_steps": "evaluation.every", "steps_per_eval": "evaluation.every", "logging_steps": "log.every",
+    "report_to": "log.to",
+}  # fmt: skip
+PLAIN = re.compile(r"[\w./~@-]+")  # texts that YAML takes without quotes
 # What a value should be, by what pydantic calls the problem; {ge} and the like are its bounds.
 WORDS = {
     "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",

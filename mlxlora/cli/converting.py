@@ -46,6 +46,9 @@ def convert(
     result = mlxlora.convert(source, to=to, output=output, base=base, force=force, weights=weights, dtype=dtype)
     for note in result.notes:
         say(note)
+    if output.lower().endswith(".gguf"):  # llama.cpp's own tools name a file there
+        name = "model.gguf" if isinstance(result, ModelResult) else "adapter.gguf"
+        say(f"--output names a folder: the file is {result.output}/{name}")
     if as_json:
         emit(result)
     elif isinstance(result, ModelResult):

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import wraps
 from typing import Annotated, Any, TextIO, cast
@@ -29,6 +29,7 @@ from mlxlora.cli.previewing import preview
 from mlxlora.cli.quantizing import quantize
 from mlxlora.cli.recipes import recipes
 from mlxlora.cli.running import runs
+from shared.errors import DataError, MlxloraError, ModelError
 from shared.watching.display import Sturdy
 
 app.command()(bench)
@@ -112,8 +113,24 @@ def answering(command: Any) -> Any:
         except KeyboardInterrupt:
             fail("stopped", 130, bool(kwargs.get("as_json")), "E800", quiet=True)
             return TOLD
+        except (DataError, ModelError) as error:
+            raise at_recipe(error, kwargs).with_traceback(error.__traceback__) from error.__cause__
 
     return run
+
+
+def at_recipe(error: MlxloraError, given: Mapping[str, Any]) -> MlxloraError:
+    """Return an error about a path that is not there with that of the same name beside the recipe, if there is one."""
+    file, key = given.get("config"), {"E210": "data.path", "E300": "model"}.get(error.code)
+    if file is None or key is None:
+        return error
+    from mlxlora.cli.options import given as values_of
+    from shared.config_file import beside
+
+    values = values_of(given.get("model"), given.get("data"))
+    config = mlxlora.load_config(file, overrides=given.get("overrides") or [], **values)
+    fix = beside(config, file, key)
+    return error if fix is None else type(error)(error.what, code=error.code, expected=error.expected, fix=fix)
 
 
 def leaves(tree: Any) -> Iterator[Any]:

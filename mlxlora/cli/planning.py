@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,8 +69,14 @@ def estimate(
 def write_fitting(config: RunConfig, memory: str, output: Path | None, *, as_json: bool) -> None:
     """Print a config that fits, or write it into a new file; say what has changed."""
     from shared.config_file import to_yaml
+    from shared.errors import ConfigError
     from shared.estimate.report import fit, write_config
 
+    if memory.upper().rstrip("IB").endswith(("M", "K")):
+        raise ConfigError(f"--fit {memory}: MB and KB are not read", expected="here, or a size in GB such as 16GB")
+    if config.backend == "auto":
+        config = config.model_copy(update={"backend": "mlx" if sys.platform == "darwin" else "torch"})
+        say(f"backend: {config.backend}, as on this machine; --backend for another")
     fitting, changes = fit(config, memory)
     if output is not None:
         write_config(fitting, output)

@@ -109,9 +109,18 @@ def write(found: Preview, console: Console) -> None:
     if found.padding is not None:
         at = found.padding
         console.print(
-            f"an update, in micro-batches of {at.micro_tokens:,} tokens: {at.packed_batches:.1f} packed, no padding, "
-            f"or {at.sorted_batches:.1f} sorted by length with {at.sorted_share:.1%} padding"
+            f"an update takes {batches(at.packed_batches)} of {at.micro_tokens:,} tokens with rows packed, no padding; "
+            f"with rows sorted by length {batches(at.sorted_batches)}, {at.sorted_share:.1%} padding"
         )
+
+
+def batches(count: float) -> str:
+    """Return a mean number of micro-batches in words.
+
+    >>> batches(1.0), batches(2.25)
+    ('1 micro-batch', '2.2 micro-batches')
+    """
+    return f"{count:.1f}".removesuffix(".0") + (" micro-batch" if f"{count:.1f}" == "1.0" else " micro-batches")
 
 
 def row_text(row: Shown) -> Text:

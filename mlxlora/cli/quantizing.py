@@ -72,7 +72,7 @@ def lines(result: QuantizeResult) -> list[str]:
     packed = sum(layer.scheme != "none" for layer in result.layers)
     found = [
         f"{packed} of {len(result.layers)} matrices in {result.scheme}: {result.bits_per_weight:.2f} bits per weight, "
-        f"{size(result.num_bytes)} for {size(result.source_bytes)}"
+        f"{size(result.source_bytes)} became {size(result.num_bytes)}"
     ]
     if result.output is not None:
         found.append(f"wrote {result.output} in the format of {result.loads_with}, which both backends here read too")

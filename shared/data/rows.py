@@ -13,7 +13,7 @@ from typing import Any, Literal
 from shared.data.dialects import SPEAKERS, translate, unread_keys
 from shared.data.formats import ARRAY, READERS, read_values
 from shared.errors import ConfigError, DataError, did_you_mean
-from shared.hub import download, is_hub_id, near_paths
+from shared.hub import download, is_hub_id, looked_in, near_paths
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Kind = Literal["text", "prompt", "messages"]
@@ -22,6 +22,12 @@ PAIRS = (  # names that a prompt and its completion often have
     ("question", "answer"), ("query", "response"), ("instruction", "response"), ("prompt", "response"),
     ("input", "output"), ("problem", "solution"), ("source", "target"),
 )  # fmt: skip
+FITS = {  # what to do with a file of another kind, by its suffix
+    ".gz": "unpack it: gunzip", ".zip": "unpack it: unzip",
+    ".txt": 'write every text as {"text": "..."} on a line of a .jsonl file',
+    **{suffix.upper(): f"rename it to end in {suffix}" for suffix in READERS},
+}  # fmt: skip
+ALSO_VALID = ("valid", "validation", "val", "dev", "eval")  # how others call the rows to evaluate on
 NAMES = {"valid": ("valid", "validation")}  # of a split's files; the hub's data sets use the long one
 
 
@@ -43,10 +49,11 @@ def find_data(path_or_id: str) -> Path:
         return path
     hint = f'did you mean "{near[0]}"?' if (near := near_paths(path)) else None
     if not is_hub_id(name) or ":" in config:
-        raise DataError(f"no data at {path}", code="E210", expected="a folder with train.jsonl, or a file", fix=hint)
+        expected = "a folder with train.jsonl, a file, or a hub id, which has the form org/name"
+        raise DataError(f"no data at {path}{looked_in(path)}", code="E210", expected=expected, fix=hint)
     if get_close_matches(path.suffix, READERS, n=1, cutoff=0.7):  # .jsnl too: no data set's name ends so
         what = f"no such file: {path_or_id}; not a hub id either"
-        raise DataError(what, code="E210", fix=hint or f"check the path; this is {Path.cwd()}")
+        raise DataError(what + looked_in(path), code="E210", fix=hint or "check the path")
     patterns = [f"{config}/*{suffix}" if config else f"*{suffix}" for suffix in READERS]
     root = download(name, kind="dataset", patterns=patterns, error=DataError, code="E210")
     if config and not (root / config).is_dir():
@@ -66,10 +73,7 @@ def split_files(path: Path, split: str, *, names: Mapping[Any, str] | None = Non
     known = ", ".join(READERS)
     if path.is_file():
         if path.suffix not in READERS:
-            fix = {
-                ".gz": "unpack it: gunzip", ".zip": "unpack it: unzip",
-                ".txt": 'write every text as {"text": "..."} on a line of a .jsonl file',
-            }.get(path.suffix)  # fmt: skip
+            fix = FITS.get(path.suffix)
             raise DataError(f"{path.name} is no data file", code="E210", expected=f"one of {known}", fix=fix)
         return [path] if split == "train" else []
     for name in (own,) if own else NAMES.get(split, (split,)):
@@ -82,12 +86,38 @@ def split_files(path: Path, split: str, *, names: Mapping[Any, str] | None = Non
             if found:
                 return found
     if split == "train" or own:
-        near = sorted(item.name for item in path.iterdir())[:5]
         raise DataError(
             f"{path} has no {own or split}.jsonl", code="E210", expected=f"{own or split} with one of {known}",
-            fix=f"it holds: {', '.join(near)}" if near else "this folder is empty: give another, or a file",
+            fix=folder_advice(path, own or split, split=split),
         )  # fmt: skip
     return []
+
+
+def folder_advice(folder: Path, wanted: str, *, split: str) -> str:
+    """Return what may make a split's file out of what a folder holds, and what that is."""
+    inside = sorted(folder.iterdir())
+    if not inside:
+        return "this folder is empty: give another, or a file"
+    holds = f"it holds: {', '.join(item.name for item in inside[:5])}"
+    files = [item for item in inside if item.is_file()]
+    for item in files:
+        stem, kind = item.name.partition(".")[0], item.suffix.lower()
+        if not get_close_matches(stem.lower(), [wanted.lower()], cutoff=0.7):
+            continue
+        if kind in READERS:
+            setting = f", or data.splits: {{{split}: {stem}}}" if item.suffix == kind and stem != wanted else ""
+            return f"rename {item.name} to {wanted}{kind}{setting}; {holds}"
+        if fix := FITS.get(item.suffix):
+            return f"{item.name}: {fix}; {holds}"
+    rows = [item for item in files if item.suffix in READERS]
+    return f"give the file itself: {rows[0]}; {holds}" if len(rows) == 1 else holds
+
+
+def other_valid(folder: Path) -> str | None:
+    """Return the name, without its suffix, of a folder's file that may hold the rows to evaluate on."""
+    files = [item for item in sorted(folder.iterdir()) if item.is_file() and item.suffix in READERS]
+    stems = [item.stem for item in files if item.stem not in NAMES["valid"] and item.stem != "train"]
+    return next((stem for stem in stems if get_close_matches(stem.lower(), ALSO_VALID, n=1, cutoff=0.8)), None)
 
 
 def find_split(path: Path, split: str | None = None) -> list[Path]:

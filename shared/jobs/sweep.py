@@ -64,11 +64,9 @@ class SweepResult:
 
 def read_grid(path: Path) -> dict[str, list[Any]]:
     """Return a grid file's settings, each with its values; raises ConfigError with the line."""
-    found, lines = read_yaml(path)
+    found, lines = read_yaml(path, what="sweep file", instead=f"with lines such as {EXAMPLE}")
     if not found:
-        raise ConfigError(
-            f"{path.name} has no settings", code="E203", expected="lines such as optimizer.lr: [1e-4, 1e-3]"
-        )
+        raise ConfigError(f"{path.name} has no settings", code="E203", expected=f"lines such as {EXAMPLE}")
     check_grid(found, place=path.name, lines=lines)
     return found
 
@@ -79,7 +77,7 @@ def check_values(key: str, values: Any, *, place: str) -> None:
         raise ConfigError(
             f"{place}: {key} is no list of values",
             code="E203",
-            expected="key.sub: [value, value], e.g. optimizer.lr: [1e-4, 1e-3]",
+            expected=f"key.sub: [value, value], e.g. {EXAMPLE}",
         )
     if key in REFUSED or key.split(".")[0] in REFUSED:
         raise ConfigError(f"{place}: {key} must be the same for all runs", code="E204", fix="set it in the config")
@@ -155,21 +153,21 @@ def value_text(value: Any) -> str:
 
 def sweep(
     make: Make, grid: Mapping[str, Sequence[Any]], *, watch: Callable[[], Sequence[Callback]] = tuple,
-    note: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = lambda text: None, place: str = "grid",
 ) -> SweepResult:  # fmt: skip
     """Train every run of a grid that has not ended yet, one after the other, and return how all ended.
 
-    watch: makes the callbacks of a run.
+    watch: makes the callbacks of a run. place: what the grid is called in messages, as its file's name.
     A run that fails does not stop the others. Raises ConfigError before anything runs where one could not be begun,
     and Interrupted where a signal came: the same call goes on there.
     """
-    check_grid(grid, place="grid")
+    check_grid(grid, place=place)
     base = make([], None)
     folder = base.output_dir if base.output else base.output_dir.with_name(f"{base.output_dir.name}-sweep")
     if (folder / "manifest.json").exists():
         raise ConfigError(f"output: {folder} is the folder of a run", code="E205", fix="choose another --output")
     members = list(expand(grid))
-    configs = {member.name: make_member(make, member, folder) for member in members}
+    configs = {member.name: make_member(make, member, folder, place=place) for member in members}
     open_run(folder)
     with locked(folder, note):
         for number, member in enumerate(members):
@@ -181,14 +179,15 @@ def sweep(
     return rank(base, folder, members)
 
 
-def make_member(make: Make, member: Member, folder: Path) -> RunConfig:
+def make_member(make: Make, member: Member, folder: Path, *, place: str) -> RunConfig:
     """Return the config of a run of a grid; raises ConfigError with its name."""
     overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in member.settings.items()]
     try:
         return make(overrides, str(folder / member.name))
     except MlxloraError as error:
+        what = re.sub("^--set( |: )", f"{place}: ", error.what)  # overrides of the grid; others are checked before
         raise ConfigError(
-            f"{member.name}: {error.what}", code=error.code, expected=error.expected, fix=error.fix
+            f"{what} (run {member.name})", code=error.code, expected=error.expected, fix=error.fix
         ) from None
 
 

@@ -21,6 +21,7 @@ from shared.callbacks import Callback, tell
 from shared.config import RunConfig
 from shared.convergence import convergence_checks
 from shared.data.layout import training_layout
+from shared.data.rows import other_valid
 from shared.data.stream import Stream, sample_of, told_first
 from shared.durable import put_in_place, sync
 from shared.errors import MlxloraError, ModelError, OutOfMemory, StorageError
@@ -201,6 +202,7 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
         what = f"rows of {name}" if name in prepared.sets else "validation rows"
         yield f"{count} of {len(rows)} {what} also stand in the training rows"
     yield from evaluation_warnings(run)
+    yield from other_names(run, prepared)
     longest = max(len(example.tokens) for example in sample_of(prepared.train))
     if text := beyond_positions(longest, run.model.info.max_positions):
         yield text
@@ -210,6 +212,16 @@ def warnings(run: Run, prepared: Prepared, capability: Capability) -> Iterator[s
     yield from idle_settings(run, prepared)
     if capability.device == "cpu" and run.config.train.dtype != "float32":
         yield f"{run.config.train.dtype} is slow on a CPU; --set train.dtype=float32 is faster"
+
+
+def other_names(run: Run, prepared: Prepared) -> Iterator[str]:
+    """Yield which file may hold rows to evaluate on, where no valid.jsonl does."""
+    roots = [Path(source.path).expanduser() for source in prepared.config.data.sources]
+    if prepared.valid or run.config.evaluation.every is None or "valid" in run.config.data.splits:
+        return
+    for root in filter(Path.is_dir, roots):
+        if name := other_valid(root):
+            yield f"{root} holds {name}, perhaps rows to evaluate on: --set 'data.splits={{valid: {name}}}' takes them"
 
 
 def make_identity(prepared: Prepared, hashes: Future[dict[str, str]]) -> Identity:

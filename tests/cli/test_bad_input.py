@@ -454,6 +454,8 @@ CONFIG = [
     case("a NUL byte in YAML", content(b"model: m\x00\n"), 2, "config.yaml", "character|special"),
     case("nested 1000 deep", content("a: " + "[" * 1000), 2, "config.yaml", "nested deeper"),
     case("config file missing", lambda w: ["train", str(w.folder / "no.yaml")], 2, "no.yaml does not exist", "--model"),
+    case("a model without an organisation", lambda w: w.train(model="gpt2"), 3, "no model folder at gpt2",
+         "a hub id, which has the form org/name"),
     case("config is a folder", lambda w: ["train", str(w.folder)], 2, "is a folder", "YAML"),
     case("neither config nor model", lambda w: ["train"], 2, 'key "model" is missing', "model"),
     case("--set without =", lambda w: [*w.train(), "--set", "train.seed"], 2, '--set "train.seed"', "key=value"),

@@ -498,6 +498,25 @@ def test_schema_describes_the_config_file(capsys):
     assert all(section["additionalProperties"] is False for section in found["$defs"].values())
 
 
+@pytest.mark.parametrize("key", ["data.path", "model"])
+def test_a_path_that_lies_only_beside_the_recipe_is_told(key, tiny_model_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipes/mine/x").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    values = {"model": str(tiny_model_folder()), "data": {"path": "mine/x"}}
+    if key == "model":
+        (tmp_path / "train.jsonl").write_text('{"text": "a"}')
+        values = {"model": "mine/x", "data": {"path": str(tmp_path)}}
+    file = tmp_path / "recipes/run.yaml"
+    file.write_text(json.dumps(values))
+    assert run(["train", str(file)]) == (3 if key == "model" else 2)
+    said = " ".join(capsys.readouterr().err.splitlines()[-1:])
+    assert said.startswith(f"fix: mine/x is beside run.yaml, but paths go from {tmp_path}/elsewhere: cd ")
+    assert said.endswith(f"--set {key}={tmp_path}/recipes/mine/x")
+    assert run(["train", str(file), "--set", f"{key}=mine/y"]) in (2, 3)
+    assert "beside" not in capsys.readouterr().err
+
+
 def test_explain_tells_cause_and_remedy_of_every_code(capsys):
     listed = call(capsys, "explain").splitlines()
     found = answer_of(call(capsys, "explain", "--json"))["errors"]

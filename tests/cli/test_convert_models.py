@@ -27,6 +27,12 @@ def test_a_model_becomes_the_files_of_another_program(model, tmp_path, capsys, t
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == found["files"]
 
 
+def test_an_output_named_as_a_file_is_told_to_be_a_folder(model, tmp_path, capsys):
+    assert run(["convert", str(model), "--to", "gguf", "--output", str(tmp_path / "t.gguf")]) == 0
+    assert f"note: --output names a folder: the file is {tmp_path}/t.gguf/model.gguf" in capsys.readouterr().err
+    assert (tmp_path / "t.gguf/model.gguf").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [

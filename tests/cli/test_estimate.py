@@ -103,8 +103,15 @@ def test_fit_prints_or_writes_a_new_config_and_leaves_the_users_own(capsys, reci
     assert recipe.read_text() == before
 
 
+def test_without_a_backend_fit_takes_that_of_this_machine_and_says_so(capsys, recipe):
+    taken = "mlx" if sys.platform == "darwin" else "torch"
+    out, error = call(capsys, "estimate", recipe, "--fit", "16GB")
+    assert yaml.safe_load(out)["backend"] == taken
+    assert f"note: backend: {taken}, as on this machine" in error
+
+
 def test_wrong_usage_is_told(capsys, recipe, tmp_path):
-    assert "--backend mlx" in call(capsys, "estimate", recipe, "--fit", "16GB", code=2)[1]
+    assert "MB and KB are not read" in call(capsys, "estimate", recipe, "--fit", "10MB", code=2)[1]
     assert "16GB" in call(capsys, "estimate", recipe, "--memory", "much", code=2)[1]
     assert "--fit" in call(capsys, "estimate", recipe, "--output", tmp_path / "n.yaml", code=2)[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -31,7 +32,9 @@ def test_nothing_is_said_of_a_model_that_nobody_may_load(tiny_model_folder, tmp_
     (source / "config.json").write_text(json.dumps({**config, "model_type": "unheard"}))
     assert run(["quantize", str(source), "--scheme", "nf4", "--output", str(tmp_path / "out")]) == 0
     said = f"wrote {tmp_path / 'out'} in the format of bitsandbytes, which both backends here read too"
-    assert capsys.readouterr().out.splitlines()[-1] == said
+    summary, last = capsys.readouterr().out.splitlines()[-2:]
+    assert last == said
+    assert re.search(r"bits per weight, [\d.]+ MB became [\d.]+ MB$", summary)
 
 
 def test_a_plan_prints_a_row_per_matrix_and_writes_nothing(tiny_model_folder, tmp_path, capsys):

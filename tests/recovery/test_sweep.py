@@ -93,6 +93,17 @@ def test_a_grid_that_cannot_be_is_refused_by_its_line(tmp_path, text, message):
     assert caught.value.what.startswith(message)
 
 
+def test_a_bad_value_of_a_grid_is_told_with_the_grids_file(words, tmp_path, capsys):
+    (tmp_path / "grid.yaml").write_text("optimizer.lr: [0.1, abc]")
+    assert main.run(words) == 2
+    assert capsys.readouterr().err.startswith("error E202: grid.yaml: optimizer.lr, found 'abc' (run lr-abc)\n")
+    assert main.run([*words[:-1], str(tmp_path / "absent.yaml")]) == 2
+    assert "absent.yaml does not exist\nfix: give the path of a YAML file, with lines such as optimizer.lr" in (
+        said := capsys.readouterr().err
+    )
+    assert "sweep file" in said
+
+
 def test_a_run_that_cannot_be_begun_is_refused_before_any_runs(tmp_path):
     given: dict[str, Any] = {"model": str(BASE), "data": str(tmp_path), "output": str(tmp_path / "sweep")}
     with pytest.raises(ConfigError, match="rank-0"):

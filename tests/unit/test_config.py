@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shared.config import schema, validate
+from shared.config import RunConfig, schema, validate
 from shared.config_file import build_config, load_config, parse_override, parse_yaml, to_yaml
 from shared.errors import ConfigError
+from shared.problems import FOREIGN, key_paths
 from shared.registry import QUANTIZERS
 from shared.schemes import named_schemes, parse_scheme
 from shared.types import Scheme
@@ -93,6 +94,54 @@ def test_a_loaded_config_cannot_be_changed():
 )
 def test_an_unknown_key_gets_its_line_and_the_nearest_name(load, text, message):
     assert message in refusal(load, text)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("lr=1e-3", '"optimizer.lr"'),
+        ("learning_rate=1e-3", '"optimizer.lr"'),
+        ("optimizer.learning_rate=1e-3", '"lr"'),
+        ("train.num_train_epochs=3", '"epochs"'),
+        ("per-device-train-batch-size=3", '"train.batch_size"'),
+        ("max_lenght=4", '"data.max_length"'),
+        ("every=5", '"evaluation.every" or "checkpoint.every" or "log.every"'),
+        ("lora.r=8", '"adapter", with rank'),
+    ],
+)
+def test_a_key_of_another_program_or_another_section_is_told_by_its_whole_path(load, override, meant):
+    assert f"fix: did you mean {meant}?" in refusal(load, "", overrides=[override])
+    key, _, value = override.partition("=")
+    first, _, second = key.partition(".")
+    assert f"fix: did you mean {meant}?" in refusal(load, f"{first}: {{{second}: {value}}}" if second else f"{key}: 1")
+
+
+def test_a_path_as_a_key_is_told_to_be_a_section(load):
+    assert "fix: write it as a section: optimizer: {lr: ...}" in refusal(load, "optimizer.lr: 3")
+
+
+def test_every_key_that_another_program_has_stands_for_one_of_ours():
+    assert set(FOREIGN.values()) <= set(key_paths(RunConfig))
+    assert not set(FOREIGN) & set(key_paths(RunConfig))
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("data: pc", "data: {path: pc}"),
+        ("data: 'a: b'", 'data: {path: "a: b"}'),
+        ("data: [pc, pd]", "data: {path: [{path: pc}, ...]}"),
+        ("data: {path: [pc, pd]}", "a section for each: [{path: pc}, ...]"),
+        ("data: {path: d}\noptimizer: adamw", "optimizer: {name: adamw}"),
+        ("data: {path: d}\nadapter: dora", "adapter: {type: dora}"),
+    ],
+)
+def test_a_text_in_a_sections_place_is_written_as_one(load, text, fix):
+    assert refusal(load, text, head="model: m\n").endswith(f"\nfix: {fix}")
+
+
+def test_a_text_in_a_sections_place_is_written_as_an_option(load):
+    assert refusal(load, "", overrides=["data=pc"]).endswith("\nfix: --set data.path=pc")
 
 
 def test_a_typo_is_told_before_the_key_that_it_leaves_missing(load):
@@ -333,9 +382,24 @@ def test_files_that_are_no_config_are_refused(load, tmp_path):
         load_config(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match="is a folder"):
         load_config(tmp_path)
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(ConfigError, match=r"(?s)looks like data.*--data .*train.jsonl"):
-        load_config(tmp_path / "train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.jsonl", '{"text": "a"}\n'), ("x.JSONL", ""), ("x.jsonl.gz", ""), ("x.json.gz", ""), ("x.tsv", ""),
+        ("rows.json", ' [{"text": "a"}]'),
+    ],
+)  # fmt: skip
+def test_rows_in_a_configs_place_are_told_to_be_data(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=f"(?s)looks like data.*--data .*{name} --model MODEL"):
+        load_config(tmp_path / name)
+
+
+def test_a_config_may_be_json(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(LEAST))
+    assert load_config(tmp_path / "run.json") == build_config(LEAST)
 
 
 def test_a_byte_order_mark_is_passed_over(load):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 
 from shared.config import DataConfig
 from shared.data.formats import count_values
-from shared.data.rows import Row, content_hash, find_data, make_row, read_rows, split_files
+from shared.data.rows import Row, content_hash, find_data, make_row, other_valid, read_rows, split_files
 from shared.errors import DataError
 from shared.hub import near_paths
 
@@ -345,6 +346,34 @@ def test_a_folder_without_train_jsonl_says_what_it_holds(tmp_path):
     (tmp_path / "training.jsonl").touch()
     with pytest.raises(DataError, match=r"(?s)has no train.jsonl.*it holds: training.jsonl"):
         split_files(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("training.jsonl", "rename training.jsonl to train.jsonl, or data.splits: {train: training}"),
+        ("Train.JSONL", "rename Train.JSONL to train.jsonl;"),
+        ("train.txt", 'train.txt: write every text as {"text": "..."}'),
+        ("train.jsonl.gz", "train.jsonl.gz: unpack it: gunzip"),
+        ("sql.csv", "give the file itself: .*sql.csv"),
+        ("notes.md", "^it holds: notes.md"),
+    ],
+)
+def test_a_folder_without_train_jsonl_says_what_to_do_with_a_file_of_a_near_name(tmp_path, name, fix):
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"has no train.jsonl") as caught:
+        split_files(tmp_path, "train")
+    assert re.search(fix, caught.value.fix)
+    assert f"it holds: {name}" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("dev", "dev"), ("Validation", "Validation"), ("test", None), ("validation", None)]
+)
+def test_rows_to_evaluate_on_are_known_by_the_names_that_others_give_them(tmp_path, name, found):
+    for file in ("train.jsonl", f"{name}.jsonl", "dev.md"):
+        (tmp_path / file).touch()
+    assert other_valid(tmp_path) == found
 
 
 def test_an_empty_folder_is_called_empty(tmp_path):
