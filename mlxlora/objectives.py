@@ -22,7 +22,7 @@ LEAST_ROWS = 96
 TILE_ROWS = 512  # positions of one tile over a frozen head
 TILE_ELEMENTS = 2**20  # logits of one tile: 4 MiB in float32, which a CPU's cache holds
 TILE_ELEMENTS_GPU = 2**22  # not measured
-DECODED = 2 * BLOCK_SIZE  # weights decoded for one tile on a CPU, at most: for more no decoder waits its turn
+DECODED = BLOCK_SIZE  # weights decoded for one tile on a CPU, at most: a cache holds them, and no decoder cuts them
 LEAST_SUM = 1e-30  # of a tile whose every logit is far below the highest so far
 LOWEST = -3e38  # a logit that nothing is below but -inf
 

@@ -32,7 +32,7 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 IN_FLOAT32 = {"nf4", "fp4", "int8"}  # formats that are decoded in float32, and have no kernel in MLX
 IN_BLOCKS = {"affine", "ternary"}  # formats that are decoded block by block on a CPU
 DECODE_BLOCK = 2**21
-HEAD_BLOCK = 2**21  # weights of a quantized head that are decoded at once on a CPU, for one tile
+HEAD_BLOCK = 2**20  # weights of a quantized head that are decoded at once on a CPU, for one tile
 # Logits of one tile over a frozen head, as the backends' objectives cut them, and the most rows; of one chunk over a
 # trained or adapted one, and the fewest rows.
 TILE_ELEMENTS = {"torch-cpu": 2**21, "torch-gpu": 2**25, "mlx-cpu": 2**20, "mlx-gpu": 2**22}
