@@ -152,8 +152,8 @@ def add_rest(costs: Costs, base: Case, *, lora: Costs | None) -> Costs:
         found, shape = rest(packed)
         costs = replace(costs, decodes=ratio(found, big.hidden * big.mlp * model.SIZES[base.dtype]))
         costs = replace(costs, tiles=ratio(rest(loss)[0], tile), logits=ratio(rest(chunk)[0], logits))
-        wide = replace(loss, hidden=1024, vocabulary=4096)
-        costs = replace(costs, tile_widths=ratio(rest(wide)[0], WORD * wide.length * wide.hidden))
+        wide = replace(loss, hidden=1024, vocabulary=4096, length=2048, micro_tokens=2048)  # several rows of tiles
+        costs = replace(costs, tile_widths=ratio(rest(wide)[0], WORD * model.TILE_ROWS[base.backend] * wide.hidden))
         return replace(costs, queued=ratio(rest(chunks)[0], logits))
     costs = replace(costs, logits=lora.logits, queued=lora.queued, framework=lora.framework)
     return replace(costs, head=ratio(rest(chunk)[0], logits))

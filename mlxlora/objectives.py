@@ -40,23 +40,33 @@ class Head:
 
     @property
     def by_rows(self) -> bool:
-        """Return whether the weight is packed and some of its rows can be decoded alone."""
-        return getattr(self.module, "by_rows", False)
+        """Return whether the weight is packed, some of its rows can be decoded alone, and all would be too many."""
+        return getattr(self.module, "by_rows", False) and self.vocabulary * self.width > DECODED
 
-    def by_token(self, dtype: mx.Dtype, arrays: Sequence[mx.array]) -> list[mx.array]:
-        """Return what holds the weight, with a row for each token: as it is where the format has rows, else decoded."""
+    def row_arrays(self, dtype: mx.Dtype, arrays: Sequence[mx.array]) -> list[mx.array]:
+        """Return what holds the weight, with a row for every token: as it is where it goes `by_rows`, else decoded."""
         if self.by_rows or not hasattr(self.module, "decode"):
             return list(arrays)
         return [self.module.decode(arrays).astype(dtype)]
 
-    def decode(self, dtype: mx.Dtype, parts: Sequence[mx.array]) -> mx.array:
-        """Return rows of the weight of the same rows of each of `by_token`."""
+    def decode_rows(self, dtype: mx.Dtype, parts: Sequence[mx.array]) -> mx.array:
+        """Return rows of the weight from those rows of each of `row_arrays`, no more than `tile_columns`."""
         return (self.module.decode(parts) if self.by_rows else parts[0]).astype(dtype)
 
     @property
     def vocabulary(self) -> int:
         """Return V."""
-        return self.module._stored.shape[0] if hasattr(self.module, "_stored") else len(self.module.weight)
+        return self.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Return D."""
+        return self.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (V, D)."""
+        return self.module._stored.shape if hasattr(self.module, "_stored") else self.module.weight.shape
 
     @property
     def bias(self) -> mx.array | None:
@@ -99,10 +109,10 @@ def tile_sizes(positions: int) -> tuple[int, int]:
 
 
 def log_probs(h_ND: mx.array, head: Head, targets_N: mx.array) -> mx.array:
-    """Return (N,) float32 log-probabilities of the targets, without gradients."""
+    """Return (N,) float32 log-probabilities of the targets, at least one, without gradients."""
     out = []
     if not hasattr(head.module, "adapted"):
-        arrays = head.by_token(h_ND.dtype, base_arrays(head.module))
+        arrays = head.row_arrays(h_ND.dtype, base_arrays(head.module))
         for _, sums in tiled_sums(h_ND, head, arrays, head.bias, targets_N, slopes=False):
             out.append(-softplus(sums.lead_C))
             mx.eval(out[-1])  # one row of tiles at a time
@@ -213,7 +223,7 @@ class TileSums:
     The target stands apart: beside one that is nearly certain the others' shares would be lost in rounding.
     """
 
-    top_C1: mx.array  # the highest logit
+    top_C1: mx.array  # the highest logit of the others
     e_C: mx.array  # the sum of e
     at_target_C: mx.array  # the target's logit; not a number until its tile has come
     slope_CD: mx.array | None = None  # the sum of e times the soft-cap's curve times the head's rows
@@ -229,28 +239,41 @@ def tiled_loss(
     weights_N: mx.array,
 ) -> list[mx.array]:  # fmt: skip
     """Return the summed loss over a frozen head and the gradient of h."""
-    total, slopes, arrays = mx.zeros(()), [], head.by_token(h_ND.dtype, arrays)
-    for at, sums in tiled_sums(h_ND, head, arrays, bias, targets_N, slopes=True):
+    total, grads, arrays = mx.zeros(()), [], head.row_arrays(h_ND.dtype, arrays)
+    for at, sums in tiled_sums(h_ND, head, arrays, bias, targets_N, slopes=True, behind=grads):
         total = total + (softplus(sums.lead_C) * weights_N[at]).sum()
-        target_CD = head.decode(h_ND.dtype, [array[targets_N[at]] for array in arrays])
-        slopes.append(hidden_gradient(sums, target_CD, weights_N[at], head.facts).astype(h_ND.dtype))
-    return [total, mx.concatenate(slopes)]
+        target_CD = target_rows(head, arrays, targets_N[at], h_ND.dtype)
+        grads.append(hidden_gradient(sums, target_CD, weights_N[at], head.facts).astype(h_ND.dtype))
+    return [total, mx.concatenate(grads)]
+
+
+def target_rows(head: Head, arrays: Sequence[mx.array], target_C: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return the targets' rows of the weight (C, D), no more of them at once than a tile may have."""
+    most = tile_columns(head, len(target_C))
+    parts = [target_C[first : first + most] for first in range(0, len(target_C), most)]
+    return mx.concatenate([head.decode_rows(dtype, [array[some] for array in arrays]) for some in parts])
+
+
+def tile_columns(head: Head, positions: int) -> int:
+    """Return how many tokens of the vocabulary a tile of a head holds: of a packed one what is decoded at once."""
+    columns = tile_sizes(positions)[1]
+    return max(min(columns, DECODED // head.width), 1) if head.by_rows and not on_gpu() else columns
 
 
 def tiled_sums(
-    h_ND: mx.array, head: Head, arrays: Sequence[mx.array], bias: mx.array | None, targets_N: mx.array, *, slopes: bool
-) -> Iterator[tuple[slice, TileSums]]:
+    h_ND: mx.array, head: Head, arrays: Sequence[mx.array], bias: mx.array | None, targets_N: mx.array, *,
+    slopes: bool, behind: Sequence[mx.array] = (),
+) -> Iterator[tuple[slice, TileSums]]:  # fmt: skip
     """Yield some positions and their sums over the vocabulary, tile by tile.
 
     The softmax is kept up over tiles as attention's is over blocks of keys, the head's rows being keys and values:
     every logit is computed once, whatever the vocabulary. Source: Milakov and Gimelshein 2018, algorithm 3.
-    arrays: `Head.by_token`.
+    arrays: `Head.row_arrays`; behind: what was made of the positions so far, which is computed before the next ones.
     """
-    rows, columns = tile_sizes(len(h_ND))
-    columns = max(min(columns, DECODED // h_ND.shape[1]), 1) if head.by_rows and not on_gpu() else columns
+    rows, columns = tile_sizes(len(h_ND))[0], tile_columns(head, len(h_ND))
     done: list[mx.array] = []
     for start in range(0, len(h_ND), rows):
-        at = slice(start, start + rows)
+        at, done = slice(start, start + rows), [*behind[-1:]] or done
         sums = empty_sums(h_ND[at], slopes=slopes)
         for first in range(0, head.vocabulary, columns):
             some, h_CD = slice(first, first + columns), h_ND[at]
@@ -258,7 +281,7 @@ def tiled_sums(
             if done:  # one tile after the other, what is decoded for it too
                 h_CD, *packed = mx.depends([h_CD, *(parts if head.by_rows else ())], done)
                 parts = packed or parts
-            weight_TD, bias_T = head.decode(h_ND.dtype, parts), None if bias is None else bias[some]
+            weight_TD, bias_T = head.decode_rows(h_ND.dtype, parts), None if bias is None else bias[some]
             sums = add_tile(sums, h_CD, weight_TD, bias_T, targets_N[at] - first, head.facts)
             done = [part for part in (sums.top_C1, sums.e_C, sums.at_target_C, sums.slope_CD) if part is not None]
         yield at, sums
@@ -285,11 +308,12 @@ def others(sums: TileSums, z_CT: mx.array, target_C: mx.array, facts: HeadFacts)
     """Return the sums of one tile alone, its top and the target's logit those of all so far, and e times the curve."""
     own_C, near_C = (target_C >= 0) & (target_C < z_CT.shape[1]), mx.clip(target_C, 0, z_CT.shape[1] - 1)
     at_near_C1 = mx.take_along_axis(z_CT, near_C[:, None], axis=1)
+    known_C1 = mx.where(at_near_C1 == mx.inf, math.nan, at_near_C1)  # an overflow, which would lead all others
     rest_CT = mx.put_along_axis(z_CT, near_C[:, None], mx.where(own_C[:, None], LOWEST, at_near_C1), axis=1)
     top_C1 = mx.maximum(rest_CT.max(axis=1, keepdims=True), sums.top_C1)  # never below LOWEST: -inf - -inf is no number
     e_CT = exp(rest_CT - top_C1)
     slope_CT = e_CT if facts.softcap is None else e_CT * curve(z_CT, facts)
-    return TileSums(top_C1, long_sums(e_CT), mx.where(own_C, at_near_C1[:, 0], sums.at_target_C)), slope_CT
+    return TileSums(top_C1, long_sums(e_CT), mx.where(own_C, known_C1[:, 0], sums.at_target_C)), slope_CT
 
 
 def curve(z: mx.array, facts: HeadFacts) -> mx.array:

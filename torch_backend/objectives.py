@@ -40,20 +40,20 @@ class Head:
 
     @property
     def by_rows(self) -> bool:
-        """Return whether the weight is packed and some of its rows can be decoded alone."""
-        return getattr(self.module, "by_rows", False)
+        """Return whether the weight is packed, some of its rows can be decoded alone, and all would be too many."""
+        return getattr(self.module, "by_rows", False) and math.prod(self.shape) > DECODED
 
     def rows(self, dtype: torch.dtype) -> Rows:
         """Return some rows of the weight as a function of which: only these are decoded, where the format has rows."""
         if self.by_rows:
             return lambda some: self.module.decoded_rows(some).to(dtype)
-        weight_VD = self.weight(dtype)
-        return lambda some: weight_VD[some]
+        weight_VD = self.weight(dtype) if hasattr(self.module, "decoded") else self.module.weight
+        return lambda some: weight_VD[some].to(dtype)
 
     @property
-    def vocabulary(self) -> int:
-        """Return V."""
-        return self.module.stored.shape[0] if hasattr(self.module, "stored") else len(self.module.weight)
+    def shape(self) -> tuple[int, int]:
+        """Return (V, D)."""
+        return self.module.stored.shape if hasattr(self.module, "stored") else tuple(self.module.weight.shape)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -98,7 +98,7 @@ def tile_sizes(positions: int, *, on_gpu: bool) -> tuple[int, int]:
 
 
 def log_probs(h_ND: torch.Tensor, head: Head, targets_N: torch.Tensor) -> torch.Tensor:
-    """Return (N,) float32 log-probabilities of the targets, without gradients."""
+    """Return (N,) float32 log-probabilities of the targets, at least one, without gradients."""
     if not hasattr(head.module, "adapted"):
         parts = tiled_sums(h_ND, head, head.rows(h_ND.dtype), targets_N, slopes=False)
         return torch.cat([-functional.softplus(sums.lead_C) for _, sums in parts])
@@ -189,14 +189,18 @@ def chunk_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed loss of one chunk and its gradient with respect to h W.T + b, (C, V). Overwrites z.
 
-    With p = softmax(z), log-sum-exp is max(z) - log(max(p)): nothing but z is as large as z.
+    With p = softmax(z), log-sum-exp is max(z) - log(max(p)): nothing but z is as large as z. What the target lacks of 1
+    is the sum of the others' shares, as in `TileSums`.
     """
     top_C, at_target_C = z_CV.amax(dim=1), z_CV.gather(1, target_C1)[:, 0]
     curve_CV = None if facts.softcap is None else 1 - (z_CV / facts.softcap) ** 2
     share_CV = torch.softmax(z_CV, dim=1, out=z_CV)
-    sum_C = share_CV.sum(dim=1)  # 1, but for torch's CPU kernel: of 128,000 tokens up to 1.6e-5 less
-    loss_C = (top_C - at_target_C) - (share_CV.amax(dim=1) / sum_C).log()  # equal logits cancel before small ones
-    slope_CV = share_CV.scatter_add_(1, target_C1, -sum_C[:, None])
+    top_share_C, own_C = share_CV.amax(dim=1), share_CV.gather(1, target_C1)[:, 0]
+    rest_C = share_CV.scatter_(1, target_C1, 0.0).sum(dim=1)
+    sum_C = rest_C + own_C  # 1, but for torch's CPU kernel: of 128,000 tokens up to 1.6e-5 less
+    far_C = (top_C - at_target_C) - (top_share_C / sum_C).log()  # equal logits cancel before small ones
+    loss_C = torch.where(own_C > 0.5, (rest_C / own_C).log1p(), far_C)
+    slope_CV = share_CV.scatter_(1, target_C1, -rest_C[:, None])
     slope_CV.mul_((w_C * facts.scale / sum_C)[:, None])
     return (loss_C * w_C).sum(), slope_CV if curve_CV is None else slope_CV.mul_(curve_CV)
 
@@ -224,7 +228,7 @@ def tiled_loss(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the summed loss over a frozen head and, where wanted, the gradient of h."""
     total, dh_ND = torch.zeros((), device=h_ND.device), torch.empty_like(h_ND) if wanted else None
-    with torch.autocast(h_ND.device.type, enabled=False):
+    with torch.autocast(h_ND.device.type, enabled=False):  # matmuls write into what they are given
         rows_of = head.rows(h_ND.dtype)
         for at, sums in tiled_sums(h_ND, head, rows_of, targets_N, slopes=wanted):
             total += (functional.softplus(sums.lead_C) * weights_N[at]).sum()
@@ -241,9 +245,9 @@ def tiled_sums(
     The softmax is kept up over tiles as attention's is over blocks of keys, the head's rows being keys and values:
     every logit is computed once, whatever the vocabulary. Source: Milakov and Gimelshein 2018, algorithm 3.
     """
-    vocabulary = head.vocabulary
+    vocabulary, width = head.shape
     rows, columns = tile_sizes(len(h_ND), on_gpu=h_ND.is_cuda)
-    columns = max(min(columns, DECODED // h_ND.shape[1]), 1) if head.by_rows and not h_ND.is_cuda else columns
+    columns = max(min(columns, DECODED // width), 1) if head.by_rows and not h_ND.is_cuda else columns
     space = torch.empty(rows * min(columns, vocabulary), dtype=h_ND.dtype, device=h_ND.device)
     for start in range(0, len(h_ND), rows):
         at = slice(start, start + rows)
@@ -274,7 +278,8 @@ def add_tile(
     curve_CT = None if facts.softcap is None or sums.slope_CD is None else 1 - (z_CT / facts.softcap) ** 2
     own_C, near_C1 = (target_C >= 0) & (target_C < len(weight_TD)), target_C.clamp(0, len(weight_TD) - 1)[:, None]
     near_C = z_CT.gather(1, near_C1)[:, 0]
-    at_target_C = torch.where(own_C, near_C, sums.at_target_C)
+    known_C = near_C.masked_fill(near_C == math.inf, math.nan)  # an overflow, which would lead all others
+    at_target_C = torch.where(own_C, known_C, sums.at_target_C)
     z_CT.scatter_(1, near_C1, torch.where(own_C, LOWEST, near_C)[:, None])
     top_C1 = torch.maximum(z_CT.amax(dim=1, keepdim=True), sums.top_C1)  # never below LOWEST: -inf - -inf is no number
     slope_CT, less_C1 = z_CT.sub_(top_C1).exp_(), (sums.top_C1 - top_C1).exp_()

@@ -85,7 +85,7 @@ MEASURED: dict[tuple[str, str, bool], Costs] = {
         working=Rows(attention=7.89, keys=3.33, mlp=5.0, scores=3.94),
         kept_inputs=Rows(hidden=1.41, keys=0.15, rank=0.88),
         recomputed=Rows(hidden=1.8, attention=10.35, keys=5.02, mlp=7.28, scores=5.18),
-        dropout_kept=0, dropout_working=1.8, tiles=4.6, tile_widths=3.0, logits=4.04, queued=2.1, head=0, decodes=5.01,
+        dropout_kept=0, dropout_working=1.8, tiles=4.6, tile_widths=2.0, logits=5.04, queued=1.1, head=0, decodes=5.01,
         update=2.24, load=0, quantizing=0, framework=0,
     ),
 }  # fmt: skip
@@ -109,7 +109,7 @@ ASSUMED: dict[tuple[str, str, bool], Costs] = {
         dropout_kept=0, dropout_working=0, tiles=0, tile_widths=0, logits=3.1, queued=0, head=1, decodes=0,
         update=5.98, load=3.98, quantizing=0, framework=370 * 2**20,
     ),
-    ("mlx-cpu", "bfloat16", False): replace(MEASURED["mlx-cpu", "float32", False], tiles=7.5, logits=4.63, queued=2.1),
+    ("mlx-cpu", "bfloat16", False): replace(MEASURED["mlx-cpu", "float32", False], tiles=7.5, logits=5.63, queued=1.1),
     ("mlx-cpu", "float32", True): Costs(
         kept=Rows(hidden=5.9, attention=3.1, keys=1.9, mlp=2.86),
         working=Rows(hidden=3.69, attention=7.89, keys=3.33, mlp=5.0, scores=3.94),

@@ -305,7 +305,7 @@ def head_decode_bytes(config: RunConfig, shape: Shape, spec: AdapterSpec, work: 
     if scheme is None:
         return 0
     weights = shape.info.vocab_size * shape.width
-    if find_quantizer(scheme).by_rows and not trains_head(shape, spec):
+    if find_quantizer(scheme).by_rows and weights > HEAD_BLOCK and not trains_head(shape, spec):
         weights = min(weights, shape.width * tile_sizes(shape, work, place=place)[1])
         weights = min(weights, HEAD_BLOCK) if place.endswith("cpu") else weights
     return weights * SIZES[config.train.dtype]
