@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -31,8 +32,24 @@ def emit(result: Any, **more: Any) -> None:
 
 
 def emit_object(value: dict[str, Any]) -> None:
-    """Print an object with `ok` in front, true unless it says otherwise; what JSON does not know becomes text."""
-    print(json.dumps({"ok": True, **value}, default=str))
+    """Print an object with `ok` in front, true unless it says otherwise; what JSON does not know becomes text.
+
+    A number that is not finite becomes null: JSON has no name for it.
+    """
+    print(json.dumps(without_nan({"ok": True, **value}), default=str, allow_nan=False))
+
+
+def without_nan(value: Any) -> Any:
+    """Return a value with null for numbers that are not finite.
+
+    >>> without_nan({"loss": math.nan, "curve": [1.0, -math.inf], "steps": (1, 2)})
+    {'loss': None, 'curve': [1.0, None], 'steps': [1, 2]}
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:

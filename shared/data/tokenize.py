@@ -346,7 +346,10 @@ def make_example(row: Row, ids: list[int], mask: list[bool], train_on: str, max_
         said = [message for message in row.fields.get("messages", ()) if message["role"] == "assistant"]
         why, fix = "", "give the row an answer, or remove it"
         if any(mask[1:]):
-            why, fix = f" within data.max_length {max_length}", "raise data.max_length or shorten the prompt"
+            why, fix = (
+                f" within data.max_length {max_length}",
+                "raise data.max_length, shorten the prompt, or data.drop: [too_long]",
+            )
         elif said and not any(map(is_learned, said)):
             why, fix = ", as its answers have weight 0", "set one of them to 1, or remove the row"
         what = f"{row.source}: no supervised token{why} ({len(ids)} tokens, train_on: {train_on})"
