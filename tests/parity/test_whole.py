@@ -64,14 +64,15 @@ def logits_of(folder, adapter, backend):
         return model.head.logits(model.decoder(input_ids=torch.tensor(IDS)).last_hidden_state[0]).numpy()
 
 
-def peft_logits(folder, adapter=None):
+def peft_logits(folder, adapter=None, dtype="float32"):
     """Return transformers' logits, with the adapter that PEFT loads."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = model if adapter is None else PeftModel.from_pretrained(model, str(adapter)).eval()
+    kind = getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    model = model if adapter is None else PeftModel.from_pretrained(model, str(adapter)).eval().to(kind)
     with torch.no_grad():
         return model(torch.tensor(IDS)).logits[0].numpy()
 
@@ -85,7 +86,8 @@ def test_the_written_folder_has_pefts_logits_on_both_backends(make_config, tiny_
     adapter = train(make_config(folder, *usual, "backend=torch", *settings)).adapter
     peft, before = peft_logits(folder, adapter), peft_logits(folder)
     assert np.abs(peft - before).max() > 0.1
-    bound = tolerances.LOGITS * max(np.abs(peft).max() / 10, 1)
+    own = np.abs(peft - peft_logits(folder, adapter, "float64")).max()  # PEFT's rounding: six layers of Gemma 1 to 2e-5
+    bound = tolerances.LOGITS * max(np.abs(peft).max() / 10, 1) + own
     for backend in ("torch", "mlx"):
         assert np.abs(logits_of(folder, adapter, backend) - peft).max() <= bound
     assert (adapter / PEFT_FILE).is_file()
