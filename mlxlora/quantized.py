@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlxlora.decoders import PRODUCTS, Arrays, find_decoder
+from mlxlora.decoders import PRODUCTS, find_decoder
 from mlxlora.elementwise import on_gpu
 from mlxlora.state import TO_MLX, from_mlx, to_mlx
 from shared.types import Packed, Stored, Tensor
@@ -80,11 +80,6 @@ def put_arrays(layer: Any, packed: Packed) -> None:
         layer[key] = to_mlx(tensor)
 
 
-def is_by_rows(arrays: Arrays, stored: Stored) -> bool:
-    """Return whether every array has a row per row of the weight, so that some can be decoded alone."""
-    return all(array.ndim and len(array) == stored.shape[0] for array in arrays.values())
-
-
 class Decoding:
     """What layers over packed arrays have in common."""
 
@@ -94,7 +89,7 @@ class Decoding:
     @property
     def by_rows(self) -> bool:
         """Return whether some rows can be decoded alone."""
-        return is_by_rows(dict(zip(self._keys, base_arrays(self), strict=True)), self._stored)
+        return all(array.ndim and len(array) == self._stored.shape[0] for array in base_arrays(self))
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
         """Return the weight (O, I), of an embedding (V, D), in `dtype`, made anew."""

@@ -5,6 +5,7 @@ Legend: N rows of activations, I input width, O output width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,21 +44,6 @@ def put_arrays(layer: Any, packed: Packed) -> None:
         layer.register_buffer(key, to_torch(tensor))
 
 
-def is_by_rows(arrays: Arrays, stored: Stored) -> bool:
-    """Return whether every array has a row per row of the weight, so that some can be decoded alone."""
-    return all(array.ndim and len(array) == stored.shape[0] for array in arrays.values())
-
-
-def decode_rows(arrays: Arrays, stored: Stored, some: slice | torch.Tensor) -> torch.Tensor:
-    """Return the rows (n, I) of a slice or of (n,) numbers: decoded alone where the format `is_by_rows`."""
-    decode = find_decoder(stored.scheme)
-    if not is_by_rows(arrays, stored):
-        return decode(arrays, stored)[some]
-    few = {key: take_rows(array, some) for key, array in arrays.items()}
-    number = len(next(iter(few.values())))
-    return decode(few, Stored(stored.scheme, (number, stored.shape[1]), stored.dtype))
-
-
 def take_rows(array: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
     """Return rows of an array; of uint32 words as int32, which torch can index."""
     return array.view(torch.int32)[rows] if array.dtype == torch.uint32 else array[rows]
@@ -77,15 +63,20 @@ class Decoding:
     @property
     def by_rows(self) -> bool:
         """Return whether some rows can be decoded alone."""
-        return is_by_rows(self.arrays, self.stored)
+        return all(array.ndim and len(array) == self.stored.shape[0] for array in self.arrays.values())
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight (O, I), of an embedding (V, D), in `dtype`, made anew."""
         return find_decoder(self.stored.scheme)(self.arrays, self.stored).to(dtype)
 
     def decoded_rows(self, some: slice | torch.Tensor) -> torch.Tensor:
-        """Return the rows (n, I) of a slice or of (n,) numbers, made anew."""
-        return decode_rows(self.arrays, self.stored, some)
+        """Return the rows (n, I) of a slice or of (n,) numbers, made anew: decoded alone where it goes `by_rows`."""
+        decode = find_decoder(self.stored.scheme)
+        if not self.by_rows:
+            return decode(self.arrays, self.stored)[some]
+        few = {key: take_rows(array, some) for key, array in self.arrays.items()}
+        number = len(next(iter(few.values())))
+        return decode(few, replace(self.stored, shape=(number, self.stored.shape[1])))
 
 
 class QuantizedLinear(Decoding, nn.Module):

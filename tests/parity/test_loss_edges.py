@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -29,10 +30,10 @@ FACTS = [HeadFacts(), HeadFacts(softcap=5.0), HeadFacts(scale=0.25), HeadFacts(s
 BOTH = pytest.mark.parametrize("backend", ["mlx", "torch"])
 
 
-def draw(*, loud=1.0, seed=0, vocabulary=V, rows=N):
+def draw(*, loud=1.0, seed=0, vocabulary=V, rows=N, width=D):
     random = np.random.default_rng(seed)
-    h = random.standard_normal((rows, D)).astype(np.float32)
-    w = (0.3 * random.standard_normal((vocabulary, D))).astype(np.float32)
+    h = random.standard_normal((rows, width)).astype(np.float32)
+    w = (0.3 * random.standard_normal((vocabulary, width))).astype(np.float32)
     targets = random.integers(0, vocabulary, rows).astype(np.int32)
     return SimpleNamespace(h=loud * h, w=w, targets=targets, weights=random.uniform(0.5, 2.0, rows).astype(np.float32))
 
@@ -250,15 +251,21 @@ def test_not_a_number_in_a_hidden_state_is_not_hidden(backend):
     assert np.isnan(run(backend, drawn, HeadFacts())[0])
 
 
+@cache
+def packed_head(scheme, stored="F32"):
+    """Return a drawn head of 1.15 million weights, more than a tile decodes, packed, and what its codes stand for."""
+    drawn, quantizer = draw(vocabulary=9000, rows=64, width=128), find_quantizer(parse_scheme(scheme))
+    packed = quantizer.quantize(from_float32(drawn.w, stored))
+    drawn.w = to_float32(quantizer.dequantize(packed))
+    return drawn, packed
+
+
 @BOTH
 @pytest.mark.parametrize("facts", FACTS, ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("scheme", ["affine-4bit-g32", "mxfp4", "nf4"])  # of nf4 no rows can be decoded alone
-def test_loss_of_a_quantized_head_is_that_of_its_decoded_weight(backend, facts, tied, scheme, small_tiles, monkeypatch):
-    monkeypatch.setattr({"mlx": on_mlx, "torch": on_torch}[backend], "DECODED", 50 * D)  # less than a tile
-    drawn, quantizer = draw(), find_quantizer(parse_scheme(scheme))
-    packed = quantizer.quantize(Tensor("F32", drawn.w))
-    drawn.w = to_float32(quantizer.dequantize(packed))
+def test_loss_of_a_quantized_head_is_that_of_its_decoded_weight(backend, facts, tied, scheme):
+    drawn, packed = packed_head(scheme)
     if backend == "mlx":
         module = MLXTable(packed, mx.float32) if tied else MLXLinear(packed, None)
     else:
@@ -269,13 +276,11 @@ def test_loss_of_a_quantized_head_is_that_of_its_decoded_weight(backend, facts, 
 @BOTH
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("scheme", ["affine-4bit-g32", "mxfp8"])
-def test_a_packed_head_with_a_bias_in_every_dtype(backend, dtype, scheme, small_tiles, monkeypatch):
-    monkeypatch.setattr({"mlx": on_mlx, "torch": on_torch}[backend], "DECODED", 50 * D)
-    drawn, quantizer, bias = draw(), find_quantizer(parse_scheme(scheme)), np.linspace(-2, 2, V, dtype=np.float32)
-    stored = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
-    packed = quantizer.quantize(from_float32(drawn.w, stored))
-    drawn.w = to_float32(quantizer.dequantize(packed))
-    drawn.h, bias = (torch.tensor(x).to(getattr(torch, dtype)).float().numpy() for x in (drawn.h, bias))
+def test_a_packed_head_with_a_bias_in_every_dtype(backend, dtype, scheme):
+    drawn, packed = packed_head(scheme, {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype])
+    given = (drawn.h, np.linspace(-2, 2, len(drawn.w), dtype=np.float32))
+    h, bias = (torch.tensor(x).to(getattr(torch, dtype)).float().numpy() for x in given)
+    drawn = SimpleNamespace(**{**vars(drawn), "h": h})
     if backend == "mlx":
         module = MLXLinear(packed, mx.array(bias).astype(getattr(mx, dtype)))
     else:

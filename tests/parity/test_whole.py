@@ -86,8 +86,9 @@ def test_the_written_folder_has_pefts_logits_on_both_backends(make_config, tiny_
     adapter = train(make_config(folder, *usual, "backend=torch", *settings)).adapter
     peft, before = peft_logits(folder, adapter), peft_logits(folder)
     assert np.abs(peft - before).max() > 0.1
-    own = np.abs(peft - peft_logits(folder, adapter, "float64")).max()  # PEFT's rounding: six layers of Gemma 1 to 2e-5
-    bound = tolerances.LOGITS * max(np.abs(peft).max() / 10, 1) + own
+    bound = tolerances.LOGITS * max(np.abs(peft).max() / 10, 1)
+    if case == "whole-gemma":  # six layers: PEFT's own float32 is 1 to 2e-5 off
+        bound += np.abs(peft - peft_logits(folder, adapter, "float64")).max()
     for backend in ("torch", "mlx"):
         assert np.abs(logits_of(folder, adapter, backend) - peft).max() <= bound
     assert (adapter / PEFT_FILE).is_file()
